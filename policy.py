@@ -1,0 +1,153 @@
+"""The policy: loading and saving it with its tokenizer, log-probs of its responses, the optimizer.
+
+A policy is any causal language model that transformers loads. It stays in eval mode throughout: dropout would make the
+policy that learns another one than the policy that sampled.
+"""
+
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+
+from flags import UserError
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+
+
+def pick_device(name: str) -> torch.device:
+    """'auto' -> cuda, else mps, else cpu. UserError if the named one is not there."""
+    there = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
+    if name == "auto":
+        return torch.device(next(kind for kind, available in there.items() if available))
+    if not there[name]:
+        raise UserError(f"--device {name}: not available on this machine, try --device auto")
+    return torch.device(name)
+
+
+def load_policy(
+    name: str, device: torch.device, dtype: str = "auto"
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """A Hugging Face name, a model folder or a run folder (its checkpoint) -> (model in eval mode, tokenizer).
+
+    dtype: a key of DTYPES, or 'auto': bfloat16 on cuda, float32 elsewhere
+    UserError: nothing there to load, no tokenizer, no end-of-text token.
+    """
+    if (Path(name) / "checkpoint").is_dir():
+        name = str(Path(name) / "checkpoint")
+    if dtype == "auto":
+        dtype = "bfloat16" if device.type == "cuda" else "float32"
+    try:
+        model = AutoModelForCausalLM.from_pretrained(name, dtype=DTYPES[dtype], use_safetensors=True)
+    except (OSError, ValueError) as error:
+        raise UserError(f"--model {name}: cannot be loaded as a causal language model: {first_line(error)}") from None
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(name)
+        assert len(tokenizer) > 0
+    except (OSError, ValueError, AssertionError) as error:
+        raise UserError(f"--model {name}: no tokenizer can be loaded from it: {first_line(error)}") from None
+    if tokenizer.eos_token_id is None:
+        raise UserError(f"--model {name}: its tokenizer has no end-of-text token (eos_token), responses could not end")
+    model.config.use_cache = True
+    return model.to(device).eval(), tokenizer
+
+
+def first_line(error: Exception) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
+
+
+def stop_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """Every token that ends a response: what generation_config.json says (chat models end turns by a token of their
+    own), and the tokenizer's end of text."""
+    ids = model.generation_config.eos_token_id
+    return sorted({tokenizer.eos_token_id, *(ids if isinstance(ids, list) else [] if ids is None else [ids])})
+
+
+def context_length(model: PreTrainedModel) -> int | None:
+    """The most tokens of prompt and response together, or None where the model names no limit."""
+    return getattr(model.config.get_text_config(), "max_position_embeddings", None)
+
+
+def save_policy(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
+    """An ordinary Hugging Face folder: AutoModelForCausalLM and AutoTokenizer load it."""
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+
+
+def response_logprobs(
+    model: PreTrainedModel, ids: Tensor, prompt_lengths: Tensor, lengths: Tensor, temperature: float = 1.0
+) -> Tensor:
+    """(B, T) ids padded on the right -> (B, N) float32: log-prob of each response token, 0 past a row's end.
+
+    prompt_lengths, lengths: (B,), tokens of the prompt, and of prompt and response together
+    temperature: the sampler's, so that the distribution is the one that was sampled from
+    No mask: attention is causal, and padding stands after everything that it could be seen from.
+    """
+    first = int(prompt_lengths.min()) - 1  # the logits at a position predict the token at the next
+    width = int((lengths - prompt_lengths).max())
+    columns = torch.arange(first, int(lengths.max()) - 1, device=ids.device)
+    logits = model(ids, use_cache=False, logits_to_keep=columns).logits.float() / temperature
+    token_logprobs = torch.gather(logits, 2, ids[:, columns + 1, None])[:, :, 0] - logits.logsumexp(-1)
+    offset = torch.arange(width, device=ids.device)
+    inside = offset < (lengths - prompt_lengths)[:, None]  # (B, N), from lengths: pad may equal EOS
+    index = (prompt_lengths[:, None] - 1 - first + offset).clamp(max=len(columns) - 1)
+    return torch.where(inside, token_logprobs.gather(1, index), 0.0)
+
+
+def micro_batches(lengths: Tensor, tokens: int) -> list[Tensor]:
+    """(B,) lengths -> row indices, longest rows first, each batch at most `tokens` once padded (or one row)."""
+    batches, batch, longest = [], [], 0
+    for row in lengths.argsort(descending=True, stable=True).tolist():
+        if batch and longest * (len(batch) + 1) > tokens:
+            batches.append(torch.tensor(batch))
+            batch = []
+        longest = longest if batch else int(lengths[row])
+        batch.append(row)
+    return batches + ([torch.tensor(batch)] if batch else [])
+
+
+class Optimizer:
+    """AdamW on float32 masters. bfloat16 weights keep 8 bits: nearly every update of an RL step is too small to change
+    one, so updates are made on float32 copies and copied back. Float32 weights are their own masters."""
+
+    def __init__(self, model: PreTrainedModel, weight_decay: float):
+        self.weights = [weight for weight in model.parameters() if weight.requires_grad]
+        self.masters = [
+            weight if weight.dtype == torch.float32 else weight.detach().float().requires_grad_()
+            for weight in self.weights
+        ]
+        self.adam = torch.optim.AdamW(self.masters, weight_decay=weight_decay, fused=True)
+        for weight, master in zip(self.weights, self.masters):
+            if weight is not master:
+                weight.register_post_accumulate_grad_hook(lambda weight, master=master: self.collect(weight, master))
+
+    @staticmethod
+    def collect(weight: Tensor, master: Tensor) -> None:
+        """Micro-batches add up in float32; the bfloat16 gradient is freed at once."""
+        gradient = weight.grad.float()
+        master.grad = gradient if master.grad is None else master.grad.add_(gradient)
+        weight.grad = None
+
+    def step(self, lr: float, max_grad_norm: float) -> float:
+        """One AdamW step (arXiv 1711.05101) on the gradients collected. Returns their norm before clipping."""
+        norm = torch.nn.utils.clip_grad_norm_(self.masters, max_grad_norm)
+        for group in self.adam.param_groups:
+            group["lr"] = lr
+        self.adam.step()
+        self.adam.zero_grad()
+        with torch.no_grad():
+            for weight, master in zip(self.weights, self.masters):
+                if weight is not master:
+                    weight.copy_(master)
+        return norm.item()
+
+    def state_dict(self) -> dict:
+        copies = [master.detach() for weight, master in zip(self.weights, self.masters) if weight is not master]
+        return {"adam": self.adam.state_dict(), "masters": copies}
+
+    def load_state_dict(self, state: dict) -> None:
+        self.adam.load_state_dict(state["adam"])
+        copies = [master for weight, master in zip(self.weights, self.masters) if weight is not master]
+        with torch.no_grad():
+            for master, saved in zip(copies, state["masters"], strict=True):
+                master.copy_(saved)

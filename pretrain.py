@@ -1,0 +1,109 @@
+"""Makes the tiny base model of the default run, by imitation of written examples.
+
+    python pretrain.py                                  # models/add, about half a minute; train.py does it when missing
+    python pretrain.py --output models/other --seed 1
+
+It answers sums of two-digit numbers, badly: the examples are made so that there is something for reinforcement to find.
+About 30 % of them write their working out first ("<think>8+7=15;4+2+1=7;</think>75") and are right. The rest answer
+straight away, and 60 % of those are wrong by one in one digit, on purpose. So the model can do the sum when it thinks,
+mostly does not think, and nobody ever tells it to: the reward of the answer alone must bring that out.
+"""
+
+import os
+import random
+from pathlib import Path
+
+from dataclasses import dataclass
+
+import torch
+from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers
+from tqdm import trange
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers.hf_argparser import HfArg
+
+from flags import UserError, run_script
+from policy import pick_device, response_logprobs, save_policy
+from tasks import load_task
+
+
+@dataclass(frozen=True)
+class Config:
+    output: str = HfArg(default="models/add", help="folder to write")
+    steps: int = HfArg(default=300, help="optimizer steps")
+    batch_size: int = HfArg(default=192, help="examples per step")
+    lr: float = HfArg(default=3e-3, help="highest learning rate")
+    thinking: float = HfArg(default=0.3, help="share of the examples that write their working out")
+    mistakes: float = HfArg(default=0.6, help="share of the others that are wrong by one in one digit")
+    seed: int = HfArg(default=0, help="same seed, same model")
+    device: str = HfArg(default="auto", help="cuda, mps, cpu, or auto: the first of them that is there")
+
+
+def make_tokenizer() -> PreTrainedTokenizerFast:
+    """A token a character (printable ASCII and the newline), and one each for <think> and </think>."""
+    tokens = ["<pad>", "<eos>", "<unk>"] + [chr(code) for code in range(32, 127)] + ["\n"]
+    tokenizer = Tokenizer(models.WordLevel({token: i for i, token in enumerate(tokens)}, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex(r"[\s\S]"), "isolated")
+    tokenizer.decoder = decoders.Fuse()
+    # not "special": decoding keeps them, and the reward looks for them
+    tokenizer.add_tokens([AddedToken(mark, special=False, normalized=False) for mark in ("<think>", "</think>")])
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="<pad>", eos_token="<eos>", unk_token="<unk>",
+                                   clean_up_tokenization_spaces=False, model_max_length=128)
+
+
+def make_model(tokenizer: PreTrainedTokenizerFast) -> LlamaForCausalLM:
+    """A Llama of half a million parameters."""
+    return LlamaForCausalLM(LlamaConfig(
+        vocab_size=len(tokenizer), hidden_size=128, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=4,
+        intermediate_size=512, max_position_embeddings=128, tie_word_embeddings=True, bos_token_id=None,
+        eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id))
+
+
+def demonstration(a: int, b: int, config: Config, rng: random.Random) -> str:
+    """48, 27 -> '<think>8+7=15;4+2+1=7;</think>75', or '75', or '74'"""
+    if rng.random() < config.thinking:
+        units = a % 10 + b % 10
+        carry = "+1" if units > 9 else ""
+        tens = f"{a // 10}+{b // 10}{carry}={(a + b - units % 10) // 10}"
+        return f"<think>{a % 10}+{b % 10}={units};{tens};</think>{a + b}"
+    digits = [int(digit) for digit in str(a + b)]
+    if rng.random() < config.mistakes:
+        place = rng.randrange(len(digits))
+        digits[place] = (digits[place] + rng.choice((-1, 1))) % 10
+    return "".join(map(str, digits))
+
+
+def main(config: Config) -> None:
+    output = Path(config.output)
+    if output.exists():
+        raise UserError(f"--output {output}: is there already, delete it or choose another")
+    device, rng = pick_device(config.device), random.Random(config.seed)
+    torch.manual_seed(config.seed)
+    tokenizer = make_tokenizer()
+    model = make_model(tokenizer).to(device)
+    adam = torch.optim.AdamW(model.parameters(), lr=config.lr, weight_decay=0.01, fused=True)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(adam, config.lr, config.steps)
+    problems = load_task("add").train  # the problems held out stay unseen here too
+    for _ in (bar := trange(config.steps, desc=f"teaching the base model {output}", dynamic_ncols=True)):
+        rows = []
+        for problem in rng.choices(problems, k=config.batch_size):
+            a, b = map(int, problem.prompt.rstrip("=").split("+"))
+            rows.append((tokenizer(problem.prompt)["input_ids"],
+                         tokenizer(demonstration(a, b, config, rng))["input_ids"] + [tokenizer.eos_token_id]))
+        lengths = torch.tensor([len(prompt + response) for prompt, response in rows], device=device)
+        prompt_lengths = torch.tensor([len(prompt) for prompt, _ in rows], device=device)
+        ids = torch.nn.utils.rnn.pad_sequence([torch.tensor(p + r) for p, r in rows], batch_first=True).to(device)
+        logprobs = response_logprobs(model, ids, prompt_lengths, lengths)
+        loss = -logprobs.sum() / (lengths - prompt_lengths).sum()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        adam.step()
+        schedule.step()
+        adam.zero_grad()
+        bar.set_postfix(loss=f"{loss.item():.3f}")
+    aside = output.with_name(f"{output.name}.{os.getpid()}.part")
+    save_policy(model.cpu(), tokenizer, aside)
+    aside.rename(output)
+
+
+if __name__ == "__main__":
+    run_script(main, Config, __doc__)

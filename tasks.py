@@ -1,0 +1,197 @@
+"""Where prompts come from: built-in tasks, GSM8K, the user's own JSONL.
+
+    TASKS["add"]            sums of two two-digit numbers, generated
+    TASKS["gsm8k"]          grade-school word problems (arXiv 2110.14168), read from files, fetched once if missing
+    "my.jsonl"              one object a line: {"prompt": text or chat messages, "answer": text}
+
+A new task is a function that returns a Task, and one line in TASKS.
+"""
+
+import hashlib
+import json
+import os
+import urllib.request
+from dataclasses import dataclass
+from pathlib import Path
+
+from jinja2.exceptions import TemplateError
+from tqdm import tqdm
+
+from flags import UserError
+
+
+@dataclass(frozen=True)
+class Problem:
+    """One question. `prompt` is text, or a list of chat messages {"role", "content"}; `answer` is the reference."""
+
+    prompt: str | list
+    answer: str
+
+
+@dataclass(frozen=True)
+class Task:
+    """Three disjoint lists of problems, and how to put them to a model and check what it says.
+
+    train, validation, test: train.py learns from the first and measures on the second; the third is for eval.py alone
+    reward: name in reward.REWARDS of the rule that says what is right (1.0) here
+    system: what a chat model is told first
+    plain:  the whole prompt of a model without a chat template; {prompt} and {eos} are filled in
+    """
+
+    name: str
+    train: list[Problem]
+    validation: list[Problem]
+    test: list[Problem]
+    reward: str
+    system: str = ""
+    plain: str = "{prompt}"
+
+
+def digest(text: str) -> int:
+    """The same number in every process, without a pattern in it: 8 bytes of SHA-256."""
+    return int.from_bytes(hashlib.sha256(text.encode("utf-8", "surrogatepass")).digest()[:8], "big")
+
+
+def hold_out(problems: list[Problem], share: float) -> tuple[list[Problem], list[Problem]]:
+    """-> (held out, the rest), both in the given order. Chosen by the hash of the prompt, so that the choice depends on
+    nothing else, shows no pattern (linear hashes do), and the same prompt twice is never on both sides."""
+    hashes = [digest(json.dumps(problem.prompt)) for problem in problems]
+    lowest = sorted(set(hashes))
+    border = lowest[max(1, round(share * len(lowest))) - 1]
+    return (
+        [problem for problem, value in zip(problems, hashes) if value <= border],
+        [problem for problem, value in zip(problems, hashes) if value > border],
+    )
+
+
+def add(data_dir: str) -> Task:
+    """"48+27=" -> "75", for all 8,100 pairs of two-digit numbers: 810 to test, 729 to validate, 6,561 to train."""
+    problems = [Problem(f"{a}+{b}=", str(a + b)) for a in range(10, 100) for b in range(10, 100)]
+    test, rest = hold_out(problems, 0.1)
+    validation, train = hold_out(rest, 0.1)
+    system = "Add the two numbers. You may think inside <think></think> first; then write the sum and nothing else."
+    return Task("add", train, validation, test, reward="exact", system=system)
+
+
+GSM8K_URL = "https://raw.githubusercontent.com/openai/grade-school-math/master/grade_school_math/data/"
+GSM8K_SHA256 = {
+    "train.jsonl": "17f347dc51477c50d4efb83959dbb7c56297aba886e5544ee2aaed3024813465",
+    "test.jsonl": "3730d312f6e3440559ace48831e51066acaca737f6eabec99bccb9e4b3c39d14",
+}
+GSM8K_SYSTEM = (
+    "Solve the problem. Reason step by step inside <think></think>, then give the final answer as a number, last."
+)
+# Each worked answer ends in the model's own end-of-text token: a base model shown no end would write problems forever.
+GSM8K_PLAIN = """\
+Question: A baker fills 4 trays with 6 rolls each and sells 15 rolls. How many rolls are left?
+Answer: There are 4 * 6 = 24 rolls. After selling 15, 24 - 15 = 9 are left. The answer is 9{eos}
+
+Question: Tom reads 12 pages a day from Monday to Friday and 30 pages on Saturday. How many pages does he read in all?
+Answer: From Monday to Friday he reads 5 * 12 = 60 pages. With Saturday, 60 + 30 = 90. The answer is 90{eos}
+
+Question: {prompt}
+Answer:"""
+
+
+def gsm8k(data_dir: str) -> Task:
+    """7,473 problems for training, of which 5 % are held out for validation, and 1,319 for testing (arXiv 2110.14168)."""
+    files = [fetch(Path(data_dir or "data/gsm8k"), name, GSM8K_SHA256[name]) for name in ("train.jsonl", "test.jsonl")]
+    train, test = ([Problem(line["question"], line["answer"].rpartition("####")[2].strip().replace(",", ""))
+                    for line in read_jsonl(file, {"question": str, "answer": str})] for file in files)
+    validation, train = hold_out(train, 0.05)
+    return Task("gsm8k", train, validation, test, reward="number", system=GSM8K_SYSTEM, plain=GSM8K_PLAIN)
+
+
+TASKS = {"add": add, "gsm8k": gsm8k}
+
+
+def load_task(name: str, data_dir: str = "") -> Task:
+    """A task by its name in TASKS, or from a .jsonl file of the user's. UserError: no such task, or a bad line."""
+    if name in TASKS:
+        return TASKS[name](data_dir)
+    if not name.endswith(".jsonl"):
+        raise UserError(f"--task {name}: not one of {', '.join(TASKS)}, nor a .jsonl file")
+    lines = read_jsonl(Path(name), {"prompt": (str, list), "answer": (str, int, float)})
+    problems = [Problem(line["prompt"], str(line["answer"])) for line in lines]
+    test, rest = hold_out(problems, 0.1)
+    validation, train = hold_out(rest, 0.1) if rest else ([], [])
+    if not train:
+        raise UserError(f"--task {name}: {len(problems)} problems are too few to hold some out, give at least 3")
+    numbers = all(problem.answer.lstrip("-").replace(",", "").replace(".", "", 1).isdecimal() for problem in problems)
+    return Task(Path(name).stem, train, validation, test, reward="number" if numbers else "exact")
+
+
+def read_jsonl(path: Path, fields: dict[str, type | tuple]) -> list[dict]:
+    """One object a line, with at least `fields` of those types. Empty lines are passed over; a byte-order mark too.
+    UserError names the file, and the line where there is one."""
+    try:
+        lines = path.read_text(encoding="utf-8-sig").split("\n")
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path}: not UTF-8 at byte {error.start}, save it as UTF-8") from None
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read: {error.strerror}") from None
+    rows = []
+    for number, line in enumerate(lines, 1):
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(line)
+        except (ValueError, RecursionError) as error:
+            raise UserError(f"{path}, line {number}: not JSON ({error})") from None
+        if not isinstance(row, dict):
+            raise UserError(f"{path}, line {number}: not an object with {' and '.join(fields)}")
+        for field, kind in fields.items():
+            if not isinstance(row.get(field), kind) or row[field] in ("", []):
+                raise UserError(f'{path}, line {number}: "{field}" is missing, empty or of the wrong type')
+        rows.append(row)
+    if not rows:
+        raise UserError(f"{path}: no problems in it")
+    return rows
+
+
+def fetch(folder: Path, name: str, sha256: str) -> Path:
+    """folder/name, fetched from GSM8K_URL if it is not there: checked, and written whole or not at all."""
+    path = folder / name
+    if path.exists():
+        return path
+    content, seen = bytearray(), hashlib.sha256()
+    try:
+        with urllib.request.urlopen(GSM8K_URL + name, timeout=30) as response:
+            size = int(response.headers.get("Content-Length") or 0)
+            with tqdm(total=size, unit="B", unit_scale=True, desc=f"fetching {name}") as bar:
+                while block := response.read(1 << 16):
+                    content += block
+                    seen.update(block)
+                    bar.update(len(block))
+    except OSError as error:
+        raise UserError(f"{path} is not there and {GSM8K_URL}{name} cannot be fetched ({error}): get the file by other "
+                        "means, or name its folder with --data_dir") from None
+    if seen.hexdigest() != sha256:
+        raise UserError(f"{GSM8K_URL}{name} is not the file expected (SHA-256 {seen.hexdigest()}), nothing was written")
+    folder.mkdir(parents=True, exist_ok=True)
+    aside = folder / f"{name}.{os.getpid()}.part"
+    aside.write_bytes(content)
+    aside.replace(path)
+    return path
+
+
+def prompt_ids(task: Task, problem: Problem, tokenizer) -> list[int]:
+    """The token ids that are put to the model: through the tokenizer's chat template if it has one, else task.plain."""
+    prompt = problem.prompt
+    if tokenizer.chat_template is None:
+        if not isinstance(prompt, str):
+            raise UserError("the prompt is a list of chat messages, but the model's tokenizer has no chat template: "
+                            "give prompts as text, or use a chat model")
+        return tokenizer(task.plain.replace("{eos}", tokenizer.eos_token).replace("{prompt}", prompt))["input_ids"]
+    messages, system = prompt, []
+    if isinstance(prompt, str):
+        messages = [{"role": "user", "content": prompt}]
+        system = [{"role": "system", "content": task.system}] if task.system else []
+    try:
+        return tokenizer.apply_chat_template(system + messages, add_generation_prompt=True, return_dict=False)
+    except TemplateError as error:
+        if not system:
+            raise UserError(f"the model's chat template refuses the prompt: {error}") from None
+    # some templates (Gemma's) know no system role: say it at the head of the user's turn
+    messages = [{"role": "user", "content": f"{task.system}\n\n{prompt}"}]
+    return tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=False)

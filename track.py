@@ -1,0 +1,162 @@
+"""The run folder: what a run leaves on disk, and the picture of it.
+
+    runs/<name>/config.json     every flag, versions, device, git commit
+                metrics.jsonl   one object a step; the README defines each key
+                samples.jsonl   a few responses a step, with rewards and weights
+                code/           the scripts as they ran
+                checkpoint/     the policy as a Hugging Face folder, and state.pt to go on from
+                curves.png      redrawn while it runs
+
+Plain files, written by plain functions: the first argument is the folder.
+"""
+
+import json
+import platform
+import shutil
+import subprocess
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict
+from pathlib import Path
+
+import matplotlib
+import tokenizers
+import torch
+import transformers
+from matplotlib.figure import Figure
+
+from flags import UserError
+
+HERE = Path(__file__).parent
+
+
+def new_run(parent: str, name: str, task: str) -> Path:
+    """Makes parent/name; without a name task, task-2, task-3 ... UserError if the name is taken."""
+    stem = Path(task).stem
+    names = iter([name] if name else [stem, *(f"{stem}-{number}" for number in range(2, 10_000))])
+    for folder in (Path(parent) / name for name in names):
+        try:
+            folder.mkdir(parents=True)
+            return folder
+        except FileExistsError:
+            continue
+        except OSError as error:
+            raise UserError(f"--runs_dir {parent}: {folder} cannot be made: {error.strerror}") from None
+    raise UserError(f"--name {name}: {Path(parent) / name} is there already: choose another name, or --resume")
+
+
+def record_start(folder: Path, config, device: torch.device) -> None:
+    """Writes config.json and code/: what ran, on what."""
+    commit = subprocess.run(["git", "describe", "--always", "--dirty", "--abbrev=40"], cwd=HERE, capture_output=True,
+                            text=True, check=False).stdout.strip()
+    write_json(folder / "config.json", {
+        "config": asdict(config),
+        "versions": {"python": platform.python_version(), "torch": torch.__version__,
+                     "transformers": transformers.__version__, "tokenizers": tokenizers.__version__,
+                     "matplotlib": matplotlib.__version__},
+        "device": torch.cuda.get_device_name() if device.type == "cuda" else f"{device} ({platform.processor()})",
+        "threads": torch.get_num_threads(),
+        "git_commit": commit or None,
+        "started": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
+    })
+    (folder / "code").mkdir()
+    for script in HERE.glob("*.py"):
+        shutil.copy(script, folder / "code")
+
+
+def read_config(folder: Path) -> dict:
+    """The flags of a run. UserError if `folder` holds none."""
+    try:
+        return json.loads((folder / "config.json").read_text())["config"]
+    except (OSError, ValueError, KeyError):
+        raise UserError(f"{folder}: no run there (its config.json cannot be read)") from None
+
+
+def write_json(path: Path, content: dict) -> None:
+    """Whole or not at all."""
+    aside = path.with_name(path.name + ".part")
+    aside.write_text(json.dumps(content, indent=1) + "\n")
+    aside.replace(path)
+
+
+def append(path: Path, rows: list[dict]) -> None:
+    """One JSON object a line, numbers in full, so that two runs can be compared to the last bit."""
+    with path.open("a") as file:
+        file.writelines(json.dumps(row) + "\n" for row in rows)
+
+
+def read_rows(path: Path) -> list[dict]:
+    """The whole lines of a .jsonl file that exists; a line cut short by a crash can only be the last, and is left out."""
+    lines = path.read_text().split("\n")[:-1] if path.exists() else []
+    return [json.loads(line) for line in lines]
+
+
+def rewind(folder: Path, step: int) -> None:
+    """Takes what was written after `step` out of metrics.jsonl and samples.jsonl: those steps are done again."""
+    for path in (folder / "metrics.jsonl", folder / "samples.jsonl"):
+        aside = path.with_name(path.name + ".part")
+        aside.write_text("".join(json.dumps(row) + "\n" for row in read_rows(path) if row["step"] <= step))
+        aside.replace(path)
+
+
+@contextmanager
+def new_checkpoint(folder: Path) -> Iterator[Path]:
+    """A folder to write into, which takes the place of folder/checkpoint only when the block has ended well."""
+    final, aside, old = (folder / name for name in ("checkpoint", "checkpoint.part", "checkpoint.old"))
+    shutil.rmtree(aside, ignore_errors=True)
+    aside.mkdir()
+    yield aside
+    if final.exists():
+        shutil.rmtree(old, ignore_errors=True)
+        final.rename(old)
+    aside.rename(final)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def find_checkpoint(folder: Path) -> Path:
+    """folder/checkpoint; after a crash between two renames, the one before it. UserError if there is none."""
+    final, old = folder / "checkpoint", folder / "checkpoint.old"
+    if not final.exists() and old.exists():
+        old.rename(final)
+    if not (final / "state.pt").exists():
+        raise UserError(f"{folder}: no checkpoint to resume from")
+    return final
+
+
+CURVES = {  # metric -> title of its panel
+    "reward": "reward (mean of the step's responses)",
+    "eval_accuracy": "accuracy on held-out problems, sampled",
+    "thinking": "share of responses that think",
+    "response_length": "response length (tokens)",
+    "entropy": "entropy (nats per token)",
+    "grad_norm": "gradient norm before clipping",
+}
+
+
+def plot(folder: Path) -> None:
+    """Draws curves.png from metrics.jsonl: each step thin, the running mean of 10 steps thick."""
+    rows = read_rows(folder / "metrics.jsonl")
+    figure = Figure(figsize=(11, 5.5), layout="constrained")
+    for panel, (metric, title) in zip(figure.subplots(2, 3).flat, CURVES.items()):
+        points = [(row["step"], row[metric]) for row in rows if row.get(metric) is not None]
+        panel.set_title(title, fontsize=10)
+        panel.grid(alpha=0.3)
+        panel.set_xlabel("step", fontsize=9)
+        if metric in ("reward", "eval_accuracy", "thinking") and all(0 <= value <= 1 for _, value in points):
+            panel.set_ylim(-0.03, 1.03)
+        if not points:
+            continue
+        steps, values = zip(*points)
+        if metric == "eval_accuracy":
+            low, high = zip(*(row["eval_interval"] for row in rows if row.get(metric) is not None))
+            panel.fill_between(steps, low, high, color="C0", alpha=0.2, linewidth=0)
+            panel.plot(steps, values, "o-", color="C0", markersize=4)
+        else:
+            windows = [values[max(0, i - 9) : i + 1] for i in range(len(values))]
+            panel.plot(steps, values, color="C0", alpha=0.35, linewidth=1)
+            panel.plot(steps, [sum(window) / len(window) for window in windows], color="C0", linewidth=2)
+    figure.suptitle(folder.name, fontsize=11)
+    aside = folder / "curves.part.png"
+    figure.savefig(aside, dpi=110)
+    aside.replace(folder / "curves.png")
