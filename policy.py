@@ -9,9 +9,11 @@ from pathlib import Path
 import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.utils import logging
 
 from flags import UserError
 
+logging.disable_progress_bar()  # of loading and saving: they would tear the bar of the steps
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 

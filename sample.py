@@ -32,6 +32,12 @@ class Rollout:
     def response_lengths(self) -> Tensor:
         return self.lengths - self.prompt_lengths
 
+    def rows(self, index: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """(R,) row indices -> their ids (R, longest), prompt lengths (R,) and lengths (R,)"""
+        index = index.to(self.ids.device)
+        lengths = self.lengths[index]
+        return self.ids[index, : int(lengths.max())], self.prompt_lengths[index], lengths
+
     def responses(self, tokenizer) -> list[str]:
         """The response of each row as text, for rewards and people. Never tokenised again."""
         spans = zip(self.ids.tolist(), self.prompt_lengths.tolist(), self.lengths.tolist())

@@ -10,9 +10,12 @@ A new task is a function that returns a Task, and one line in TASKS.
 import hashlib
 import json
 import os
+import random
 import urllib.request
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from jinja2.exceptions import TemplateError
 from tqdm import tqdm
@@ -53,15 +56,24 @@ def digest(text: str) -> int:
 
 
 def hold_out(problems: list[Problem], share: float) -> tuple[list[Problem], list[Problem]]:
-    """-> (held out, the rest), both in the given order. Chosen by the hash of the prompt, so that the choice depends on
-    nothing else, shows no pattern (linear hashes do), and the same prompt twice is never on both sides."""
-    hashes = [digest(json.dumps(problem.prompt)) for problem in problems]
-    lowest = sorted(set(hashes))
-    border = lowest[max(1, round(share * len(lowest))) - 1]
-    return (
-        [problem for problem, value in zip(problems, hashes) if value <= border],
-        [problem for problem, value in zip(problems, hashes) if value > border],
-    )
+    """-> (held out, the rest), those held out in the order of their hashes, so that any first few are a fair sample.
+
+    Chosen by the hash of the prompt: the choice depends on nothing else and shows no pattern (a linear hash once held
+    out just the sums that end in 0), and the same prompt twice is never on both sides.
+    """
+    hashed = [(digest(json.dumps(problem.prompt)), problem) for problem in problems]
+    values = sorted({value for value, _ in hashed})
+    border = values[max(1, round(share * len(values))) - 1]
+    held = sorted((pair for pair in hashed if pair[0] <= border), key=lambda pair: pair[0])
+    return [problem for _, problem in held], [problem for value, problem in hashed if value > border]
+
+
+def stream(problems: list[Problem], start: int, count: int, seed: int) -> list[Problem]:
+    """`count` problems from place `start` of an endless sequence that passes through all of them, each time in another
+    order. It depends on its arguments alone, so a run that is resumed goes on with the problems it would have had."""
+    rounds = range(start // len(problems), (start + count - 1) // len(problems) + 1)
+    orders = {r: random.Random(f"{seed}/{r}").sample(range(len(problems)), len(problems)) for r in rounds}
+    return [problems[orders[i // len(problems)][i % len(problems)]] for i in range(start, start + count)]
 
 
 def add(data_dir: str) -> Task:
@@ -97,7 +109,7 @@ def gsm8k(data_dir: str) -> Task:
     """7,473 problems for training, of which 5 % are held out for validation, and 1,319 for testing (arXiv 2110.14168)."""
     files = [fetch(Path(data_dir or "data/gsm8k"), name, GSM8K_SHA256[name]) for name in ("train.jsonl", "test.jsonl")]
     train, test = ([Problem(line["question"], line["answer"].rpartition("####")[2].strip().replace(",", ""))
-                    for line in read_jsonl(file, {"question": str, "answer": str})] for file in files)
+                    for line in read_jsonl(file, {"question": is_text, "answer": is_text})] for file in files)
     validation, train = hold_out(train, 0.05)
     return Task("gsm8k", train, validation, test, reward="number", system=GSM8K_SYSTEM, plain=GSM8K_PLAIN)
 
@@ -111,7 +123,7 @@ def load_task(name: str, data_dir: str = "") -> Task:
         return TASKS[name](data_dir)
     if not name.endswith(".jsonl"):
         raise UserError(f"--task {name}: not one of {', '.join(TASKS)}, nor a .jsonl file")
-    lines = read_jsonl(Path(name), {"prompt": (str, list), "answer": (str, int, float)})
+    lines = read_jsonl(Path(name), {"prompt": is_prompt, "answer": is_answer})
     problems = [Problem(line["prompt"], str(line["answer"])) for line in lines]
     test, rest = hold_out(problems, 0.1)
     validation, train = hold_out(rest, 0.1) if rest else ([], [])
@@ -121,9 +133,26 @@ def load_task(name: str, data_dir: str = "") -> Task:
     return Task(Path(name).stem, train, validation, test, reward="number" if numbers else "exact")
 
 
-def read_jsonl(path: Path, fields: dict[str, type | tuple]) -> list[dict]:
-    """One object a line, with at least `fields` of those types. Empty lines are passed over; a byte-order mark too.
-    UserError names the file, and the line where there is one."""
+def is_text(value) -> bool:
+    return isinstance(value, str) and value != ""
+
+
+def is_answer(value) -> bool:
+    return is_text(value) or isinstance(value, (int, float))
+
+
+def is_prompt(value) -> bool:
+    """Text, or chat messages: {"role": text, "content": text} each"""
+    if not isinstance(value, list):
+        return is_text(value)
+    return value != [] and all(
+        isinstance(turn, dict) and is_text(turn.get("role")) and is_text(turn.get("content")) for turn in value
+    )
+
+
+def read_jsonl(path: Path, fields: dict[str, Callable[[Any], bool]]) -> list[dict]:
+    """One object a line, with at least the given fields, of which the functions approve. Empty lines are passed over,
+    a byte-order mark too. UserError names the file, and the line where there is one."""
     try:
         lines = path.read_text(encoding="utf-8-sig").split("\n")
     except UnicodeDecodeError as error:
@@ -140,8 +169,8 @@ def read_jsonl(path: Path, fields: dict[str, type | tuple]) -> list[dict]:
             raise UserError(f"{path}, line {number}: not JSON ({error})") from None
         if not isinstance(row, dict):
             raise UserError(f"{path}, line {number}: not an object with {' and '.join(fields)}")
-        for field, kind in fields.items():
-            if not isinstance(row.get(field), kind) or row[field] in ("", []):
+        for field, fits in fields.items():
+            if field not in row or not fits(row[field]):
                 raise UserError(f'{path}, line {number}: "{field}" is missing, empty or of the wrong type')
         rows.append(row)
     if not rows:

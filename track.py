@@ -124,6 +124,14 @@ def find_checkpoint(folder: Path) -> Path:
     return final
 
 
+def one_line(metrics: dict) -> str:
+    """A step for the screen."""
+    line = (f"step {metrics['step']:4d}  reward {metrics['reward']:.3f}  informative {metrics['informative']:.2f}  "
+            f"thinking {metrics['thinking']:.2f}  length {metrics['response_length']:.1f}  "
+            f"entropy {metrics['entropy']:.3f}  grad {metrics['grad_norm']:.2f}  {metrics['seconds']:.2f} s")
+    return line + (f"  held-out accuracy {metrics['eval_accuracy']:.3f}" if "eval_accuracy" in metrics else "")
+
+
 CURVES = {  # metric -> title of its panel
     "reward": "reward (mean of the step's responses)",
     "eval_accuracy": "accuracy on held-out problems, sampled",

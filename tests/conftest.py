@@ -1,0 +1,46 @@
+import os
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")  # before transformers is imported: no test may reach for a hub
+
+import pytest
+import torch
+
+import pretrain
+import tiny
+from policy import load_policy
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture(autouse=True)
+def own_folder(tmp_path, monkeypatch):
+    """Each test runs in an empty folder: runs/ and models/ of one are not seen by another."""
+    monkeypatch.chdir(tmp_path)
+
+
+@pytest.fixture(scope="session")
+def folders(tmp_path_factory):
+    """Model folders, made when first asked for: folders('llama')."""
+    made = {}
+
+    def folder(architecture, **changes):
+        key = architecture, *sorted(changes.items())
+        if key not in made:
+            made[key] = tiny.make_folder(tmp_path_factory.mktemp(architecture), architecture, **changes)
+        return str(made[key])
+
+    return folder
+
+
+@pytest.fixture
+def load(folders):
+    """(model, tokenizer) of an architecture, in float32 on the CPU."""
+    return lambda architecture, **changes: load_policy(folders(architecture, **changes), CPU)
+
+
+@pytest.fixture(scope="session")
+def base(tmp_path_factory):
+    """The built-in base model after a short schooling: it answers in digits, and is mostly wrong."""
+    folder = tmp_path_factory.mktemp("models") / "base"
+    pretrain.main(pretrain.Config(output=str(folder), steps=60, worked_steps=10, batch_size=64, device="cpu"))
+    return str(folder)

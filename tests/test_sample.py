@@ -1,0 +1,107 @@
+import pytest
+import tiny
+import torch
+
+from flags import UserError
+from policy import response_logprobs, stop_ids
+from sample import draw, generate
+
+PROMPTS = [[5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15, 16, 17], [300], [40, 41, 42], [77, 78, 79, 80, 81]]
+
+
+@pytest.mark.parametrize("architecture", tiny.ARCHITECTURES)
+def test_greedy_is_that_of_model_generate_on_prompts_of_mixed_length(load, architecture):
+    """Prompts of 13, 1, 3 and 5 tokens in one batch, against each of them alone in transformers' own generate: token for
+    token, with a sliding window of 8 in two of the architectures."""
+    model, tokenizer = load(architecture)
+    stop = [*stop_ids(model, tokenizer), *range(400, 420)]  # some more, so that rows end at different times
+    rollout = generate(model, PROMPTS, 1, 24, stop, [0] * 4, temperature=0.0)
+    for row, prompt in enumerate(PROMPTS):
+        expected = model.generate(torch.tensor([prompt]), attention_mask=torch.ones(1, len(prompt)), do_sample=False,
+                                  max_new_tokens=24, eos_token_id=stop, pad_token_id=0)[0].tolist()
+        assert rollout.ids[row, : rollout.lengths[row]].tolist() == expected
+        assert rollout.finished[row].item() == (expected[-1] in stop)
+    assert len(set(rollout.response_lengths.tolist())) > 1 or architecture == "gemma2"
+
+
+@pytest.mark.parametrize("architecture", tiny.ARCHITECTURES)
+def test_the_samplers_logprobs_are_the_learners(load, architecture):
+    model, tokenizer = load(architecture)
+    rollout = generate(model, PROMPTS, 3, 20, list(range(400, 440)), [1, 2, 3, 4], temperature=0.8)
+    with torch.no_grad():
+        learned = response_logprobs(model, rollout.ids, rollout.prompt_lengths, rollout.lengths, 0.8)
+    torch.testing.assert_close(rollout.logprobs, learned, atol=1e-5, rtol=0)
+    assert (rollout.logprobs < 0).sum() == rollout.response_lengths.sum()
+
+
+@pytest.mark.parametrize("architecture", ["llama", "gemma2"])
+def test_a_response_does_not_depend_on_its_neighbours(load, architecture):
+    """Alone, among longer prompts, in another place: the same tokens, sampled from the prompt's own seed."""
+    model, _ = load(architecture)
+    stop = list(range(400, 420))
+    together = generate(model, PROMPTS, 3, 20, stop, [1, 2, 3, 4])
+    backwards = generate(model, PROMPTS[::-1], 3, 20, stop, [4, 3, 2, 1])
+    for p, prompt in enumerate(PROMPTS):
+        alone = generate(model, [prompt], 3, 20, stop, [p + 1])
+        for g in range(3):
+            expected = alone.ids[g, : alone.lengths[g]].tolist()
+            for rollout, row in ((together, 3 * p + g), (backwards, 3 * (3 - p) + g)):
+                assert rollout.ids[row, : rollout.lengths[row]].tolist() == expected
+
+
+def test_responses_of_a_group_differ_and_seeds_matter(load):
+    model, _ = load("llama")
+    first = generate(model, [[5, 6]], 8, 10, [], [1])
+    assert len(set(map(tuple, first.ids.tolist()))) == 8
+    assert not torch.equal(first.ids, generate(model, [[5, 6]], 8, 10, [], [2]).ids)
+    assert torch.equal(first.ids, generate(model, [[5, 6]], 8, 10, [], [1]).ids)
+
+
+def test_a_prompt_is_run_once_for_its_group(load):
+    """One prefill of P rows, whatever G; then a step of the rows still going for each token, fewer as they end."""
+    model, _ = load("llama")
+    shapes = []
+    hook = model.model.embed_tokens.register_forward_hook(lambda module, args, out: shapes.append(tuple(args[0].shape)))
+    rollout = generate(model, PROMPTS, 6, 30, list(range(100, 160)), [1, 2, 3, 4])
+    hook.remove()
+    assert shapes[0] == (4, 12)  # without the last token
+    assert shapes[1] == (24, 1) and all(width == 1 for _, width in shapes[1:])
+    assert len(shapes) - 1 == rollout.response_lengths.max()
+    assert shapes[-1][0] < 12  # rows that had ended were dropped
+
+
+def test_the_stop_token_ends_a_response_and_belongs_to_it(load):
+    model, _ = load("llama")
+    stop = list(range(100, 160))
+    rollout = generate(model, PROMPTS, 8, 12, stop, [1, 2, 3, 4])
+    assert 0 < rollout.finished.sum() < 32
+    for row in range(32):
+        start, end = rollout.prompt_lengths[row], rollout.lengths[row]
+        response = rollout.ids[row, start:end].tolist()
+        assert (response[-1] in stop) == rollout.finished[row].item()
+        assert not set(response[:-1]) & set(stop)
+        assert rollout.finished[row] or len(response) == 12
+        assert not rollout.ids[row, end:].any() and not rollout.logprobs[row, len(response) :].any()
+
+
+def test_draws_follow_the_distribution_and_never_have_probability_zero():
+    """20,000 draws of 6 tokens against their probabilities: chi-square of 3 degrees under 16.3 (p 0.001); the draws
+    0 and just under 1 must not fall on the tokens of probability 0 at either end."""
+    logits = torch.tensor([-float("inf"), 0.0, 1.0, -1.0, 2.0, -float("inf")])
+    uniform = torch.rand(20_000, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    uniform[0], uniform[1] = 0.0, 1 - 2**-53
+    token, logprob = draw(logits.expand(20_000, 6), 0.5, uniform)
+    probabilities = (logits / 0.5).softmax(0)
+    torch.testing.assert_close(logprob, probabilities.log()[token])
+    counts = token.bincount(minlength=6)
+    assert counts[0] == counts[5] == 0
+    expected = 20_000 * probabilities[1:5]
+    assert ((counts[1:5] - expected) ** 2 / expected).sum() < 16.3
+
+
+def test_prompts_that_do_not_fit_are_refused(load):
+    model, _ = load("llama")
+    with pytest.raises(UserError, match=r"13 tokens and --max_new_tokens 1524 do not fit .* context of 1536"):
+        generate(model, PROMPTS, 1, 1524, [], [0] * 4)
+    with pytest.raises(UserError, match="a prompt is empty"):
+        generate(model, [[1], []], 1, 4, [], [0] * 2)
