@@ -8,8 +8,8 @@
 import math
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
-import torch
 from tqdm import tqdm
 from transformers import PreTrainedModel
 from transformers.hf_argparser import HfArg
@@ -41,7 +41,6 @@ def evaluate(
     max_new_tokens: int,
     seed: int = 0,
     batch_size: int = 256,
-    progress: bool = False,
 ) -> dict:
     """One response to each problem, scored by the task's own rule (whatever reward a run learns from).
 
@@ -49,7 +48,7 @@ def evaluate(
     A problem's draws come from its own seed, so the numbers do not depend on batch_size.
     """
     reward, rewards, responses, lengths, finished = load_reward(task.reward), [], [], [], []
-    for start in tqdm(range(0, len(problems), batch_size), desc="evaluating", disable=not progress, leave=False):
+    for start in tqdm(range(0, len(problems), batch_size), desc="evaluating", leave=False):
         batch = problems[start : start + batch_size]
         seeds = [digest(f"{seed}/{problem.prompt}") for problem in batch]
         rollout = generate(model, [prompt_ids(task, problem, tokenizer) for problem in batch], 1, max_new_tokens,
@@ -100,32 +99,30 @@ class Config:
     max_new_tokens: int = HfArg(default=0, help="tokens after which a response is cut; 0 takes the run's, or 512")
     batch_size: int = HfArg(default=256, help="problems at once")
     seed: int = HfArg(default=0, help="same seed, same responses")
-    device: str = HfArg(default="auto", help="cuda, mps, cpu, or auto: the first of them that is there")
-    dtype: str = HfArg(default="auto", help="float32, bfloat16, or auto: bfloat16 on cuda, float32 elsewhere")
+    device: Literal["auto", "cuda", "mps", "cpu"] = HfArg(default="auto", help="auto: the first of these that is there")
+    dtype: Literal["auto", "float32", "bfloat16"] = HfArg(default="auto", help="auto: bfloat16 on cuda, else float32")
 
 
 def main(config: Config, models: list[str]) -> None:
-    device, columns = pick_device(config.device), {}
+    device = pick_device(config.device)
     for name in models:
-        run = track.read_config(Path(name)) if (Path(name) / "config.json").exists() and (
-            Path(name) / "metrics.jsonl").exists() else {}
+        run = track.read_config(Path(name)) if track.is_run(Path(name)) else {}
         task_name = config.task or run.get("task") or ""
         if not task_name:
             raise UserError(f"--task: {name} is no run that brings a task of its own, name one: add, gsm8k, a .jsonl")
         task = load_task(task_name, config.data_dir or run.get("data_dir", ""))
-        problems = task.test[: config.limit or None]
+        problems, columns = task.test[: config.limit or None], {}
+        limit = config.max_new_tokens or run.get("max_new_tokens", 512)
         for label in [run["model"], name] if run else [name]:
             policy, tokenizer = load_policy(label, device, config.dtype)
-            limit = config.max_new_tokens or run.get("max_new_tokens", 512)
             columns[label] = {
-                kind: evaluate(policy, tokenizer, task, problems, temperature, limit, config.seed, config.batch_size, True)
+                kind: evaluate(policy, tokenizer, task, problems, temperature, limit, config.seed, config.batch_size)
                 for kind, temperature in (("greedy", 0.0), ("sampled", config.temperature))
             }
         print(f"\n{len(problems)} test problems of {task.name}; 95 % Wilson intervals; sampled at temperature "
               f"{config.temperature:g}\n\n{table(columns)}")
-        columns = {}
 
 
 if __name__ == "__main__":
-    with torch.no_grad():
-        run_script(main, Config, __doc__, models=dict(nargs="+", help="model folders, run folders or Hugging Face names"))
+    help = "model folders, run folders or Hugging Face names"
+    run_script(main, Config, __doc__, models=dict(nargs="+", help=help))

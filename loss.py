@@ -3,8 +3,8 @@
     L = - sum over rows and tokens of  w_row * log pi(token) / denominator
 
 With one update per rollout the gradients of PPO, GRPO and their kin are all -w * grad log pi: they differ in the
-weights w (NORMALISERS), in the rows that count (FILTERS) and in the denominator (AGGREGATIONS). Each is a small function
-chosen by name; to try your own, write one and add it to its table.
+weights w (NORMALISERS), in the rows that count (FILTERS) and in the denominator (AGGREGATIONS). Each is a small
+function chosen by name; to try your own, write one and add it to its table.
 """
 
 import torch

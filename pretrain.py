@@ -12,9 +12,9 @@ that out. (Shown the mix from the start, it takes twice as long to learn the wor
 
 import os
 import random
-from pathlib import Path
-
 from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
 
 import torch
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers
@@ -37,7 +37,7 @@ class Config:
     thinking: float = HfArg(default=0.3, help="share of worked examples in the mix")
     mistakes: float = HfArg(default=0.6, help="share of the others in the mix that are wrong by one in one digit")
     seed: int = HfArg(default=0, help="same seed, same model")
-    device: str = HfArg(default="auto", help="cuda, mps, cpu, or auto: the first of them that is there")
+    device: Literal["auto", "cuda", "mps", "cpu"] = HfArg(default="auto", help="auto: the first of these that is there")
 
 
 def make_tokenizer() -> PreTrainedTokenizerFast:

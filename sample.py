@@ -7,6 +7,7 @@
 """
 
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -15,7 +16,7 @@ from transformers.hf_argparser import HfArg
 
 from flags import UserError, run_script
 from policy import context_length, load_policy, pick_device, stop_ids
-from tasks import Problem, Task, digest, prompt_ids
+from tasks import Problem, Task, prompt_ids
 
 
 @dataclass
@@ -138,7 +139,7 @@ def cache_positions(prompt_lengths: Tensor, longest: int, N: int) -> Tensor:
 
 
 def attention_masks(model: PreTrainedModel, key_positions: Tensor, positions: Tensor) -> Tensor | dict[str, Tensor]:
-    """(R, C) positions of the keys, (R,) of the queries -> additive mask (R, 1, 1, C): 0 to see, else the lowest number.
+    """(R, C) positions of the keys, (R,) of the queries -> additive mask (R, 1, 1, C): 0 where it may look.
 
     Models that mix kinds of layers take one mask for each kind; a sliding window counts positions, not columns.
     """
@@ -159,8 +160,8 @@ def check_room(model: PreTrainedModel, prompts: list[list[int]], max_new_tokens:
     if min(map(len, prompts)) == 0:
         raise UserError("a prompt is empty: the model needs at least one token to go on from")
     if room is not None and longest + max_new_tokens > room:
-        raise UserError(f"a prompt of {longest} tokens and --max_new_tokens {max_new_tokens} do not fit into the model's "
-                        f"context of {room}: lower the flag, or leave that prompt out")
+        raise UserError(f"a prompt of {longest} tokens and --max_new_tokens {max_new_tokens} do not fit into the "
+                        f"model's context of {room}: lower the flag, or leave that prompt out")
 
 
 @dataclass(frozen=True)
@@ -169,7 +170,7 @@ class Config:
     temperature: float = HfArg(default=1.0, help="0 takes the likeliest token, 1 samples from the model as it is")
     max_new_tokens: int = HfArg(default=256, help="tokens after which a response is cut")
     seed: int = HfArg(default=0, help="same seed, same responses")
-    device: str = HfArg(default="auto", help="cuda, mps, cpu, or auto: the first of them that is there")
+    device: Literal["auto", "cuda", "mps", "cpu"] = HfArg(default="auto", help="auto: the first of these that is there")
 
 
 def main(config: Config, model: str, prompt: str) -> None:

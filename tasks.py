@@ -106,7 +106,7 @@ Answer:"""
 
 
 def gsm8k(data_dir: str) -> Task:
-    """7,473 problems for training, of which 5 % are held out for validation, and 1,319 for testing (arXiv 2110.14168)."""
+    """7,473 problems to train, of which 5 % are held out to validate, and 1,319 to test (arXiv 2110.14168)."""
     files = [fetch(Path(data_dir or "data/gsm8k"), name, GSM8K_SHA256[name]) for name in ("train.jsonl", "test.jsonl")]
     train, test = ([Problem(line["question"], line["answer"].rpartition("####")[2].strip().replace(",", ""))
                     for line in read_jsonl(file, {"question": is_text, "answer": is_text})] for file in files)

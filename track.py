@@ -65,6 +65,10 @@ def record_start(folder: Path, config, device: torch.device) -> None:
         shutil.copy(script, folder / "code")
 
 
+def is_run(folder: Path) -> bool:
+    return (folder / "config.json").exists() and (folder / "code").is_dir()
+
+
 def read_config(folder: Path) -> dict:
     """The flags of a run. UserError if `folder` holds none."""
     try:
@@ -87,7 +91,7 @@ def append(path: Path, rows: list[dict]) -> None:
 
 
 def read_rows(path: Path) -> list[dict]:
-    """The whole lines of a .jsonl file that exists; a line cut short by a crash can only be the last, and is left out."""
+    """The whole lines of a .jsonl file, if it exists. One cut short by a crash can only be the last: it is left out."""
     lines = path.read_text().split("\n")[:-1] if path.exists() else []
     return [json.loads(line) for line in lines]
 
@@ -130,6 +134,12 @@ def one_line(metrics: dict) -> str:
             f"thinking {metrics['thinking']:.2f}  length {metrics['response_length']:.1f}  "
             f"entropy {metrics['entropy']:.3f}  grad {metrics['grad_norm']:.2f}  {metrics['seconds']:.2f} s")
     return line + (f"  held-out accuracy {metrics['eval_accuracy']:.3f}" if "eval_accuracy" in metrics else "")
+
+
+def shorten(text: str | list, limit: int = 300) -> str:
+    """One line for the screen: white space folded, at most `limit` characters."""
+    line = " ".join((text if isinstance(text, str) else json.dumps(text)).split())
+    return line if len(line) <= limit else f"{line[: limit - 3]}..."
 
 
 CURVES = {  # metric -> title of its panel

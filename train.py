@@ -9,7 +9,7 @@
 import json
 import random
 import time
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
@@ -20,7 +20,7 @@ from transformers.hf_argparser import HfArg
 import pretrain
 import track
 from eval import evaluate, table
-from flags import UserError, parse, run_script
+from flags import UserError, run_script
 from loss import AGGREGATIONS, BASELINED, FILTERS, LOSSES, NORMALISERS
 from policy import Optimizer, load_policy, micro_batches, pick_device, response_logprobs, save_policy, stop_ids
 from reward import load_reward, score
@@ -33,7 +33,7 @@ BASE = "models/add"
 @dataclass(frozen=True)
 class Config:
     # what is learnt, by what
-    model: str = HfArg(default=BASE, help="Hugging Face name, model folder or run folder; the default is built if missing")
+    model: str = HfArg(default=BASE, help="Hugging Face name, model or run folder; the default is built if missing")
     task: str = HfArg(default="add", help="add, gsm8k, or a .jsonl file with a prompt and an answer a line")
     data_dir: str = HfArg(default="", help="folder with the task's files, if it needs some (gsm8k: data/gsm8k)")
     reward: str = HfArg(default="", help="exact, number, or another name in reward.py; default: the task's own rule")
@@ -63,7 +63,7 @@ class Config:
     runs_dir: str = HfArg(default="runs", help="folder of the runs")
     resume: bool = HfArg(default=False, help="go on with run --name from its checkpoint, with its flags")
     seed: int = HfArg(default=0, help="same seed, same run (on a CPU to the last bit)")
-    device: str = HfArg(default="auto", help="cuda, mps, cpu, or auto: the first of them that is there")
+    device: Literal["auto", "cuda", "mps", "cpu"] = HfArg(default="auto", help="auto: the first of these that is there")
     dtype: Literal["auto", "float32", "bfloat16"] = HfArg(default="auto", help="auto: bfloat16 on cuda, else float32")
 
 
@@ -244,9 +244,11 @@ def report(run: Path, task: Task, problems: list[Problem], after: dict) -> None:
     print(f"\n{len(problems)} held-out problems of task {task.name}, 95 % Wilson intervals\n")
     print(table({"before": before, "after": after}))
     for i, problem in enumerate(problems[:3]):
-        print(f"\n{problem.prompt}\n  before: {before['sampled']['responses'][i]}\n"
-              f"  after:  {after['sampled']['responses'][i]}")
-    print(f"\n{run}/: curves.png, metrics.jsonl, samples.jsonl, checkpoint/ (a Hugging Face folder), config.json, code/")
+        print(f"\n{track.shorten(problem.prompt)}")
+        for label, column in (("before:", before), ("after: ", after)):
+            print(f"  {label} {track.shorten(column['sampled']['responses'][i])}")
+    print(f"\n{run}/: curves.png, metrics.jsonl, samples.jsonl, checkpoint/ (a Hugging Face folder), config.json, "
+          f"code/\n\n    python eval.py {run}      # on the test problems, which training has not touched")
 
 
 if __name__ == "__main__":

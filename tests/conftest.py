@@ -1,12 +1,14 @@
 import os
 
-os.environ.setdefault("HF_HUB_OFFLINE", "1")  # before transformers is imported: no test may reach for a hub
+# before torch and transformers are imported, and for the scripts that tests start
+os.environ["HF_HUB_OFFLINE"] = "1"  # no test may reach for a hub
+os.environ["OMP_NUM_THREADS"] = "1"  # tiny matrices, and two threads on a busy machine wait for each other
 
 import pytest
+import tiny
 import torch
 
 import pretrain
-import tiny
 from policy import load_policy
 
 CPU = torch.device("cpu")

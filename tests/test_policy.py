@@ -61,7 +61,7 @@ def gradient(model, rollout, weights, tokens):
 @pytest.mark.parametrize("architecture", ["llama", "gemma2", "gpt2"])
 def test_gradients_do_not_depend_on_the_micro_batch_size(load, architecture):
     """Each micro-batch divided by its own token count is the mistake this keeps out."""
-    model, tokenizer = load(architecture)
+    model, _ = load(architecture)
     rollout = generate(model, [[5, 6, 7], [8], [9, 10]], 4, 12, list(range(300, 340)), [1, 2, 3])
     assert len(set(rollout.response_lengths.tolist())) > 3  # else any split would do
     weights = torch.linspace(-1, 2, 12)

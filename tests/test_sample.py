@@ -11,8 +11,8 @@ PROMPTS = [[5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15, 16, 17], [300], [40, 41, 42],
 
 @pytest.mark.parametrize("architecture", tiny.ARCHITECTURES)
 def test_greedy_is_that_of_model_generate_on_prompts_of_mixed_length(load, architecture):
-    """Prompts of 13, 1, 3 and 5 tokens in one batch, against each of them alone in transformers' own generate: token for
-    token, with a sliding window of 8 in two of the architectures."""
+    """Prompts of 13, 1, 3 and 5 tokens in one batch, against each of them alone in transformers' own generate: token
+    for token, with a sliding window of 8 in two of the architectures."""
     model, tokenizer = load(architecture)
     stop = [*stop_ids(model, tokenizer), *range(400, 420)]  # some more, so that rows end at different times
     rollout = generate(model, PROMPTS, 1, 24, stop, [0] * 4, temperature=0.0)
@@ -26,7 +26,7 @@ def test_greedy_is_that_of_model_generate_on_prompts_of_mixed_length(load, archi
 
 @pytest.mark.parametrize("architecture", tiny.ARCHITECTURES)
 def test_the_samplers_logprobs_are_the_learners(load, architecture):
-    model, tokenizer = load(architecture)
+    model, _ = load(architecture)
     rollout = generate(model, PROMPTS, 3, 20, list(range(400, 440)), [1, 2, 3, 4], temperature=0.8)
     with torch.no_grad():
         learned = response_logprobs(model, rollout.ids, rollout.prompt_lengths, rollout.lengths, 0.8)

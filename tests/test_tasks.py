@@ -28,7 +28,7 @@ def eval_sum(prompt):
 
 def test_splits_of_add_show_no_pattern():
     """A linear hash once made a test split in which every sum ended in 0. Each last digit of the sums, and of either
-    number, must come up about as often as any other: 81 of 810 expected, chi-square of 9 degrees under 27.9 (p 0.001)."""
+    number, must come up about as often as any other: 81 of 810 expected (chi-square of 9 degrees under 27.9)."""
     task = load_task("add")
     for split in (task.test, task.validation, task.validation[:200]):
         for digit in (lambda p: p.answer[-1], lambda p: p.prompt[1], lambda p: p.prompt[4], lambda p: p.prompt[0]):
@@ -76,7 +76,7 @@ def test_a_bad_line_is_named(line, message):
 
 
 def test_unknown_task_missing_file_and_too_few_lines():
-    with pytest.raises(UserError, match="--task gms8k: not one of add, gsm8k, nor a .jsonl file"):
+    with pytest.raises(UserError, match=r"--task gms8k: not one of add, gsm8k, nor a \.jsonl file"):
         load_task("gms8k")
     with pytest.raises(UserError, match=r"gone.jsonl: cannot be read: No such file"):
         load_task("gone.jsonl")
@@ -135,7 +135,7 @@ def test_gsm8k_of_a_wrong_content_is_not_written(server):
 
 
 def test_gsm8k_that_cannot_be_fetched_says_what_to_do(server):
-    with pytest.raises(UserError, match="cannot be fetched .* --data_dir"):
+    with pytest.raises(UserError, match=r"cannot be fetched .* --data_dir"):
         load_task("gsm8k")
 
 
@@ -147,7 +147,7 @@ def test_prompts_go_through_the_chat_template_where_there_is_one(load):
     text = tokenizer.decode(prompt_ids(TASK, Problem("2+2?", "4"), tokenizer))
     assert text == ("<|im_start|>system\nBe brief.<|im_end|>\n<|im_start|>user\n2+2?<|im_end|>\n"
                     "<|im_start|>assistant\n")
-    messages = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "yo"}, {"role": "user", "content": "?"}]
+    messages = [{"role": role, "content": "hi"} for role in ("user", "assistant", "user")]
     assert tokenizer.decode(prompt_ids(TASK, Problem(messages, ""), tokenizer)).count("<|im_start|>") == 4
 
 
