@@ -53,7 +53,7 @@ def parse(
         for action in parser._actions:
             action.default = argparse.SUPPRESS  # what is in the namespace now was on the command line
         given = vars(parser.parse_args(argv))
-        values |= {name: value for name, value in fill(given).items() if name not in given}
+        values |= {name: value for name, value in fill(given).items() if name in values and name not in given}
     return config_class(**values), named
 
 

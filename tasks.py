@@ -14,6 +14,7 @@ import random
 import urllib.request
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -68,12 +69,16 @@ def hold_out(problems: list[Problem], share: float) -> tuple[list[Problem], list
     return [problem for _, problem in held], [problem for value, problem in hashed if value > border]
 
 
+@lru_cache(maxsize=2)
+def shuffled(n: int, seed: int, lap: int) -> list[int]:
+    return random.Random(f"{seed}/{lap}").sample(range(n), n)
+
+
 def stream(problems: list[Problem], start: int, count: int, seed: int) -> list[Problem]:
     """`count` problems from place `start` of an endless sequence that passes through all of them, each time in another
     order. It depends on its arguments alone, so a run that is resumed goes on with the problems it would have had."""
-    rounds = range(start // len(problems), (start + count - 1) // len(problems) + 1)
-    orders = {r: random.Random(f"{seed}/{r}").sample(range(len(problems)), len(problems)) for r in rounds}
-    return [problems[orders[i // len(problems)][i % len(problems)]] for i in range(start, start + count)]
+    n = len(problems)
+    return [problems[shuffled(n, seed, place // n)[place % n]] for place in range(start, start + count)]
 
 
 def add(data_dir: str) -> Task:

@@ -55,12 +55,12 @@ def record_start(folder: Path, config, device: torch.device) -> None:
         "versions": {"python": platform.python_version(), "torch": torch.__version__,
                      "transformers": transformers.__version__, "tokenizers": tokenizers.__version__,
                      "matplotlib": matplotlib.__version__},
-        "device": torch.cuda.get_device_name() if device.type == "cuda" else f"{device} ({platform.processor()})",
+        "device": torch.cuda.get_device_name() if device.type == "cuda" else f"{device} ({platform.machine()})",
         "threads": torch.get_num_threads(),
         "git_commit": commit or None,
         "started": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
     })
-    (folder / "code").mkdir()
+    (folder / "code").mkdir(exist_ok=True)
     for script in HERE.glob("*.py"):
         shutil.copy(script, folder / "code")
 

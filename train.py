@@ -115,39 +115,38 @@ def main(config: Config) -> Path:
     device = pick_device(config.device)
     task = load_task(config.task, config.data_dir)
     reward, truth = load_reward(config.reward or task.reward), load_reward(task.reward)
-    if config.model == BASE and not Path(BASE).exists():
+    run = Path(config.runs_dir) / config.name
+    source = str(track.find_checkpoint(run)) if config.resume else config.model
+    if source == BASE and not Path(BASE).exists():
         pretrain.main(pretrain.Config(output=BASE, device=config.device))
-    policy, tokenizer = load_policy(config.model, device, config.dtype)
+    policy, tokenizer = load_policy(source, device, config.dtype)
+    optimizer, stop = Optimizer(policy, config.weight_decay), stop_ids(policy, tokenizer)
     if config.lr == 0:
         config = replace(config, lr=2e-4 if policy.num_parameters() < 10e6 else 1e-6)
     longest = sorted(task.train + task.validation, key=lambda problem: len(str(problem.prompt)))[-16:]
     check_room(policy, [prompt_ids(task, problem, tokenizer) for problem in longest], config.max_new_tokens)
-    stop, first_step, drawn = stop_ids(policy, tokenizer), 1, 0
     held_out = task.validation[: config.eval_problems]
 
     def measure(temperature: float) -> dict:
         return evaluate(policy, tokenizer, task, held_out, temperature, config.max_new_tokens)
 
     if config.resume:
-        run = Path(config.runs_dir) / config.name
-        checkpoint = track.find_checkpoint(run)
-        policy, tokenizer = load_policy(str(checkpoint), device, config.dtype)
-        optimizer = Optimizer(policy, config.weight_decay)
-        state = torch.load(checkpoint / "state.pt", weights_only=True, map_location="cpu")
+        state = torch.load(Path(source) / "state.pt", weights_only=True, map_location="cpu")
         optimizer.load_state_dict(state["optimizer"])
         torch.set_rng_state(state["torch_rng"])
         random.setstate(state["python_rng"])
         first_step, drawn = state["step"] + 1, state["drawn"]
+        if first_step > config.steps:
+            raise UserError(f"--resume: {run} has done its {config.steps} steps, give it more by --steps")
         track.rewind(run, state["step"])
     else:
-        optimizer = Optimizer(policy, config.weight_decay)
-        run = track.new_run(config.runs_dir, config.name, config.task)
+        run, first_step, drawn = track.new_run(config.runs_dir, config.name, config.task), 1, 0
         config = replace(config, name=run.name)
-        track.record_start(run, config, device)
-        if held_out:
-            track.write_json(run / "before.json", {"greedy": measure(0.0), "sampled": measure(config.temperature)})
         torch.manual_seed(config.seed)  # nothing of ours draws from these two, a reward of yours may
         random.seed(config.seed)
+    track.record_start(run, replace(config, resume=False), device)
+    if held_out and not config.resume:
+        track.write_json(run / "before.json", {"greedy": measure(0.0), "sampled": measure(config.temperature)})
 
     bar = tqdm(range(first_step, config.steps + 1), initial=first_step - 1, total=config.steps, dynamic_ncols=True)
     for step in bar:
@@ -214,8 +213,8 @@ def main(config: Config) -> Path:
         }
         last = step == config.steps
         if held_out and (last or step % config.eval_every == 0):
-            sampled = measure(config.temperature)
-            metrics |= {"eval_accuracy": sampled["accuracy"], "eval_interval": sampled["interval"]}
+            after = measure(config.temperature)
+            metrics |= {"eval_accuracy": after["accuracy"], "eval_interval": after["interval"]}
         track.append(run / "metrics.jsonl", [metrics])
         track.append(run / "samples.jsonl", [
             {"step": step, "prompt": columns[0][b], "response": responses[b], "answer": columns[2][b],
@@ -232,23 +231,23 @@ def main(config: Config) -> Path:
         bar.set_postfix(reward=f"{metrics['reward']:.3f}", length=f"{metrics['response_length']:.1f}")
         tqdm.write(track.one_line(metrics))
 
-    if held_out:
-        report(run, task, held_out, {"greedy": measure(0.0), "sampled": measure(config.temperature)})
+    if held_out and (run / "before.json").exists():
+        track.write_json(run / "after.json", {"greedy": measure(0.0), "sampled": after})
+        report(run, task, held_out)
+    print(f"\n{run}/: curves.png, metrics.jsonl, samples.jsonl, checkpoint/ (a Hugging Face folder), config.json, code/"
+          f"\n\n    python eval.py {run}      # on the test problems, which training has not touched")
     return run
 
 
-def report(run: Path, task: Task, problems: list[Problem], after: dict) -> None:
-    """Prints what training changed on held-out problems, three of them in full, and where everything is."""
-    before = json.loads((run / "before.json").read_text())
-    track.write_json(run / "after.json", after)
+def report(run: Path, task: Task, problems: list[Problem]) -> None:
+    """Prints what training changed on held-out problems, and three of them in full."""
+    before, after = (json.loads((run / f"{when}.json").read_text()) for when in ("before", "after"))
     print(f"\n{len(problems)} held-out problems of task {task.name}, 95 % Wilson intervals\n")
     print(table({"before": before, "after": after}))
     for i, problem in enumerate(problems[:3]):
         print(f"\n{track.shorten(problem.prompt)}")
         for label, column in (("before:", before), ("after: ", after)):
             print(f"  {label} {track.shorten(column['sampled']['responses'][i])}")
-    print(f"\n{run}/: curves.png, metrics.jsonl, samples.jsonl, checkpoint/ (a Hugging Face folder), config.json, "
-          f"code/\n\n    python eval.py {run}      # on the test problems, which training has not touched")
 
 
 if __name__ == "__main__":

@@ -113,6 +113,8 @@ def test_resumed_equals_straight_to_the_last_bit(base, monkeypatch):
     resumed = train.main(config("--name", "cut", "--resume"))
     assert metrics_of(resumed) == metrics_of(straight)
     assert track.read_rows(resumed / "samples.jsonl") == track.read_rows(straight / "samples.jsonl")
+    with pytest.raises(UserError, match="has done its 8 steps"):
+        train.main(config("--name", "cut", "--resume"))
     weights = [(folder / "checkpoint" / "model.safetensors").read_bytes() for folder in (straight, resumed)]
     assert weights[0] == weights[1]
 
