@@ -43,11 +43,12 @@ def load_policy(
         model = AutoModelForCausalLM.from_pretrained(name, dtype=DTYPES[dtype], use_safetensors=True)
     except (OSError, ValueError) as error:
         raise UserError(f"--model {name}: cannot be loaded as a causal language model: {first_line(error)}") from None
+    if Path(name).is_dir() and not any(Path(name).glob("tokenizer*")):  # transformers would make an empty one
+        raise UserError(f"--model {name}: there is no tokenizer in the folder, save the model's tokenizer there too")
     try:
         tokenizer = AutoTokenizer.from_pretrained(name)
-        assert len(tokenizer) > 0
-    except (OSError, ValueError, AssertionError) as error:
-        raise UserError(f"--model {name}: no tokenizer can be loaded from it: {first_line(error)}") from None
+    except (OSError, ValueError) as error:
+        raise UserError(f"--model {name}: its tokenizer cannot be loaded: {first_line(error)}") from None
     if tokenizer.eos_token_id is None:
         raise UserError(f"--model {name}: its tokenizer has no end-of-text token (eos_token), responses could not end")
     model.config.use_cache = True

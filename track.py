@@ -153,27 +153,28 @@ CURVES = {  # metric -> title of its panel
 
 
 def plot(folder: Path) -> None:
-    """Draws curves.png from metrics.jsonl: each step thin, the running mean of 10 steps thick."""
+    """Draws curves.png from metrics.jsonl: each step thin, the mean of the steps around it thick."""
     rows = read_rows(folder / "metrics.jsonl")
+    if (folder / "before.json").exists():  # held-out accuracy starts where the base model stands
+        before = json.loads((folder / "before.json").read_text())["sampled"]
+        rows.insert(0, {"step": 0, "eval_accuracy": before["accuracy"], "eval_interval": before["interval"]})
     figure = Figure(figsize=(11, 5.5), layout="constrained")
     for panel, (metric, title) in zip(figure.subplots(2, 3).flat, CURVES.items()):
-        points = [(row["step"], row[metric]) for row in rows if row.get(metric) is not None]
         panel.set_title(title, fontsize=10)
         panel.grid(alpha=0.3)
         panel.set_xlabel("step", fontsize=9)
-        if metric in ("reward", "eval_accuracy", "thinking") and all(0 <= value <= 1 for _, value in points):
-            panel.set_ylim(-0.03, 1.03)
-        if not points:
-            continue
-        steps, values = zip(*points)
-        if metric == "eval_accuracy":
-            low, high = zip(*(row["eval_interval"] for row in rows if row.get(metric) is not None))
+        shown = [row for row in rows if metric in row]
+        steps, values = [row["step"] for row in shown], [row[metric] for row in shown]
+        if metric == "eval_accuracy" and shown:
+            low, high = zip(*(row["eval_interval"] for row in shown))
             panel.fill_between(steps, low, high, color="C0", alpha=0.2, linewidth=0)
             panel.plot(steps, values, "o-", color="C0", markersize=4)
         else:
-            windows = [values[max(0, i - 9) : i + 1] for i in range(len(values))]
+            windows = [values[max(0, i - 3) : i + 4] for i in range(len(values))]
             panel.plot(steps, values, color="C0", alpha=0.35, linewidth=1)
             panel.plot(steps, [sum(window) / len(window) for window in windows], color="C0", linewidth=2)
+        if metric in ("reward", "eval_accuracy", "thinking") and all(0 <= value <= 1 for value in values):
+            panel.set_ylim(-0.03, 1.03)
     figure.suptitle(folder.name, fontsize=11)
     aside = folder / "curves.part.png"
     figure.savefig(aside, dpi=110)

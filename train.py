@@ -67,7 +67,7 @@ class Config:
     dtype: Literal["auto", "float32", "bfloat16"] = HfArg(default="auto", help="auto: bfloat16 on cuda, else float32")
 
 
-PRESETS = {"add": dict(prompts_per_step=32, max_new_tokens=32, steps=100, eval_problems=500)}
+PRESETS = {"add": dict(prompts_per_step=32, max_new_tokens=32, steps=100, eval_every=10, eval_problems=500)}
 HELP = __doc__ + "".join(
     f"\n--task {task} means, unless given:" + "".join(f" --{flag} {value}" for flag, value in flags.items()) + "\n"
     for task, flags in PRESETS.items()
