@@ -17,10 +17,19 @@ class UserError(Exception):
 
 
 class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
-    """Keeps the line breaks of the docstring and names the default of every flag that has one."""
+    """Keeps the line breaks of the docstring, one spelling of each flag, and the default of every flag that has one."""
+
+    def __init__(self, prog: str):
+        super().__init__(prog, max_help_position=30)
 
     def _get_help_string(self, action):
         return action.help if action.default in (None, "") else super()._get_help_string(action)
+
+    def _format_action_invocation(self, action):
+        if not action.option_strings or action.nargs == 0:
+            return super()._format_action_invocation(action)
+        kind = {int: "N", float: "X"}.get(action.type, "") or ("" if action.choices or action.nargs == "?" else "TEXT")
+        return f"{action.option_strings[0]} {kind or '|'.join(map(str, action.choices or []))}"
 
 
 def parse(

@@ -35,6 +35,8 @@ def load_policy(
     dtype: a key of DTYPES, or 'auto': bfloat16 on cuda, float32 elsewhere
     UserError: nothing there to load, no tokenizer, no end-of-text token.
     """
+    if name.startswith(("/", "./", "../", "~", "runs/", "models/")) and not Path(name).is_dir():
+        raise UserError(f"--model {name}: there is no such folder")  # rather than ask the hub for it
     if (Path(name) / "checkpoint").is_dir():
         name = str(Path(name) / "checkpoint")
     if dtype == "auto":

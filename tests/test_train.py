@@ -185,6 +185,7 @@ def test_flags_not_given_suit_the_task_and_given_ones_stay():
         (["--lr", "-1"], "--lr -1.0: must not be below 0"),
         (["--device", "tpu"], "argument --device: invalid choice: 'tpu'"),
         (["--model", "no/such/folder"], "--model no/such/folder: cannot be loaded"),
+    (["--model", "./no/such"], "--model ./no/such: there is no such folder"),
         (["--max_new_tokens", "200"], "do not fit into the model's context of 128"),
         (["--resume"], "--resume: say which run"),
         (["--resume", "--name", "gone"], "runs/gone: no run there"),
