@@ -2,6 +2,7 @@ import pytest
 import tiny
 import torch
 
+import sample
 from flags import UserError
 from policy import response_logprobs, stop_ids
 from sample import draw, generate
@@ -90,13 +91,57 @@ def test_draws_follow_the_distribution_and_never_have_probability_zero():
     logits = torch.tensor([-float("inf"), 0.0, 1.0, -1.0, 2.0, -float("inf")])
     uniform = torch.rand(20_000, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
     uniform[0], uniform[1] = 0.0, 1 - 2**-53
-    token, logprob = draw(logits.expand(20_000, 6), 0.5, uniform)
+    token, logprob = draw(logits.repeat(20_000, 1), 0.5, uniform)
     probabilities = (logits / 0.5).softmax(0)
     torch.testing.assert_close(logprob, probabilities.log()[token])
     counts = token.bincount(minlength=6)
     assert counts[0] == counts[5] == 0
     expected = 20_000 * probabilities[1:5]
     assert ((counts[1:5] - expected) ** 2 / expected).sum() < 16.3
+
+
+@pytest.mark.parametrize("V", [700, 512])
+def test_draws_over_several_blocks_are_those_of_multinomial(V):
+    """200,000 draws of 700 tokens, which are two blocks of 256 and a rest, every third of probability 0, against
+    torch.multinomial's by a chi-square of two samples: its mean is V' - 1 and its deviation sqrt(2 (V' - 1))."""
+    generator = torch.Generator().manual_seed(0)
+    logits = torch.randn(V, generator=generator)
+    logits[::3] = -float("inf")
+    ours = torch.cat([draw(logits.repeat(5000, 1), 1.0, torch.rand(5000, dtype=torch.float64, generator=generator))[0]
+                      for _ in range(40)]).bincount(minlength=V).double()
+    theirs = logits.softmax(0).multinomial(200_000, True, generator=generator).bincount(minlength=V).double()
+    assert ours[::3].sum() == 0
+    both = (ours + theirs) > 0
+    statistic = ((ours - theirs) ** 2 / (ours + theirs))[both].sum()
+    freedom = both.sum().item() - 1
+    assert statistic < freedom + 4 * (2 * freedom) ** 0.5
+
+
+@pytest.mark.parametrize("architecture", ["llama", "gemma2", "gpt2"])
+def test_rows_that_wait_for_a_slot_get_the_same_responses(load, architecture):
+    """24 rows in 5 slots: each slot takes several rows in turn, over what the one before left in the cache."""
+    model, _ = load(architecture)
+    stop, seeds = list(range(300, 400)), [1, 2, 3, 4]
+    together = generate(model, PROMPTS, 6, 20, stop, seeds)
+    batches = []
+    hook = model.register_forward_hook(lambda module, args, out: batches.append(len(out.logits)))
+    waited = generate(model, PROMPTS, 6, 20, stop, seeds, max_rows=5)
+    hook.remove()
+    assert max(batches[1:]) == 5 and sum(batches[1:]) < 24 * 20
+    assert torch.equal(waited.ids, together.ids) and torch.equal(waited.finished, together.finished)
+    torch.testing.assert_close(waited.logprobs, together.logprobs, atol=1e-5, rtol=0)
+
+
+def test_looking_seldom_at_what_has_ended_changes_nothing(load, monkeypatch):
+    """On a GPU rows that have ended go on for up to 15 steps before anyone looks: what they do must leave no trace."""
+    model, _ = load("llama")
+    stop, seeds = list(range(300, 400)), [1, 2, 3, 4]
+    often = generate(model, PROMPTS, 6, 20, stop, seeds, max_rows=9)
+    monkeypatch.setitem(sample.CHECK_EVERY, "cpu", 16)
+    monkeypatch.setitem(sample.WIDTH, "cpu", 64)
+    seldom = generate(model, PROMPTS, 6, 20, stop, seeds, max_rows=9)
+    assert torch.equal(seldom.ids, often.ids) and torch.equal(seldom.lengths, often.lengths)
+    torch.testing.assert_close(seldom.logprobs, often.logprobs, atol=1e-5, rtol=0)
 
 
 def test_prompts_that_do_not_fit_are_refused(load):
