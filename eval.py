@@ -54,7 +54,8 @@ def evaluate(
         rollout = generate(model, [prompt_ids(task, problem, tokenizer) for problem in batch], 1, max_new_tokens,
                            stop_ids(model, tokenizer), seeds, temperature)
         texts = rollout.responses(tokenizer)
-        rewards += score(reward, [problem.prompt for problem in batch], texts, [problem.answer for problem in batch])
+        answers = [problem.answer for problem in batch]
+        rewards += score(reward, [problem.prompt for problem in batch], texts, answers)[0]
         responses += texts
         lengths += rollout.response_lengths.tolist()
         finished += rollout.finished.tolist()
