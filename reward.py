@@ -79,8 +79,7 @@ class RewardModel:
         used = {token for row in rows for token in row}
         padding = next(token for token in range(len(used) + 1) if token not in used)
         self.model.config.get_text_config().pad_token_id = padding
-        batches = micro_batches(lengths, tokens)
-        scores = []
+        batches, scores = micro_batches(lengths, tokens), []
         for batch in batches:
             ids = torch.full((len(batch), int(lengths[batch].max())), padding)
             for i, row in enumerate(batch.tolist()):
@@ -110,11 +109,13 @@ class Reward:
 def load_reward(text: str, device: torch.device | str = "cpu", workers: int = 0, timeout: float = 0.0,
                 missed: float = 0.0) -> Reward:
     """'number + 0.2*format' -> Reward. Read with ast, never with eval. UserError for what is not in the language."""
-    parts = {}
+    device, parts = torch.device(device), {}
+    makers = {"regex": matches, "contains": contains, "model": lambda name: RewardModel(name, device),
+              "raw_model": lambda name: RewardModel(name, device, bounded=False)}
 
     def leaf(node: ast.expr) -> float:
         match node:
-            case ast.Constant(value=int() | float() as value) if not isinstance(value, bool) and math.isfinite(value):
+            case ast.Constant(value=value) if type(value) in (int, float) and math.isfinite(value):
                 return 0.0
             case ast.UnaryOp(op=ast.USub(), operand=operand):
                 return arithmetic(operand, leaf, OPERATORS)
@@ -122,15 +123,11 @@ def load_reward(text: str, device: torch.device | str = "cpu", workers: int = 0,
                 part = REWARDS[name]
             case ast.Attribute(value=ast.Name(id=module), attr=name):
                 part = own_function(module, name)
-            case ast.Call(func=ast.Name(id="model" | "raw_model" as kind), args=[ast.Constant(value=str(name))],
-                          keywords=[]):
-                part = RewardModel(name, torch.device(device), bounded=kind == "model")
-            case ast.Call(func=ast.Name(id="regex" | "contains" as kind), args=[ast.Constant(value=str(argument))],
-                          keywords=[]):
-                part = {"regex": matches, "contains": contains}[kind](argument)
+            case ast.Call(func=ast.Name(id=name), args=[ast.Constant(value=str(text))], keywords=[]) if name in makers:
+                part = makers[name](text)
             case _:
-                raise UserError(f"--reward {ast.unparse(node)}: not one of {', '.join(REWARDS)}, regex(\"...\"), "
-                                'contains("..."), model("..."), raw_model("..."), module.name, a number, + - *')
+                raise UserError(f"--reward {ast.unparse(node)}: not one of {', '.join(REWARDS)}, module.name, "
+                                f"{', '.join(f'{name}(...)' for name in makers)}, a number, + - *")
         parts[ast.unparse(node)] = part
         return 0.0
 
@@ -165,10 +162,12 @@ def score(reward: Reward, prompts: list, responses: list[str], answers: list[str
           limit: int = 0) -> tuple[list[float], dict[str, list[float]]]:
     """B rows, the tokens of each response and the most they may have -> B rewards, and B values of each part.
 
-    UserError that names the sample: a part raised, or returned what is no finite number, or too few or too many values.
+    UserError that names the sample: a part raised, or returned what is no finite number, or too few or too many values;
+    or it looks at the tokens, and `lengths` is None.
     """
-    columns = {"prompt": prompts, "response": responses, "answer": answers, "length": lengths or [0] * len(prompts),
-               "limit": [limit] * len(prompts)}
+    columns = {"prompt": prompts, "response": responses, "answer": answers}
+    if lengths is not None:
+        columns |= {"length": lengths, "limit": [limit] * len(lengths)}
     parts = {part: values_of(part, function, columns, reward) for part, function in reward.parts.items()}
 
     def leaf(node: ast.expr) -> Tensor | float:
@@ -196,10 +195,13 @@ def values_of(part: str, function: Callable, columns: dict[str, list], reward: R
             raise UserError(f"--reward {part}: raised {raised} {sample(i)}") from error
 
     def one(i: int):
-        return call(i, lambda: function(prompts[i], responses[i], answers[i], **{name: columns[name][i] for name in more}))
+        more = {name: columns[name][i] for name in counted}
+        return call(i, lambda: function(prompts[i], responses[i], answers[i], **more))
 
     n, parameters = len(prompts), list(inspect.signature(function).parameters)
-    more = [name for name in ("length", "limit") if name in parameters]
+    counted = [name for name in ("length", "limit") if name in parameters]
+    if counted and "length" not in columns:
+        raise UserError(f"--reward {part}: looks at the number of tokens (length), which is not given here")
     if parameters[0] == "prompts":
         values = call(0, lambda: list(function(prompts, responses, answers)))
         if len(values) != n:
@@ -245,6 +247,14 @@ def in_threads(call: Callable, reward: Reward, part: str, n: int) -> list:
     return values
 
 
+def read_samples(path: Path) -> tuple[list, list[str], list[str], list[int] | None]:
+    """A .jsonl of samples -> prompts, responses, answers, and lengths in tokens if each line has one."""
+    rows = read_jsonl(path, {"prompt": is_prompt, "response": lambda text: isinstance(text, str), "answer": is_answer})
+    prompts, responses, lengths = ([row.get(field) for row in rows] for field in ("prompt", "response", "length"))
+    known = all(isinstance(length, int) for length in lengths)
+    return prompts, responses, [str(row["answer"]) for row in rows], lengths if known else None
+
+
 @dataclass(frozen=True)
 class Config:
     reward: str = HfArg(default="number", help="what to score with")
@@ -254,20 +264,14 @@ class Config:
 
 def main(config: Config, file: str) -> None:
     reward = load_reward(config.reward, pick_device(config.device))
-    fields = {"prompt": is_prompt, "response": lambda value: isinstance(value, str), "answer": is_answer}
-    counted = any("length" in inspect.signature(function).parameters for function in reward.parts.values())
-    if counted:
-        fields["length"] = lambda value: isinstance(value, int)
-    rows = read_jsonl(Path(file), fields)
-    responses, lengths = [row["response"] for row in rows], [row["length"] for row in rows] if counted else None
-    totals, parts = score(reward, [row["prompt"] for row in rows], responses, [str(row["answer"]) for row in rows],
-                          lengths, config.limit)
+    prompts, responses, answers, lengths = read_samples(Path(file))
+    totals, parts = score(reward, prompts, responses, answers, lengths, config.limit)
     table = {"reward": totals} | (parts if list(parts) != [config.reward] else {})
     print("  ".join(f"{name:>10}" for name in table), " response")
     for i, response in enumerate(responses):
         print("  ".join(f"{values[i]:{max(10, len(name))}.3f}" for name, values in table.items()),
               f" {shorten(response, 80)}")
-    print("  ".join(f"{sum(values) / len(rows):{max(10, len(name))}.3f}" for name, values in table.items()), " mean")
+    print("  ".join(f"{sum(values) / len(values):{max(10, len(name))}.3f}" for name, values in table.items()), " mean")
 
 
 if __name__ == "__main__":

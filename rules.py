@@ -80,15 +80,16 @@ def choice(prompt: str, response: str, answer: str) -> float:
 
 
 def countdown(prompt: str, response: str, answer: str) -> float:
-    """1 if the last <answer> is an expression that uses each number once and comes to the target, nothing cut off.
+    """1 if the last <answer> is an expression that uses each number once and comes to the target.
 
     <think>3*8=24</think><answer>(3 * 8) / 1</answer> | 24 from 1 3 8 -> 1
     <answer>3 * 8</answer> | 24 from 1 3 8 -> 0
     <answer>24</answer> | 24 from 1 3 8 -> 0
     """
     target, _, numbers = answer.partition(" from ")
-    text = " ".join(final_answer(response).rpartition("</answer>")[0].rpartition("<answer>")[2].split())
-    if not re.fullmatch("[0-9+*/() -]{1,200}", text):  # so short that neither parsing nor the sum can take long
+    _, opened, inside = final_answer(response).rpartition("</answer>")[0].rpartition("<answer>")
+    text = " ".join(inside.split())
+    if not opened or not re.fullmatch("[0-9+*/() -]{1,200}", text):  # short: neither parsing nor the sum takes long
         return 0.0
     used = []
 
@@ -135,7 +136,7 @@ def length(prompt: str, response: str, answer: str, length: int) -> float:
 def overlong(prompt: str, response: str, answer: str, length: int, limit: int) -> float:
     """0 up to four fifths of the limit, then in a straight line to -1 at the limit. DAPO, arXiv 2503.14476: 80 of at
     most 100 tokens -> 0; 90 -> -0.5; 100 -> -1"""
-    return -max(0.0, (length - 0.8 * limit) / (0.2 * limit))
+    return min(0.0, (0.8 * limit - length) / (0.2 * limit))
 
 
 REWARDS: dict[str, Callable] = {"exact": exact, "number": number, "choice": choice, "countdown": countdown,

@@ -29,9 +29,9 @@ import track
 from eval import wilson
 from flags import UserError, run_script
 from policy import Optimizer, load_policy, pick_device, save_policy, stop_ids
-from reward import RewardModel, load_reward, score
+from reward import RewardModel, load_reward, read_samples, score
 from sample import generate
-from tasks import digest, hold_out, is_answer, is_prompt, load_task, prompt_ids, read_jsonl, stream
+from tasks import digest, hold_out, is_prompt, load_task, prompt_ids, read_jsonl, stream
 
 
 @dataclass(frozen=True)
@@ -71,19 +71,20 @@ def pairs_of(groups: dict[str, dict[str, float]], most: int, rng: random.Random)
     return pairs
 
 
-def sample_rows(config: Config, device: torch.device) -> list[dict]:
-    """Answers of the policy to training problems of the task: {"prompt", "response", "answer"} each."""
+def sample(config: Config, device: torch.device) -> tuple[list, list[str], list[str], list[int]]:
+    """Prompts, the policy's responses, answers, lengths in tokens: of training problems of the task."""
     policy, tokenizer = load_policy(config.policy, device)
-    task, rows = load_task(config.task, config.data_dir), []
+    task, responses, lengths = load_task(config.task, config.data_dir), [], []
     problems = stream(task.train, 0, min(config.prompts, len(task.train)), config.seed)
     for start in tqdm(range(0, len(problems), 32), desc="sampling", dynamic_ncols=True):
         batch = problems[start : start + 32]
         rollout = generate(policy, [prompt_ids(task, problem, tokenizer) for problem in batch], config.group_size,
                            config.max_new_tokens, stop_ids(policy, tokenizer),
                            [digest(f"{config.seed}/pairs/{start + i}") for i in range(len(batch))])
-        rows += [{"prompt": batch[i // config.group_size].prompt, "answer": batch[i // config.group_size].answer,
-                  "response": response} for i, response in enumerate(rollout.responses(tokenizer))]
-    return rows
+        responses += rollout.responses(tokenizer)
+        lengths += rollout.response_lengths.tolist()
+    rows = [problem for problem in problems for _ in range(config.group_size)]
+    return [row.prompt for row in rows], responses, [row.answer for row in rows], lengths
 
 
 def read_pairs(config: Config, source: str | None, device: torch.device) -> list[Pair]:
@@ -94,16 +95,12 @@ def read_pairs(config: Config, source: str | None, device: torch.device) -> list
     if source and "chosen" in read_jsonl(Path(source), {"prompt": is_prompt})[0]:
         rows = read_jsonl(Path(source), {"prompt": is_prompt, "chosen": is_string, "rejected": is_string})
         return [Pair(row["prompt"], row["chosen"], row["rejected"]) for row in rows]
-    if source:
-        rows = read_jsonl(Path(source), {"prompt": is_prompt, "response": is_string, "answer": is_answer})
-    else:
-        rows = sample_rows(config, device)
+    prompts, responses, *rest = read_samples(Path(source)) if source else sample(config, device)
     label = config.label or load_task(config.task, config.data_dir).reward
-    columns = [[row[field] for row in rows] for field in ("prompt", "response")]
-    values, _ = score(load_reward(label), *columns, [str(row["answer"]) for row in rows])
+    values, _ = score(load_reward(label, device), prompts, responses, *rest, config.max_new_tokens)
     groups = defaultdict(dict)
-    for row, value in zip(rows, values):
-        groups[json.dumps(row["prompt"])][row["response"]] = value
+    for prompt, response, value in zip(prompts, responses, values):
+        groups[json.dumps(prompt)][response] = value
     pairs = pairs_of(groups, config.pairs_per_prompt, random.Random(config.seed))
     if len({json.dumps(pair.prompt) for pair in pairs}) < 10:
         raise UserError(f"{source or config.policy}: --label {label} tells responses apart on fewer than 10 prompts; "
