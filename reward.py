@@ -55,13 +55,14 @@ class RewardModel:
             raise UserError(f'model("{name}"): has {self.model.config.num_labels} outputs, a reward model has one; '
                             "train_reward.py makes one of a language model")
         self.model.to(device).eval()
+        self.special = [token.content for token in self.tokenizer.added_tokens_decoder.values() if token.special]
         self.bounded, self.mean_chosen = bounded, getattr(self.model.config, "mean_chosen_score", 0.0)
 
     def ids(self, prompt: str | list, response: str) -> list[int]:
         """The tokens of an exchange: by the model's own chat template, or without one prompt, response, end of text.
 
         A response that spells out special tokens (the end of its turn, praise from the user) must not get them."""
-        for token in self.tokenizer.all_special_tokens:
+        for token in self.special:
             response = response.replace(token, " ")
         turns = prompt if isinstance(prompt, list) else [{"role": "user", "content": prompt}]
         if self.tokenizer.chat_template:

@@ -101,21 +101,25 @@ def read_pairs(config: Config, source: str | None, device: torch.device) -> list
     groups = defaultdict(dict)
     for prompt, response, value in zip(prompts, responses, values):
         groups[json.dumps(prompt)][response] = value
-    pairs = pairs_of(groups, config.pairs_per_prompt, random.Random(config.seed))
-    if len({json.dumps(pair.prompt) for pair in pairs}) < 10:
-        raise UserError(f"{source or config.policy}: --label {label} tells responses apart on fewer than 10 prompts; "
-                        "give more --prompts or a larger --group_size (to a run: --log_samples)")
-    return pairs
+    return pairs_of(groups, config.pairs_per_prompt, random.Random(config.seed))
 
 
-def accuracies(judge: RewardModel, pairs: list[Pair]) -> tuple[float, float]:
-    """Share of the pairs in which the judge, or the rule that the longer text wins, prefers the chosen one. A tie
-    counts half."""
-    with torch.no_grad():
-        better, worse = (judge.scores([judge.ids(pair.prompt, text) for pair, text in zip(pairs, texts)]) for texts in
-                         ([pair.chosen for pair in pairs], [pair.rejected for pair in pairs]))
-    gaps = (better - worse).tolist(), [len(pair.chosen) - len(pair.rejected) for pair in pairs]
-    return tuple(sum(0.5 * (gap >= 0) + 0.5 * (gap > 0) for gap in kind) / len(pairs) for kind in gaps)
+def encode(judge: RewardModel, pairs: list[Pair]) -> list[list[int]]:
+    """N pairs -> 2 N rows of token ids: chosen, rejected, chosen, rejected ..."""
+    return [judge.ids(pair.prompt, text) for pair in pairs for text in (pair.chosen, pair.rejected)]
+
+
+@torch.no_grad()
+def accuracy(judge: RewardModel, rows: list[list[int]]) -> float:
+    """Share of the pairs in which the judge prefers the chosen one. A tie counts half."""
+    chosen, rejected = judge.scores(rows).view(-1, 2).unbind(1)
+    return (0.5 * (chosen >= rejected) + 0.5 * (chosen > rejected)).mean().item()
+
+
+def longer_wins(pairs: list[Pair]) -> float:
+    """The accuracy of the rule that the longer text is the better one."""
+    gaps = [len(pair.chosen) - len(pair.rejected) for pair in pairs]
+    return sum(0.5 * (gap >= 0) + 0.5 * (gap > 0) for gap in gaps) / len(gaps)
 
 
 def main(config: Config, source: str | None = None) -> Path:
@@ -123,38 +127,43 @@ def main(config: Config, source: str | None = None) -> Path:
     output, device, started = Path(config.output), pick_device(config.device), time.perf_counter()
     if output.exists():
         raise UserError(f"--output {output}: is there already, delete it or choose another")
-    held_out, pairs = hold_out(read_pairs(config, source, device), 0.1)
+    pairs = read_pairs(config, source, device)
+    if len({json.dumps(pair.prompt) for pair in pairs}) < 10:
+        raise UserError(f"{source or config.policy}: fewer than 10 prompts on which one response is better than "
+                        "another: give more --prompts or a larger --group_size (a run keeps --log_samples a step)")
+    held_out, pairs = hold_out(pairs, 0.1)
     base = config.model or config.policy
     torch.manual_seed(config.seed)  # of the new head
     judge = RewardModel(str(Path(base) / "checkpoint") if track.is_run(Path(base)) else base, device, num_labels=1)
     lr = config.lr or (1e-3 if judge.model.num_parameters() < 10e6 else 1e-5)
     optimizer, rng, curve = Optimizer(judge.model, 0.0), random.Random(config.seed), []
+    rows, held_rows = encode(judge, pairs), encode(judge, held_out)
     steps = config.epochs * -(-len(pairs) // config.batch_size)
     for step in (bar := trange(1, steps + 1, desc=f"fitting {output}", dynamic_ncols=True)):
-        batch = rng.sample(pairs, min(config.batch_size, len(pairs)))
-        rows = [judge.ids(pair.prompt, text) for pair in batch for text in (pair.chosen, pair.rejected)]
-        chosen, rejected = judge.scores(rows).view(-1, 2).unbind(1)
+        batch = rng.sample(range(len(pairs)), min(config.batch_size, len(pairs)))
+        chosen, rejected = judge.scores([rows[2 * i + k] for i in batch for k in (0, 1)]).view(-1, 2).unbind(1)
         loss = (-logsigmoid(chosen - rejected) + 0.01 * (chosen + rejected) ** 2).mean()
         loss.backward()
         optimizer.step(lr * min(step / 10, 1 - 0.9 * step / steps), 1.0)
         bar.set_postfix(loss=f"{loss.item():.3f}")
-        held = accuracies(judge, held_out)[0] if step % max(1, steps // 10) == 0 else None
-        curve.append({"step": step, "loss": loss.item(), "accuracy": held})
-    accuracy, longer = accuracies(judge, held_out)
-    low, high = wilson(accuracy * len(held_out), len(held_out))
+        curve.append({"step": step, "loss": loss.item()})
+        if step == steps or step % max(1, steps // 8) == 0:
+            curve[-1]["accuracy"] = accuracy(judge, held_rows)
+    right, longer = curve[-1]["accuracy"], longer_wins(held_out)
+    low, high = wilson(right * len(held_out), len(held_out))
     with torch.no_grad():
-        mean_chosen = judge.scores([judge.ids(pair.prompt, pair.chosen) for pair in pairs]).mean().item()
+        mean_chosen = judge.scores(rows[::2]).mean().item()
     judge.model.config.mean_chosen_score = mean_chosen  # model("...") subtracts it
     judge.model.config.get_text_config().pad_token_id = judge.tokenizer.pad_token_id
     aside = output.with_name(f"{output.name}.{os.getpid()}.part")
     save_policy(judge.model, judge.tokenizer, aside)
     track.write_json(aside / "fit.json", {"config": asdict(config), "source": source, "pairs": len(pairs),
-                                          "held_out": len(held_out), "accuracy": accuracy, "interval": [low, high],
+                                          "held_out": len(held_out), "accuracy": right, "interval": [low, high],
                                           "longer_wins": longer, "mean_chosen_score": mean_chosen, "curve": curve})
     plot(curve, aside / "curve.png")
     aside.rename(output)
     print(f"\n{len(held_out)} held-out pairs (fitted to {len(pairs)}), {time.perf_counter() - started:.0f} s in all\n"
-          f"the reward model prefers the chosen one in {accuracy:.3f} [{low:.3f}, {high:.3f}]\n"
+          f"the reward model prefers the chosen one in {right:.3f} [{low:.3f}, {high:.3f}]\n"
           f"the longer one is the chosen one in         {longer:.3f}\n\n"
           f"{output}/: a Hugging Face folder, curve.png, fit.json\n\n"
           f"    python train.py --reward 'model(\"{output}\")' --normaliser mean --lr 5e-5")
@@ -167,7 +176,7 @@ def plot(curve: list[dict], path: Path) -> None:
     left = figure.subplots()
     left.plot([row["step"] for row in curve], [row["loss"] for row in curve], color="C0", alpha=0.6)
     left.set(xlabel="step", ylabel="loss", ylim=(0, None))
-    points = [(row["step"], row["accuracy"]) for row in curve if row["accuracy"] is not None]
+    points = [(row["step"], row["accuracy"]) for row in curve if "accuracy" in row]
     right = left.twinx()
     right.plot(*zip(*points), "o-", color="C1", markersize=4)
     right.set(ylabel="accuracy on held-out pairs (dots)", ylim=(0.45, 1.02))

@@ -3,6 +3,7 @@ import random
 import re
 import time
 import warnings
+from pathlib import Path
 
 import pytest
 
@@ -71,7 +72,7 @@ def test_only_what_follows_the_last_think_tag_is_the_answer():
     ("(" * 199 + "1", "1 from 1", 0),
     ("-" * 199 + "1", "1 from 1", 0),
     ("٣ * 8", "24 from 3 8", 0),  # digits of another script
-    ("３*8", "24 from 3 8", 0),
+    ("\uff13*8", "24 from 3 8", 0),
     ("1_0 + 2", "12 from 2 10", 0),
     ("0x1F + 2", "33 from 2 31", 0),
     ("007 + 2", "9 from 2 7", 0),
@@ -124,8 +125,8 @@ def test_a_pattern_that_would_take_years_counts_as_not_found():
     assert matches("(a+)+b")("", "aab", "") == 1.0
 
 
-PIECES = ["<think>", "</think>", "<answer>", "</answer>", "75", "A", "(B)", "3 * 8", "1,012", "$", ".", ",", "-", "**", "(",
-          ")", "\n", " ", "\0", "٣", "é", "\ud800", "a a a a a", "0x1F", "1_0", "__import__('os')", "9" * 300, "e", "{}"]
+PIECES = ["<think>", "</think>", "<answer>", "</answer>", "75", "A", "(B)", "3 * 8", "1,012", "$", ".", ",", "-", "**",
+          "(", ")", "\n", " ", "\0", "٣", "é", "\ud800", "a a a a a", "0x1F", "1_0", "__import__('os')", "9" * 300]
 RIGHT = {"exact": ("<think>7</think>75", "75"), "number": ("It is 1,012.", "1012"), "choice": ("So (B).", "B"),
          "countdown": ("<think>3</think><answer>3 * 8</answer>", "24 from 3 8")}
 
@@ -162,6 +163,6 @@ def test_a_rule_does_not_hang_on_a_long_text(name, text):
 
 def test_nothing_here_runs_what_a_model_wrote():
     for name in ("rules", "reward"):
-        tree = ast.parse(open(f"{rules.__file__.removesuffix('rules.py')}{name}.py").read())
-        called = {node.func.id for node in ast.walk(tree) if isinstance(node, ast.Call) and isinstance(node.func, ast.Name)}
-        assert not called & {"eval", "exec", "compile", "__import__"}
+        tree = ast.parse(Path(rules.__file__).with_name(f"{name}.py").read_text())
+        called = {ast.unparse(node.func) for node in ast.walk(tree) if isinstance(node, ast.Call)}
+        assert not called & {"eval", "exec", "compile", "__import__", "ast.literal_eval"}
