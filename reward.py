@@ -21,7 +21,6 @@ from concurrent.futures import FIRST_COMPLETED, Future, wait
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
 
 import torch
 from torch import Tensor
@@ -69,7 +68,8 @@ class RewardModel:
             return self.tokenizer.apply_chat_template([*turns, {"role": "assistant", "content": response}],
                                                       return_dict=False)
         text = "\n".join(turn["content"] for turn in turns) + response
-        return self.tokenizer(text)["input_ids"] + [self.tokenizer.eos_token_id]
+        ids, end = self.tokenizer(text)["input_ids"], [self.tokenizer.eos_token_id]
+        return ids if end in ([None], ids[-1:]) else ids + end  # some tokenizers have none, or add it by themselves
 
     def scores(self, rows: list[list[int]], tokens: int = 16384) -> Tensor:
         """B rows of token ids -> (B,) float32 raw scores, in batches of at most so many tokens, padding included."""
@@ -260,11 +260,10 @@ def read_samples(path: Path) -> tuple[list, list[str], list[str], list[int] | No
 class Config:
     reward: str = HfArg(default="number", help="what to score with")
     limit: int = HfArg(default=512, help="tokens after which responses were cut: `overlong` looks at it")
-    device: Literal["auto", "cuda", "mps", "cpu"] = HfArg(default="auto", help="where a learned model runs")
 
 
 def main(config: Config, file: str) -> None:
-    reward = load_reward(config.reward, pick_device(config.device))
+    reward = load_reward(config.reward, pick_device("auto"))
     prompts, responses, answers, lengths = read_samples(Path(file))
     totals, parts = score(reward, prompts, responses, answers, lengths, config.limit)
     table = {"reward": totals} | (parts if list(parts) != [config.reward] else {})

@@ -48,7 +48,7 @@ class Config:
     max_new_tokens: int = HfArg(default=32, help="tokens after which a response is cut")
     pairs_per_prompt: int = HfArg(default=8, help="at most so many pairs of a prompt")
     # the fit
-    epochs: int = HfArg(default=4, help="passes through the pairs")
+    epochs: int = HfArg(default=4, help="times that each pair is seen, on average")
     batch_size: int = HfArg(default=64, help="pairs a step")
     lr: float = HfArg(default=0.0, help="highest learning rate; 0 takes 1e-3 under 10 M parameters, else 1e-5")
     seed: int = HfArg(default=0, help="same seed, same model")
