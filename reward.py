@@ -203,7 +203,7 @@ def values_of(part: str, function: Callable, columns: dict[str, list], reward: R
     counted = [name for name in ("length", "limit") if name in parameters]
     if counted and "length" not in columns:
         raise UserError(f"--reward {part}: looks at the number of tokens (length), which is not given here")
-    if parameters[0] == "prompts":
+    if parameters[:1] == ["prompts"]:
         values = call(0, lambda: list(function(prompts, responses, answers)))
         if len(values) != n:
             raise UserError(f"--reward {part}: returned {len(values)} values for {n} responses, the first {sample(0)}")

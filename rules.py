@@ -136,7 +136,7 @@ def length(prompt: str, response: str, answer: str, length: int) -> float:
 def overlong(prompt: str, response: str, answer: str, length: int, limit: int) -> float:
     """0 up to four fifths of the limit, then in a straight line to -1 at the limit. DAPO, arXiv 2503.14476: 80 of at
     most 100 tokens -> 0; 90 -> -0.5; 100 -> -1"""
-    return min(0.0, (0.8 * limit - length) / (0.2 * limit))
+    return min(0.0, (4 * limit - 5 * length) / limit)
 
 
 REWARDS: dict[str, Callable] = {"exact": exact, "number": number, "choice": choice, "countdown": countdown,

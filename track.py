@@ -203,7 +203,8 @@ def plot(folder: Path) -> None:
             panel.set_title("reward (blue, left) and true reward (red, right)", fontsize=10)
             right = panel.twinx()
             draw(right, steps, true, "C3")
-            right.set_ylim(-0.03, 1.03) if all(0 <= value <= 1 for value in true) else None
+            if all(0 <= value <= 1 for value in true):
+                right.set_ylim(-0.03, 1.03)
     figure.suptitle(folder.name, fontsize=11)
     aside = folder / "curves.part.png"
     figure.savefig(aside, dpi=110)

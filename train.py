@@ -38,7 +38,7 @@ class Config:
     data_dir: str = HfArg(default="", help="folder with the task's files, if it needs some (gsm8k: data/gsm8k)")
     reward: str = HfArg(default="", help="a rule, module.function, model(...), a mixture; default: the task's rule")
     true_reward: str = HfArg(default="", help="what --reward stands for: not learnt from, but watched")
-    reward_device: str = HfArg(default="", help="where a learned model runs: cuda, cpu; default: beside the policy")
+    reward_device: Literal["auto", "cuda", "mps", "cpu"] = HfArg(default="auto", help="auto: that of the policy")
     reward_workers: int = HfArg(default=0, help="threads for slow rewards (calls to a server), 0 for none")
     reward_timeout: float = HfArg(default=10.0, help="seconds a thread's call may take")
     reward_missed: float = HfArg(default=0.0, help="reward of a response whose call took longer")
@@ -119,8 +119,9 @@ def main(config: Config) -> Path:
     check(config)
     device = pick_device(config.device)
     task = load_task(config.task, config.data_dir)
-    reward = load_reward(config.reward or task.reward, pick_device(config.reward_device or device.type),
-                         config.reward_workers, config.reward_timeout, config.reward_missed)
+    reward_device = device if config.reward_device == "auto" else pick_device(config.reward_device)
+    reward = load_reward(config.reward or task.reward, reward_device, config.reward_workers, config.reward_timeout,
+                         config.reward_missed)
     truth = load_reward(config.true_reward or task.reward)
     if config.model == BASE and not Path(BASE).exists():
         pretrain.main(pretrain.Config(output=BASE, device=config.device))

@@ -71,7 +71,7 @@ def test_your_own_functions_get_a_response_or_the_whole_batch():
     ("prompt, response, answer): return None", "returned None"),
     ("prompt, response, answer): return '1.0'", "returned '1.0'"),
     ("prompt, response, answer): return [1.0]", "returned \\[1.0\\]"),
-    ("prompt): return 1.0", "raised TypeError"),
+    ("prompt): return 1.0", "raised TypeError"), ("): return 1.0", "raised TypeError"),
     ("prompts, responses, answers): return [1.0, 2.0]", r"returned 2 values for 3 responses, the first \(prompt: 1"),
     ("prompts, responses, answers): return 1.0", "raised TypeError"),
     ("prompts, responses, answers): return [1.0, float('nan'), 1.0]", r"returned nan, .* \(prompt: 2\+2="),

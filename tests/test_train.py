@@ -140,6 +140,27 @@ def test_the_parts_of_a_mixture_are_recorded_each(base):
         assert sample["reward"] == pytest.approx(2 * sample["parts"]["exact"] - 0.1 * sample["length"])
 
 
+def test_the_curves_show_the_parts_and_the_true_reward(monkeypatch, tmp_path):
+    figures = []
+
+    def savefig(figure, path, **_):
+        figures.append(figure)
+        path.write_bytes(b"")
+
+    monkeypatch.setattr(track.Figure, "savefig", savefig)
+    row = dict.fromkeys(track.CURVES, 0.5) | {"eval_interval": [0.4, 0.6], "true_reward": 0.5}
+    for parts in ({}, {"true_reward": 0.2, "reward/exact": 0.3, "reward/length": 9.0}):
+        rows = [{"step": step, **row, **parts} for step in (1, 2)]
+        (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+        track.plot(tmp_path)
+    lines = [[list(line.get_ydata()) for axes in figure.axes for line in axes.lines] for figure in figures]
+    assert [0.2, 0.2] not in lines[0] and [0.2, 0.2] in lines[1]
+    titles = [[axes.get_title() for axes in figure.axes] for figure in figures]
+    assert not any("part of" in title for title in titles[0])
+    assert {"part of the reward: exact", "part of the reward: length"} < set(titles[1])
+    assert [9.0, 9.0] in lines[1]
+
+
 def test_a_reward_that_fails_stops_the_run_and_the_checkpoint_stays(base):
     """At step 3 it returns NaN once: what the checkpoint of step 2 holds must be there, whole, to go on from."""
     Path("mine.py").write_text(
