@@ -54,7 +54,8 @@ def evaluate(
         rollout = generate(model, [prompt_ids(task, problem, tokenizer) for problem in batch], 1, max_new_tokens,
                            stop_ids(model, tokenizer), seeds, temperature)
         texts = rollout.responses(tokenizer)
-        rewards += score(reward, [problem.prompt for problem in batch], texts, [problem.answer for problem in batch])
+        answers = [problem.answer for problem in batch]
+        rewards += score(reward, [problem.prompt for problem in batch], texts, answers)[0]
         responses += texts
         lengths += rollout.response_lengths.tolist()
         finished += rollout.finished.tolist()
@@ -92,7 +93,7 @@ def table(columns: dict[str, dict[str, dict]]) -> str:
 
 @dataclass(frozen=True)
 class Config:
-    task: str = HfArg(default="", help="add, gsm8k or a .jsonl file; a run brings its own")
+    task: str = HfArg(default="", help="add, countdown, gsm8k or a .jsonl file; a run brings its own")
     data_dir: str = HfArg(default="", help="folder with the task's files, if it needs some (gsm8k: data/gsm8k)")
     limit: int = HfArg(default=0, help="at most so many test problems, 0 for all")
     temperature: float = HfArg(default=1.0, help="of the sampled accuracy")
@@ -109,7 +110,7 @@ def main(config: Config, models: list[str]) -> None:
         run = track.read_config(Path(name)) if track.is_run(Path(name)) else {}
         task_name = config.task or run.get("task") or ""
         if not task_name:
-            raise UserError(f"--task: {name} is no run that brings a task of its own, name one: add, gsm8k, a .jsonl")
+            raise UserError(f"--task: {name} is no run that brings a task of its own, name one: add, gsm8k ...")
         task = load_task(task_name, config.data_dir or run.get("data_dir", ""))
         problems, columns = task.test[: config.limit or None], {}
         limit = config.max_new_tokens or run.get("max_new_tokens", 512)

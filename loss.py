@@ -24,8 +24,17 @@ def zscore(rewards: Tensor, eps: float = 1e-4) -> Tensor:
     return torch.where(rewards.amax(1, keepdim=True) == rewards.amin(1, keepdim=True), 0.0, weights)
 
 
-NORMALISERS = {"zscore": zscore}
-BASELINED = {"zscore"}  # compare a response with its group: pointless with a group of one
+def mean(rewards: Tensor) -> Tensor:
+    """How far above its group's mean each reward is: small differences stay small. Dr. GRPO, arXiv 2503.20783.
+
+    (1, 0, 0, 1) -> (0.5, -0.5, -0.5, 0.5). A group of equal rewards gets exactly 0, as above.
+    """
+    equal = rewards.amax(1, keepdim=True) == rewards.amin(1, keepdim=True)
+    return torch.where(equal, 0.0, rewards - rewards.mean(1, keepdim=True))
+
+
+NORMALISERS = {"zscore": zscore, "mean": mean}
+BASELINED = {"zscore", "mean"}  # compare a response with its group: pointless with a group of one
 
 
 # FILTERS: rewards (P, G), finished (P, G) -> which rows count, (P, G) bool. The baseline was taken before.

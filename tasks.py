@@ -1,6 +1,7 @@
 """Where prompts come from: built-in tasks, GSM8K, the user's own JSONL.
 
     TASKS["add"]            sums of two two-digit numbers, generated
+    TASKS["countdown"]      write an expression that uses given numbers and comes to a target, generated
     TASKS["gsm8k"]          grade-school word problems (arXiv 2110.14168), read from files, fetched once if missing
     "my.jsonl"              one object a line: {"prompt": text or chat messages, "answer": text}
 
@@ -90,6 +91,38 @@ def add(data_dir: str) -> Task:
     return Task("add", train, validation, test, reward="exact", system=system)
 
 
+COUNTDOWN_SYSTEM = (
+    "Work the problem out inside <think></think> first. Then write one expression inside <answer></answer>: only the "
+    "numbers, + - * / and parentheses, no equals sign."
+)
+COUNTDOWN_PLAIN = """\
+Question: Use each of the numbers 2, 5 and 9 exactly once to make 13.
+<think>2 * 9 = 18, and 18 - 5 = 13: that uses all three.</think>
+<answer>2 * 9 - 5</answer>{eos}
+
+Question: {prompt}
+"""
+
+
+def countdown(data_dir: str) -> Task:
+    """12,000 problems of 3 or 4 numbers below 100 and a target below 1,000, always the same, each with a solution."""
+    rng, problems = random.Random(0), {}
+    while len(problems) < 12_000:
+        numbers = sorted(rng.randint(1, 99) for _ in range(rng.choice((3, 4))))
+        left = rng.sample(numbers, len(numbers))
+        while len(left) > 1:  # two at random become one: the way there is the solution
+            a, b = left.pop(), left.pop()
+            ways = [a + b, a * b] + [a - b] * (a > b) + [a // b] * (a % b == 0)
+            left.insert(rng.randrange(len(left) + 1), rng.choice(ways))
+        if left[0] < 1000:
+            *first, last = map(str, numbers)
+            prompt = f"Use each of the numbers {', '.join(first)} and {last} exactly once to make {left[0]}."
+            problems[prompt] = Problem(prompt, f"{left[0]} from {' '.join(map(str, numbers))}")
+    test, rest = hold_out(list(problems.values()), 0.1)
+    validation, train = hold_out(rest, 0.1)
+    return Task("countdown", train, validation, test, "countdown", COUNTDOWN_SYSTEM, COUNTDOWN_PLAIN)
+
+
 GSM8K_URL = "https://raw.githubusercontent.com/openai/grade-school-math/master/grade_school_math/data/"
 GSM8K_SHA256 = {
     "train.jsonl": "17f347dc51477c50d4efb83959dbb7c56297aba886e5544ee2aaed3024813465",
@@ -119,7 +152,7 @@ def gsm8k(data_dir: str) -> Task:
     return Task("gsm8k", train, validation, test, reward="number", system=GSM8K_SYSTEM, plain=GSM8K_PLAIN)
 
 
-TASKS = {"add": add, "gsm8k": gsm8k}
+TASKS = {"add": add, "countdown": countdown, "gsm8k": gsm8k}
 
 
 def load_task(name: str, data_dir: str = "") -> Task:

@@ -25,6 +25,7 @@ import tokenizers
 import torch
 import transformers
 from matplotlib.figure import Figure
+from tqdm import tqdm
 
 from flags import UserError
 
@@ -105,9 +106,9 @@ def rewind(folder: Path, step: int) -> None:
 
 
 @contextmanager
-def new_checkpoint(folder: Path) -> Iterator[Path]:
-    """A folder to write into, which takes the place of folder/checkpoint only when the block has ended well."""
-    final, aside, old = (folder / name for name in ("checkpoint", "checkpoint.part", "checkpoint.old"))
+def new_checkpoint(folder: Path, name: str = "checkpoint") -> Iterator[Path]:
+    """A folder to write into, which takes the place of folder/name only when the block has ended well."""
+    final, aside, old = (folder / f"{name}{state}" for state in ("", ".part", ".old"))
     shutil.rmtree(aside, ignore_errors=True)
     aside.mkdir()
     yield aside
@@ -126,6 +127,21 @@ def find_checkpoint(folder: Path) -> Path:
     if not (final / "state.pt").exists():
         raise UserError(f"{folder}: no checkpoint to resume from")
     return final
+
+
+def watch(folder: Path, every: int) -> bool:
+    """Whether the mean true reward of the last `every` steps is the best so far. Warns where the two have parted: the
+    reward has risen since the true one was at its best, while the true one has fallen by more than 0.05."""
+    rows = read_rows(folder / "metrics.jsonl")
+    blocks = [rows[start : start + every] for start in range(0, len(rows), every)]
+    reward, true = ([sum(row[key] for row in block) / len(block) for block in blocks]
+                    for key in ("reward", "true_reward"))
+    best = true.index(max(true))
+    if reward[-1] > reward[best] and true[-1] < true[best] - 0.05:
+        tqdm.write(f"warning: since step {blocks[best][-1]['step']} the reward has risen from {reward[best]:.3f} to "
+                   f"{reward[-1]:.3f}, but the true reward has fallen from {true[best]:.3f} to {true[-1]:.3f}: the "
+                   f"policy learns what the reward likes, not what is right. {folder}/best is the policy at its best")
+    return best == len(blocks) - 1
 
 
 def one_line(metrics: dict) -> str:
@@ -152,14 +168,25 @@ CURVES = {  # metric -> title of its panel
 }
 
 
+def draw(panel, steps: list[int], values: list[float], color: str) -> None:
+    """Each step thin, the mean of the steps around it thick."""
+    windows = [values[max(0, i - 3) : i + 4] for i in range(len(values))]
+    panel.plot(steps, values, color=color, alpha=0.35, linewidth=1)
+    panel.plot(steps, [sum(window) / len(window) for window in windows], color=color, linewidth=2)
+
+
 def plot(folder: Path) -> None:
-    """Draws curves.png from metrics.jsonl: each step thin, the mean of the steps around it thick."""
+    """Draws curves.png from metrics.jsonl. The parts of a mixture get panels of their own; a true reward other than the
+    reward is drawn beside it."""
     rows = read_rows(folder / "metrics.jsonl")
+    parts = {key: f"part of the reward: {key[7:]}" for key in rows[-1] if key.startswith("reward/")}
+    curves = CURVES | (parts if len(parts) > 1 else {})
     if (folder / "before.json").exists():  # held-out accuracy starts where the base model stands
         before = json.loads((folder / "before.json").read_text())["sampled"]
         rows.insert(0, {"step": 0, "eval_accuracy": before["accuracy"], "eval_interval": before["interval"]})
-    figure = Figure(figsize=(11, 5.5), layout="constrained")
-    for panel, (metric, title) in zip(figure.subplots(2, 3).flat, CURVES.items()):
+    height = -(-len(curves) // 3)
+    figure = Figure(figsize=(11, 2.75 * height), layout="constrained")
+    for panel, (metric, title) in zip(figure.subplots(height, 3).flat, curves.items()):
         panel.set_title(title, fontsize=10)
         panel.grid(alpha=0.3)
         panel.set_xlabel("step", fontsize=9)
@@ -170,11 +197,15 @@ def plot(folder: Path) -> None:
             panel.fill_between(steps, low, high, color="C0", alpha=0.2, linewidth=0)
             panel.plot(steps, values, "o-", color="C0", markersize=4)
         else:
-            windows = [values[max(0, i - 3) : i + 4] for i in range(len(values))]
-            panel.plot(steps, values, color="C0", alpha=0.35, linewidth=1)
-            panel.plot(steps, [sum(window) / len(window) for window in windows], color="C0", linewidth=2)
+            draw(panel, steps, values, "C0")
         if metric in ("reward", "eval_accuracy", "thinking") and all(0 <= value <= 1 for value in values):
             panel.set_ylim(-0.03, 1.03)
+        if metric == "reward" and (true := [row["true_reward"] for row in shown]) != values:
+            panel.set_title("reward (blue, left) and true reward (red, right)", fontsize=10)
+            right = panel.twinx()
+            draw(right, steps, true, "C3")
+            if all(0 <= value <= 1 for value in true):
+                right.set_ylim(-0.03, 1.03)
     figure.suptitle(folder.name, fontsize=11)
     aside = folder / "curves.part.png"
     figure.savefig(aside, dpi=110)

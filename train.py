@@ -34,9 +34,14 @@ BASE = "models/add"
 class Config:
     # what is learnt, by what
     model: str = HfArg(default=BASE, help="Hugging Face name, model or run folder; the default is built if missing")
-    task: str = HfArg(default="add", help="add, gsm8k, or a .jsonl file with a prompt and an answer a line")
+    task: str = HfArg(default="add", help="add, countdown, gsm8k, or a .jsonl file of prompts and answers")
     data_dir: str = HfArg(default="", help="folder with the task's files, if it needs some (gsm8k: data/gsm8k)")
-    reward: str = HfArg(default="", help="exact, number, or another name in reward.py; default: the task's own rule")
+    reward: str = HfArg(default="", help="a rule, module.function, model(...), a mixture; default: the task's rule")
+    true_reward: str = HfArg(default="", help="what --reward stands for: not learnt from, but watched")
+    reward_device: Literal["auto", "cuda", "mps", "cpu"] = HfArg(default="auto", help="auto: that of the policy")
+    reward_workers: int = HfArg(default=0, help="threads for slow rewards (calls to a server), 0 for none")
+    reward_timeout: float = HfArg(default=10.0, help="seconds a thread's call may take")
+    reward_missed: float = HfArg(default=0.0, help="reward of a response whose call took longer")
     # sampling
     prompts_per_step: int = HfArg(default=8, help="P, prompts a step")
     group_size: int = HfArg(default=16, help="G, responses sampled to each prompt")
@@ -89,10 +94,10 @@ def check(config: Config) -> None:
                  "save_every"):
         if getattr(config, flag) < 1:
             raise UserError(f"--{flag} {getattr(config, flag)}: must be at least 1")
-    for flag in ("temperature", "max_grad_norm"):
+    for flag in ("temperature", "reward_timeout", "max_grad_norm"):
         if not 0 < getattr(config, flag) < float("inf"):
             raise UserError(f"--{flag} {getattr(config, flag)}: must be above 0")
-    for flag in ("lr", "warmup_steps", "weight_decay", "eval_problems", "log_samples", "seed"):
+    for flag in ("lr", "reward_workers", "warmup_steps", "weight_decay", "eval_problems", "log_samples", "seed"):
         if not 0 <= getattr(config, flag) < float("inf"):
             raise UserError(f"--{flag} {getattr(config, flag)}: must not be below 0")
     if config.group_size == 1 and config.normaliser in BASELINED:
@@ -114,7 +119,10 @@ def main(config: Config) -> Path:
     check(config)
     device = pick_device(config.device)
     task = load_task(config.task, config.data_dir)
-    reward, truth = load_reward(config.reward or task.reward), load_reward(task.reward)
+    reward_device = device if config.reward_device == "auto" else pick_device(config.reward_device)
+    reward = load_reward(config.reward or task.reward, reward_device, config.reward_workers, config.reward_timeout,
+                         config.reward_missed)
+    truth = load_reward(config.true_reward or task.reward)
     run = Path(config.runs_dir) / config.name
     source = str(track.find_checkpoint(run)) if config.resume else config.model
     if source == BASE and not Path(BASE).exists():
@@ -165,14 +173,16 @@ def main(config: Config) -> Path:
 
         # 3. reward: score every response
         rows = [problem for problem in problems for _ in range(config.group_size)]
-        columns = [row.prompt for row in rows], responses, [row.answer for row in rows]
-        rewards = torch.tensor(score(reward, *columns)).view(-1, config.group_size)  # (P, G)
+        lengths = rollout.response_lengths.cpu()
+        columns = [row.prompt for row in rows], responses, [row.answer for row in rows], lengths.tolist()
+        values, parts = score(reward, *columns, config.max_new_tokens)
+        rewards = torch.tensor(values).view(-1, config.group_size)  # (P, G)
+        true_rewards = score(truth, *columns, config.max_new_tokens)[0]
 
         # 4. weigh: how much each response should gain or lose
         finished = rollout.finished.cpu()
         weights = NORMALISERS[config.normaliser](rewards).flatten()  # (B,)
         keep = FILTERS[config.filter](rewards, finished.view_as(rewards)).flatten()  # (B,) bool
-        lengths = rollout.response_lengths.cpu()
         factors = torch.zeros(len(rows))
         factors[keep] = AGGREGATIONS[config.aggregation](lengths[keep], config.max_new_tokens)
         trained = (keep & (weights != 0)).nonzero()[:, 0]  # rows of weight 0 have no gradient: they are not run
@@ -197,7 +207,9 @@ def main(config: Config) -> Path:
             "reward": rewards.mean().item(),
             "reward_std": rewards.std(1, correction=0).mean().item(),
             "informative": (rewards.amax(1) != rewards.amin(1)).float().mean().item(),
-            "accuracy": sum(value == 1 for value in score(truth, *columns)) / len(rows),
+            **{f"reward/{part}": sum(column) / len(rows) for part, column in parts.items()},
+            "true_reward": sum(true_rewards) / len(rows),
+            "accuracy": sum(value == 1 for value in true_rewards) / len(rows),
             "thinking": sum("</think>" in response for response in responses) / len(rows),
             "response_length": lengths.float().mean().item(),
             "finished": finished.float().mean().item(),
@@ -218,10 +230,14 @@ def main(config: Config) -> Path:
         track.append(run / "metrics.jsonl", [metrics])
         track.append(run / "samples.jsonl", [
             {"step": step, "prompt": columns[0][b], "response": responses[b], "answer": columns[2][b],
-             "reward": rewards.flatten()[b].item(), "weight": weights[b].item()}
+             "length": columns[3][b], "reward": values[b], "parts": {part: column[b] for part, column in parts.items()},
+             "true_reward": true_rewards[b], "weight": weights[b].item()}
             for b in weights.argsort(descending=True)[:: max(1, len(rows) // max(1, config.log_samples))]
         ][: config.log_samples])
         if last or step % config.save_every == 0:
+            if config.true_reward and track.watch(run, config.save_every):
+                with track.new_checkpoint(run, "best") as folder:
+                    save_policy(policy, tokenizer, folder)
             with track.new_checkpoint(run) as folder:
                 save_policy(policy, tokenizer, folder)
                 torch.save({"optimizer": optimizer.state_dict(), "step": step, "drawn": drawn,

@@ -1,9 +1,11 @@
 import functools
 import hashlib
 import http.server
+import itertools
 import json
 import threading
 from collections import Counter
+from fractions import Fraction
 from pathlib import Path
 
 import pytest
@@ -36,6 +38,31 @@ def test_splits_of_add_show_no_pattern():
             kinds = 9 if "0" not in counts else 10
             expected = len(split) / kinds
             assert sum((counts[str(d)] - expected) ** 2 / expected for d in range(10 - kinds, 10)) < 27.9
+
+
+def solvable(numbers, target):
+    """Whether any way of joining two at a time gets there, in fractions."""
+    if len(numbers) == 1:
+        return numbers[0] == target
+    for i, j in itertools.permutations(range(len(numbers)), 2):
+        rest = [n for k, n in enumerate(numbers) if k not in (i, j)]
+        a, b = numbers[i], numbers[j]
+        if any(solvable([*rest, c], target) for c in (a + b, a - b, a * b, *([a / b] if b else []))):
+            return True
+    return False
+
+
+def test_countdown_can_always_be_solved_and_is_always_the_same():
+    task = load_task("countdown")
+    assert task == load_task("countdown")
+    splits = [{problem.prompt for problem in split} for split in (task.train, task.validation, task.test)]
+    assert [len(split) for split in splits] == [9720, 1080, 1200] and len(set.union(*splits)) == 12_000
+    for problem in task.test[:80]:
+        target, _, numbers = problem.answer.partition(" from ")
+        assert solvable([Fraction(n) for n in numbers.split()], Fraction(target)), problem
+        in_prompt = [word.strip(",.") for word in problem.prompt.split() if word.strip(",.").isdigit()]
+        assert in_prompt == [*numbers.split(), target] and 3 <= len(numbers.split()) <= 4
+    assert {len(problem.answer.split()) for problem in task.test} == {5, 6}
 
 
 def test_stream_passes_through_all_problems_each_time_in_another_order():
@@ -76,7 +103,7 @@ def test_a_bad_line_is_named(line, message):
 
 
 def test_unknown_task_missing_file_and_too_few_lines():
-    with pytest.raises(UserError, match=r"--task gms8k: not one of add, gsm8k, nor a \.jsonl file"):
+    with pytest.raises(UserError, match=r"--task gms8k: not one of add, countdown, gsm8k, nor a \.jsonl file"):
         load_task("gms8k")
     with pytest.raises(UserError, match=r"gone.jsonl: cannot be read: No such file"):
         load_task("gone.jsonl")

@@ -73,7 +73,10 @@ def test_a_run_leaves_everything_that_the_readme_says(base, monkeypatch):
     assert all(0 < row["sampler_gap"] < 1e-5 and row["grad_norm"] > 0 for row in rows)
     readme = (ROOT / "README.md").read_text()
     assert [
-        key for row in track.read_rows(folder / "metrics.jsonl") for key in row if f"`{key}`" not in readme
+        key
+        for row in track.read_rows(folder / "metrics.jsonl")
+        for key in row
+        if f"`{key.replace('/sevens', '/PART')}`" not in readme
     ] == []
     samples = track.read_rows(folder / "samples.jsonl")
     assert len(samples) == 12 and set(samples[0]) == {
@@ -81,7 +84,10 @@ def test_a_run_leaves_everything_that_the_readme_says(base, monkeypatch):
         "prompt",
         "response",
         "answer",
+        "length",
         "reward",
+        "parts",
+        "true_reward",
         "weight",
     }
     assert (folder / "code" / "train.py").read_text() == (ROOT / "train.py").read_text()
@@ -124,6 +130,85 @@ def test_the_reward_rises_on_something_that_can_be_learnt(base, monkeypatch):
     rows = metrics_of(run(base, "--reward", "sevens", "--steps", 25))
     assert rows[0]["reward"] < 0.15
     assert sum(row["reward"] for row in rows[-3:]) / 3 > rows[0]["reward"] + 0.3
+
+
+def test_the_parts_of_a_mixture_are_recorded_each(base):
+    folder = run(base, "--reward", "2*exact - 0.1*length", "--true_reward", "number", "--steps", 2)
+    for row in metrics_of(folder):
+        assert row["reward"] == pytest.approx(2 * row["reward/exact"] - 0.1 * row["reward/length"], abs=1e-6)
+        assert row["reward/length"] == row["response_length"] > 1
+        assert row["reward/exact"] <= row["true_reward"] == row["accuracy"]
+    for sample in track.read_rows(folder / "samples.jsonl"):
+        assert sample["reward"] == pytest.approx(2 * sample["parts"]["exact"] - 0.1 * sample["length"])
+
+
+def test_the_curves_show_the_parts_and_the_true_reward(monkeypatch, tmp_path):
+    figures = []
+
+    def savefig(figure, path, **_):
+        figures.append(figure)
+        path.write_bytes(b"")
+
+    monkeypatch.setattr(track.Figure, "savefig", savefig)
+    row = dict.fromkeys(track.CURVES, 0.5) | {"eval_interval": [0.4, 0.6], "true_reward": 0.5}
+    for parts in ({}, {"true_reward": 0.2, "reward/exact": 0.3, "reward/length": 9.0}):
+        rows = [{"step": step, **row, **parts} for step in (1, 2)]
+        (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+        track.plot(tmp_path)
+    lines = [[list(line.get_ydata()) for axes in figure.axes for line in axes.lines] for figure in figures]
+    assert [0.2, 0.2] not in lines[0] and [0.2, 0.2] in lines[1]
+    titles = [[axes.get_title() for axes in figure.axes] for figure in figures]
+    assert not any("part of" in title for title in titles[0])
+    assert {"part of the reward: exact", "part of the reward: length"} < set(titles[1])
+    assert [9.0, 9.0] in lines[1]
+
+
+def test_a_reward_that_fails_stops_the_run_and_the_checkpoint_stays(base):
+    """At step 3 it returns NaN once: what the checkpoint of step 2 holds must be there, whole, to go on from."""
+    Path("mine.py").write_text(
+        "seen = []\n"
+        "def broken(prompt, response, answer):\n"
+        "    seen.append(response)\n"
+        "    return float('nan') if len(seen) == 2 * 32 + 5 else len(response)\n"
+    )
+    with pytest.raises(UserError, match=r"--reward mine.broken: returned nan, not a finite number \(prompt: .*=; resp"):
+        run(base, "--name", "broken", "--reward", "mine.broken", "--steps", 4, "--save_every", 1)
+    assert [row["step"] for row in metrics_of(Path("runs/broken"))] == [1, 2]
+    resumed = train.main(config("--name", "broken", "--resume"))
+    assert [row["step"] for row in metrics_of(resumed)] == [1, 2, 3, 4]
+
+
+def rows_of(*pairs):
+    return [{"step": i + 1, "reward": reward, "true_reward": true} for i, (reward, true) in enumerate(pairs)]
+
+
+def test_the_run_warns_when_reward_and_true_reward_part(capsys, tmp_path):
+    track.append(tmp_path / "metrics.jsonl", rows_of((0.1, 0.3), (0.3, 0.5)))
+    assert track.watch(tmp_path, 1)
+    track.append(tmp_path / "metrics.jsonl", rows_of((0.2, 0.4)))  # both fell
+    assert not track.watch(tmp_path, 1) and capsys.readouterr().out == ""
+    track.append(tmp_path / "metrics.jsonl", rows_of((0.4, 0.4)))
+    assert not track.watch(tmp_path, 1)
+    warning = capsys.readouterr().out
+    assert "risen from 0.300 to 0.400, but the true reward has fallen from 0.500 to 0.400" in warning
+
+
+def test_the_best_policy_by_the_true_reward_is_kept(base):
+    """The reward wants what the true one does not, so the first policy is the best, and the last is another."""
+    Path("mine.py").write_text(
+        "def sevens(prompt, response, answer): return response.count('7') / 8\n"
+        "def others(prompt, response, answer): return 1 - response.count('7') / 8\n"
+    )
+    flags = "--reward", "mine.sevens", "--save_every", 5, "--eval_problems", 0
+    folder = run(base, *flags, "--true_reward", "mine.others", "--steps", 10, "--name", "parted")
+    rows = metrics_of(folder)
+    assert sum(row["true_reward"] for row in rows[:5]) > sum(row["true_reward"] for row in rows[5:])
+    five = run(base, *flags, "--steps", 5)
+    best, last, five = (
+        AutoModelForCausalLM.from_pretrained(path).state_dict()["model.norm.weight"]
+        for path in (folder / "best", folder / "checkpoint", five / "checkpoint")
+    )
+    assert (best == five).all() and not (best == last).all()
 
 
 def test_random_rewards_move_nothing_and_real_ones_do(base, monkeypatch):
@@ -177,7 +262,7 @@ def test_flags_not_given_suit_the_task_and_given_ones_stay():
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        (["--task", "gms8k"], "--task gms8k: not one of add, gsm8k, nor a .jsonl file"),
+        (["--task", "gms8k"], "--task gms8k: not one of add, countdown, gsm8k, nor a .jsonl file"),
         (["--reward", "exakt"], "--reward exakt: not one of exact, number"),
         (["--group_size", "1"], "--group_size 1: --normaliser zscore compares"),
         (["--prompts_per_step", "0"], "--prompts_per_step 0: must be at least 1"),
@@ -229,7 +314,7 @@ def test_scripts_work_as_commands(base, folders):
     def command(*words):
         return subprocess.run([sys.executable, *map(str, words)], capture_output=True, text=True, timeout=120)
 
-    for script in ("train", "sample", "eval", "pretrain"):
+    for script in ("train", "sample", "eval", "pretrain", "reward", "train_reward"):
         shown = command(ROOT / f"{script}.py", "--help")
         assert shown.returncode == 0 and "python " + script in shown.stdout, shown.stderr
     trained = command(ROOT / "train.py", "--model", base, "--steps", 1, "--eval_problems", 10, "--name", "x")
@@ -239,6 +324,8 @@ def test_scripts_work_as_commands(base, folders):
     evaluated = command(ROOT / "eval.py", "runs/x", "--limit", 30)
     assert evaluated.returncode == 0, evaluated.stderr
     assert "30 test problems of add" in evaluated.stdout and evaluated.stdout.count("[") == 4
+    scored = command(ROOT / "reward.py", "--reward", "exact - 0.5*length", "runs/x/samples.jsonl")
+    assert scored.returncode == 0 and scored.stdout.split()[:3] == ["reward", "exact", "length"], scored.stderr
     sampled = command(ROOT / "sample.py", "runs/x", "48+27=", "--samples", 3)
     assert sampled.returncode == 0 and sampled.stdout.count("\n") == 3, sampled.stderr
     wrong = command(ROOT / "eval.py", base)
