@@ -4,6 +4,7 @@ A policy is any causal language model that transformers loads. It stays in eval 
 policy that learns another one than the policy that sampled.
 """
 
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -99,6 +100,16 @@ def response_logprobs(
     return torch.where(inside, token_logprobs.gather(1, index), 0.0)
 
 
+@torch.no_grad()
+def rollout_logprobs(model: PreTrainedModel, rollout, tokens: int, temperature: float) -> Tensor:
+    """(B, N) log-probs of all responses of a rollout under another model, or under the learner's arithmetic."""
+    logprobs = torch.zeros_like(rollout.logprobs)
+    for rows in micro_batches(rollout.lengths.cpu(), tokens):
+        part = response_logprobs(model, *rollout.rows(rows), temperature)
+        logprobs[rows.to(logprobs.device), : part.shape[1]] = part
+    return logprobs
+
+
 def micro_batches(lengths: Tensor, tokens: int) -> list[Tensor]:
     """(B,) lengths -> row indices, longest rows first, each batch at most `tokens` once padded (or one row)."""
     batches, batch, longest = [], [], 0
@@ -109,6 +120,39 @@ def micro_batches(lengths: Tensor, tokens: int) -> list[Tensor]:
         longest = longest if batch else int(lengths[row])
         batch.append(row)
     return batches + ([torch.tensor(batch)] if batch else [])
+
+
+def backward(
+    model: PreTrainedModel, rollout, rows: Tensor, token_losses: Callable, then: Tensor, start: Tensor, weights: Tensor,
+    factors: Tensor, tokens: int, temperature: float
+) -> dict[str, float]:
+    """Adds the gradient of the loss of some rows to the model's, in micro-batches: the same for any size of them.
+
+    rows: (R,) indices into the rollout; token_losses: from loss.py's `choose`; weights, factors: (B,)
+    then, start: (B, N) log-probs of the policy that sampled and of the reference
+    -> loss, and over the tokens: largest gap to the sampler's log-probs, mean and largest ratio, share clipped
+    """
+    now, clipped, loss = torch.zeros_like(then), torch.zeros_like(then, dtype=torch.bool), 0.0
+    inside = torch.arange(then.shape[1], device=then.device) < rollout.response_lengths[:, None]  # (B, N)
+    for micro in micro_batches(rollout.lengths[rows].cpu(), tokens):
+        index = rows[micro.to(rows.device)]
+        logprobs = response_logprobs(model, *rollout.rows(index), temperature)
+        part = index, slice(logprobs.shape[1])
+        losses, clipped[part] = token_losses(logprobs, then[part], start[part], weights[index, None], inside[part])
+        micro_loss = (losses.sum(1) * factors[index]).sum()
+        micro_loss.backward()
+        loss += micro_loss.item()
+        now[part] = logprobs.detach()
+    gap, ratio = (now - rollout.logprobs)[rows].abs(), (now - then).exp()[rows][inside[rows]]
+    return {"loss": loss, "sampler_gap": gap.max().item(), "ratio_mean": ratio.mean().item(),
+            "ratio_max": ratio.max().item(), "clip_share": clipped[rows][inside[rows]].float().mean().item()}
+
+
+def learning_rate(step: int, lr: float, warmup_steps: int, steps: int) -> float:
+    """Steps count from 1. Rises to `lr` over the warm-up, then falls in a straight line to a tenth at the last step."""
+    if step <= warmup_steps:
+        return lr * step / warmup_steps
+    return lr * (1 - 0.9 * (step - warmup_steps) / max(1, steps - warmup_steps))
 
 
 class Optimizer:

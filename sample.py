@@ -7,11 +7,12 @@
 """
 
 import itertools
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Literal
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 from torch.nn.utils.rnn import pad_sequence
 from transformers import Cache, DynamicCache, PreTrainedModel
 from transformers.hf_argparser import HfArg
@@ -49,6 +50,16 @@ class Rollout:
         """The response of each row as text, for rewards and people. Never tokenised again."""
         spans = zip(self.ids.tolist(), self.prompt_lengths.tolist(), self.lengths.tolist())
         return tokenizer.batch_decode([ids[start:end] for ids, start, end in spans], skip_special_tokens=True)
+
+
+def join(rollouts: list[Rollout]) -> Rollout:
+    """One below the other, padded on the right to the longest."""
+    def column(name: str) -> Tensor:
+        parts = [getattr(rollout, name) for rollout in rollouts]
+        width = max(part.shape[-1] for part in parts)
+        return torch.cat([part if part.dim() == 1 else pad(part, (0, width - part.shape[1])) for part in parts])
+
+    return Rollout(*(column(field.name) for field in fields(Rollout)))
 
 
 @torch.no_grad()

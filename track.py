@@ -25,6 +25,7 @@ import tokenizers
 import torch
 import transformers
 from matplotlib.figure import Figure
+from torch import Tensor
 from tqdm import tqdm
 
 from flags import UserError
@@ -144,11 +145,49 @@ def watch(folder: Path, every: int) -> bool:
     return best == len(blocks) - 1
 
 
+def describe(samples: list[dict], rewards: Tensor, weights: Tensor, lengths: Tensor, finished: Tensor) -> dict:
+    """A step's responses in numbers; one without a meaning (how long cut responses are, where none is) is left out.
+    rewards: (P, G); weights (0 where filtered), lengths, finished: (B,), as the samples."""
+    true_rewards = torch.tensor([sample["true_reward"] for sample in samples], dtype=torch.float64).view_as(rewards)
+    right = true_rewards == 1
+    numbers = {
+        "reward": rewards.mean(),
+        "reward_std": rewards.std(1, correction=0).mean(),
+        "reward_std_between": rewards.mean(1).std(correction=0),
+        **{f"reward/{part}": torch.tensor([sample["parts"][part] for sample in samples]).mean()
+           for part in samples[0]["parts"]},
+        "informative": (rewards.amax(1) != rewards.amin(1)).float().mean(),
+        "true_reward": true_rewards.mean(),
+        "accuracy": right.double().mean(),
+        "all_right": right.all(1).float().mean(),
+        "all_wrong": (~right).all(1).float().mean(),
+        "thinking": torch.tensor(["</think>" in sample["response"] for sample in samples]).double().mean(),
+        "response_length": lengths.float().mean(),
+        "response_length_finished": lengths[finished].float().mean(),
+        "response_length_cut": lengths[~finished].float().mean(),
+        "finished": finished.float().mean(),
+        "effective_samples": weights.abs().sum() ** 2 / weights.square().sum(),
+    }
+    return {name: number.item() for name, number in numbers.items() if not number.isnan()}
+
+
+def summarise(updates: list[dict[str, float]]) -> dict[str, float]:
+    """The optimizer steps of a step: means over them, but for ratio_max. The sampler is the learner in the first alone;
+    ratios say something from the second."""
+    if not updates:
+        return {"updates": 0, "loss": 0.0, "grad_norm": 0.0}
+    means = {key: sum(update[key] for update in updates) / len(updates) for key in updates[0]}
+    means |= {"sampler_gap": updates[0]["sampler_gap"], "ratio_max": max(update["ratio_max"] for update in updates)}
+    hidden = ("ratio_mean", "ratio_max", "clip_share") if len(updates) == 1 else ()
+    return {"updates": len(updates)} | {key: value for key, value in means.items() if key not in hidden}
+
+
 def one_line(metrics: dict) -> str:
     """A step for the screen."""
     line = (f"step {metrics['step']:4d}  reward {metrics['reward']:.3f}  informative {metrics['informative']:.2f}  "
             f"thinking {metrics['thinking']:.2f}  length {metrics['response_length']:.1f}  "
             f"entropy {metrics['entropy']:.3f}  grad {metrics['grad_norm']:.2f}  {metrics['seconds']:.2f} s")
+    line += "" if metrics["updates"] else "  no response carries a weight: no update"
     return line + (f"  held-out accuracy {metrics['eval_accuracy']:.3f}" if "eval_accuracy" in metrics else "")
 
 

@@ -21,10 +21,10 @@ import pretrain
 import track
 from eval import evaluate, table
 from flags import UserError, run_script
-from loss import AGGREGATIONS, BASELINED, FILTERS, LOSSES, NORMALISERS
-from policy import Optimizer, load_policy, micro_batches, pick_device, response_logprobs, save_policy, stop_ids
+from loss import AGGREGATIONS, BASELINED, FILTERS, LOSSES, NORMALISERS, RECIPES, choose, k3
+from policy import Optimizer, backward, learning_rate, load_policy, pick_device, rollout_logprobs, save_policy, stop_ids
 from reward import load_reward, score
-from sample import check_room, generate
+from sample import check_room, generate, join
 from tasks import Problem, Task, digest, load_task, prompt_ids, stream
 
 BASE = "models/add"
@@ -48,12 +48,23 @@ class Config:
     max_new_tokens: int = HfArg(default=512, help="tokens after which a response is cut")
     temperature: float = HfArg(default=1.0, help="of the distribution that is sampled from and learnt")
     # weights and loss (loss.py)
+    recipe: Literal[tuple(RECIPES)] | None = HfArg(default=None, help="a published method: fills in what is not given")
     normaliser: Literal[tuple(NORMALISERS)] = HfArg(default="zscore", help="from rewards to weights")
+    softmax_beta: float = HfArg(default=0.5, help="of --normaliser softmax: small looks at the best alone")
     filter: Literal[tuple(FILTERS)] = HfArg(default="none", help="which responses count")
+    keep: float = HfArg(default=0.5, help="of --filter top: share of each group")
+    resample_tries: int = HfArg(default=4, help="of --filter resample: at most so many times P prompts a step")
     aggregation: Literal[tuple(AGGREGATIONS)] = HfArg(default="token", help="what the loss is divided by")
     loss: Literal[tuple(LOSSES)] = HfArg(default="logprob", help="what is minimised")
+    clip_low: float = HfArg(default=0.2, help="of --loss clip, gspo: the ratio counts down to 1 - this")
+    clip_high: float = HfArg(default=0.2, help="of --loss clip, gspo: the ratio counts up to 1 + this")
+    cispo_cap: float = HfArg(default=5.0, help="of --loss cispo: the ratio counts up to this")
+    kl_beta: float = HfArg(default=0.0, help="weight of KL(policy || starting policy) in the loss, as k2")
+    log_kl: bool = HfArg(default=False, help="record KL(policy || starting policy), which takes a second model")
     # update
-    steps: int = HfArg(default=200, help="optimizer steps")
+    steps: int = HfArg(default=200, help="rollouts to learn from; an optimizer step each, but for the next two flags")
+    updates_per_rollout: int = HfArg(default=1, help="passes over a rollout; above 1 choose a --loss with ratios")
+    minibatches: int = HfArg(default=1, help="optimizer steps that a pass is divided into")
     lr: float = HfArg(default=0.0, help="highest learning rate; 0 takes 2e-4 under 10 M parameters, else 1e-6")
     warmup_steps: int = HfArg(default=10, help="steps over which the rate rises; then it falls to a tenth")
     weight_decay: float = HfArg(default=0.0, help="of AdamW")
@@ -74,43 +85,38 @@ class Config:
 
 PRESETS = {"add": dict(prompts_per_step=32, max_new_tokens=32, steps=100, eval_every=10, eval_problems=500)}
 HELP = __doc__ + "".join(
-    f"\n--task {task} means, unless given:" + "".join(f" --{flag} {value}" for flag, value in flags.items()) + "\n"
-    for task, flags in PRESETS.items()
+    f"\n--{kind} {name} means, unless given:" + "".join(f" --{flag} {value}" for flag, value in flags.items()) + "\n"
+    for kind, table in (("task", PRESETS), ("recipe", RECIPES)) for name, flags in table.items()
 )
 
 
 def fill(given: dict) -> dict:
-    """Values of the flags that the user did not give: those of the run that goes on, or those that suit the task."""
+    """Values of flags that the user did not give: those of the run that goes on, or of the recipe and the task."""
     if given.get("resume"):
         if not given.get("name"):
             raise UserError("--resume: say which run goes on by --name")
         return track.read_config(Path(given.get("runs_dir", "runs")) / given["name"])
-    return PRESETS.get(given.get("task", "add"), {})
+    return PRESETS.get(given.get("task", "add"), {}) | RECIPES.get(given.get("recipe"), {})
 
 
 def check(config: Config) -> None:
     """UserError for a value that cannot work."""
-    for flag in ("prompts_per_step", "group_size", "max_new_tokens", "steps", "micro_batch_tokens", "eval_every",
-                 "save_every"):
+    for flag in ("prompts_per_step", "group_size", "max_new_tokens", "resample_tries", "steps", "updates_per_rollout",
+                 "minibatches", "micro_batch_tokens", "eval_every", "save_every"):
         if getattr(config, flag) < 1:
             raise UserError(f"--{flag} {getattr(config, flag)}: must be at least 1")
-    for flag in ("temperature", "reward_timeout", "max_grad_norm"):
+    for flag in ("temperature", "reward_timeout", "softmax_beta", "keep", "cispo_cap", "max_grad_norm"):
         if not 0 < getattr(config, flag) < float("inf"):
             raise UserError(f"--{flag} {getattr(config, flag)}: must be above 0")
-    for flag in ("lr", "reward_workers", "warmup_steps", "weight_decay", "eval_problems", "log_samples", "seed"):
+    for flag in ("reward_workers", "clip_low", "clip_high", "kl_beta", "lr", "warmup_steps", "weight_decay",
+                 "eval_problems", "log_samples", "seed"):
         if not 0 <= getattr(config, flag) < float("inf"):
             raise UserError(f"--{flag} {getattr(config, flag)}: must not be below 0")
+    if config.keep > 1:
+        raise UserError(f"--keep {config.keep}: a share, must be at most 1")
     if config.group_size == 1 and config.normaliser in BASELINED:
         raise UserError(f"--group_size 1: --normaliser {config.normaliser} compares the responses of a group, "
                         "give at least 2")
-
-
-def learning_rate(step: int, config: Config) -> float:
-    """Steps count from 1. Rises to --lr over the warm-up, then falls in a straight line to a tenth at the last step."""
-    if step <= config.warmup_steps:
-        return config.lr * step / config.warmup_steps
-    done = (step - config.warmup_steps) / max(1, config.steps - config.warmup_steps)
-    return config.lr * (1 - 0.9 * done)
 
 
 def main(config: Config) -> Path:
@@ -134,6 +140,9 @@ def main(config: Config) -> Path:
     longest = sorted(task.train + task.validation, key=lambda problem: len(str(problem.prompt)))[-16:]
     check_room(policy, [prompt_ids(task, problem, tokenizer) for problem in longest], config.max_new_tokens)
     held_out = task.validation[: config.eval_problems]
+    with_kl = config.kl_beta > 0 or config.log_kl  # the reference: what the run set out from, resumed or not
+    reference = load_policy(config.model, device, config.dtype)[0] if with_kl else None
+    normalise, select, aggregate, token_losses = choose(config)
 
     def measure(temperature: float) -> dict:
         return evaluate(policy, tokenizer, task, held_out, temperature, config.max_new_tokens)
@@ -158,82 +167,80 @@ def main(config: Config) -> Path:
 
     bar = tqdm(range(first_step, config.steps + 1), initial=first_step - 1, total=config.steps, dynamic_ncols=True)
     for step in bar:
-        started = time.perf_counter()
+        started, seconds_generate = time.perf_counter(), 0.0
+        rollouts, samples = [], []
+        for _ in range(config.resample_tries if config.filter == "resample" else 1):
+            # 1. prompts: take P problems from the task
+            problems = stream(task.train, drawn, config.prompts_per_step, config.seed)
+            prompts = [prompt_ids(task, problem, tokenizer) for problem in problems]
+            seeds = [digest(f"{config.seed}/{drawn + p}") for p in range(len(problems))]
+            drawn += len(problems)
 
-        # 1. prompts: take P problems from the task
-        problems = stream(task.train, drawn, config.prompts_per_step, config.seed)
-        prompts = [prompt_ids(task, problem, tokenizer) for problem in problems]
-        seeds = [digest(f"{config.seed}/{drawn + p}") for p in range(len(problems))]
-        drawn += len(problems)
+            # 2. generate: G responses to each, B = P * G rows
+            began = time.perf_counter()
+            rollouts.append(
+                generate(policy, prompts, config.group_size, config.max_new_tokens, stop, seeds, config.temperature))
+            seconds_generate += time.perf_counter() - began
 
-        # 2. generate: G responses to each, B = P * G rows
-        rollout = generate(policy, prompts, config.group_size, config.max_new_tokens, stop, seeds, config.temperature)
-        responses = rollout.responses(tokenizer)
-        generated = time.perf_counter()
-
-        # 3. reward: score every response
-        rows = [problem for problem in problems for _ in range(config.group_size)]
-        lengths = rollout.response_lengths.cpu()
-        columns = [row.prompt for row in rows], responses, [row.answer for row in rows], lengths.tolist()
-        values, parts = score(reward, *columns, config.max_new_tokens)
-        rewards = torch.tensor(values).view(-1, config.group_size)  # (P, G)
-        true_rewards = score(truth, *columns, config.max_new_tokens)[0]
+            # 3. reward: score every response
+            rows = [problem for problem in problems for _ in range(config.group_size)]
+            columns = ([row.prompt for row in rows], rollouts[-1].responses(tokenizer), [row.answer for row in rows],
+                       rollouts[-1].response_lengths.tolist())
+            values, parts = score(reward, *columns, config.max_new_tokens)
+            true_values, _ = score(truth, *columns, config.max_new_tokens)
+            own_parts = [dict(zip(parts, row)) for row in zip(*parts.values())]
+            names = "prompt", "response", "answer", "length", "reward", "parts", "true_reward"
+            samples += [dict(zip(names, row)) for row in zip(*columns, values, own_parts, true_values)]
+            rewards = torch.tensor([sample["reward"] for sample in samples]).view(-1, config.group_size)  # (P, G)
+            if (rewards.amax(1) != rewards.amin(1)).sum() >= config.prompts_per_step:
+                break
 
         # 4. weigh: how much each response should gain or lose
+        rollout = join(rollouts)
         finished = rollout.finished.cpu()
-        weights = NORMALISERS[config.normaliser](rewards).flatten()  # (B,)
-        keep = FILTERS[config.filter](rewards, finished.view_as(rewards)).flatten()  # (B,) bool
-        factors = torch.zeros(len(rows))
-        factors[keep] = AGGREGATIONS[config.aggregation](lengths[keep], config.max_new_tokens)
-        trained = (keep & (weights != 0)).nonzero()[:, 0]  # rows of weight 0 have no gradient: they are not run
+        keep = select(rewards, finished.view_as(rewards)).flatten()  # (B,) bool
+        weights = normalise(rewards).flatten() * keep  # (B,), measured against the whole group
+        trained = keep & ((weights != 0) | (config.kl_beta > 0))  # the others have no gradient: they are not run
 
         # 5. update: minimise -E[w * log pi(response | prompt)], in micro-batches
-        loss, gap = 0.0, 0.0
-        for micro in micro_batches(rollout.lengths.cpu()[trained], config.micro_batch_tokens):
-            index = trained[micro]
-            logprobs = response_logprobs(policy, *rollout.rows(index), config.temperature)  # (R, N)
-            sampled = rollout.logprobs[index.to(device), : logprobs.shape[1]]
-            per_token = LOSSES[config.loss](logprobs, sampled, weights[index, None].to(device))
-            micro_loss = (per_token.sum(1) * factors[index].to(device)).sum()
-            micro_loss.backward()
-            loss += micro_loss.item()
-            gap = max(gap, (logprobs.detach() - sampled).abs().max().item())
-        lr = learning_rate(step, config)
-        grad_norm = optimizer.step(lr, config.max_grad_norm) if len(trained) else 0.0
+        lengths, then = rollout.response_lengths, rollout.logprobs  # (B,), and (B, N) of the policy that sampled
+        settings = config.micro_batch_tokens, config.temperature
+        start = rollout_logprobs(reference, rollout, *settings) if reference else then
+        if policy.dtype == torch.bfloat16 and config.loss != "logprob":  # ratios need the learner's own rounding
+            then = rollout_logprobs(policy, rollout, *settings)
+        lr, updates = learning_rate(step, config.lr, config.warmup_steps, config.steps), []
+        for batch in keep.nonzero()[:, 0].tensor_split(config.minibatches) * config.updates_per_rollout:
+            factors = torch.zeros(len(samples))
+            factors[batch] = aggregate(lengths.cpu()[batch])
+            batch = batch[trained[batch]].to(device)
+            if len(batch):
+                update = backward(policy, rollout, batch, token_losses, then, start, weights.to(device),
+                                  factors.to(device), *settings)
+                updates.append(update | {"grad_norm": optimizer.step(lr, config.max_grad_norm)})
 
         # 6. repeat: record, evaluate, checkpoint, plot
         metrics = {
             "step": step,
-            "reward": rewards.mean().item(),
-            "reward_std": rewards.std(1, correction=0).mean().item(),
-            "informative": (rewards.amax(1) != rewards.amin(1)).float().mean().item(),
-            **{f"reward/{part}": sum(column) / len(rows) for part, column in parts.items()},
-            "true_reward": sum(true_rewards) / len(rows),
-            "accuracy": sum(value == 1 for value in true_rewards) / len(rows),
-            "thinking": sum("</think>" in response for response in responses) / len(rows),
-            "response_length": lengths.float().mean().item(),
-            "finished": finished.float().mean().item(),
+            **track.describe(samples, rewards, weights, lengths.cpu(), finished),
             "entropy": -(rollout.logprobs.sum() / lengths.sum()).item(),
-            "trained": len(trained) / len(rows),
-            "loss": loss,
-            "grad_norm": grad_norm,
+            "trained": trained.sum().item() / len(samples),
+            **track.summarise(updates),
             "lr": lr,
-            "sampler_gap": gap,
+            "draws": len(rollouts),
             "drawn": drawn,
-            "seconds_generate": generated - started,
+            "seconds_generate": seconds_generate,
             "seconds": time.perf_counter() - started,
         }
+        if reference:
+            metrics["kl"] = (k3(then, start).sum() / lengths.sum()).item()
         last = step == config.steps
         if held_out and (last or step % config.eval_every == 0):
             after = measure(config.temperature)
             metrics |= {"eval_accuracy": after["accuracy"], "eval_interval": after["interval"]}
         track.append(run / "metrics.jsonl", [metrics])
-        track.append(run / "samples.jsonl", [
-            {"step": step, "prompt": columns[0][b], "response": responses[b], "answer": columns[2][b],
-             "length": columns[3][b], "reward": values[b], "parts": {part: column[b] for part, column in parts.items()},
-             "true_reward": true_rewards[b], "weight": weights[b].item()}
-            for b in weights.argsort(descending=True)[:: max(1, len(rows) // max(1, config.log_samples))]
-        ][: config.log_samples])
+        spread = weights.argsort(descending=True)[:: max(1, len(samples) // max(1, config.log_samples))]
+        track.append(run / "samples.jsonl", [{"step": step, **samples[row], "weight": weights[row].item()}
+                                             for row in spread[: config.log_samples].tolist()])
         if last or step % config.save_every == 0:
             if config.true_reward and track.watch(run, config.save_every):
                 with track.new_checkpoint(run, "best") as folder:
