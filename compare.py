@@ -1,6 +1,6 @@
 """Trains the built-in model by every recipe of loss.py, several seeds each, and writes what came of it.
 
-    python compare.py                     # 39 runs in runs/recipes, half an hour on one CPU core; finished ones are kept
+    python compare.py                     # 39 runs in runs/recipes, 15 minutes on one CPU core; finished ones are kept
     python compare.py --steps 100 --minibatches 1 --runs_dir runs/other
 
 All get the same base model, problems, learning rate and number of sampled responses, and are measured on the same
@@ -30,7 +30,8 @@ RUNS["grpo, random rewards"] = ["--recipe", "grpo", "--reward", "compare.coin"]
 
 @dataclass(frozen=True)
 class Config:
-    steps: int = HfArg(default=40, help="rollouts a run learns from")
+    steps: int = HfArg(default=20, help="rollouts a run learns from")
+    prompts_per_step: int = HfArg(default=16, help="P, prompts of a rollout")
     minibatches: int = HfArg(default=4, help="optimizer steps on each of them: above 1, or ratios and clips do nothing")
     seeds: int = HfArg(default=3, help="runs of each recipe")
     runs_dir: str = HfArg(default="runs/recipes", help="folder of the runs")
@@ -43,11 +44,12 @@ def coin(prompt: str, response: str, answer: str) -> float:
 
 def run(name: str, seed: int, config: Config) -> Path:
     """The folder of a finished run; trained if it is not there."""
-    folder = Path(config.runs_dir) / f"{name.replace(', ', '_').replace(' ', '_')}-{seed}"
+    folder = HERE / config.runs_dir / f"{name.replace(', ', '_').replace(' ', '_')}-{seed}"
     if not (folder / "after.json").exists():
+        flags = dict(seed=seed, steps=config.steps, prompts_per_step=config.prompts_per_step, eval_every=2,
+                     minibatches=config.minibatches, runs_dir=config.runs_dir, name=folder.name)
         done = subprocess.run(
-            [sys.executable, "train.py", *RUNS[name], "--seed", str(seed), "--steps", str(config.steps), "--minibatches",
-             str(config.minibatches), "--eval_every", "2", "--runs_dir", config.runs_dir, "--name", folder.name],
+            [sys.executable, "train.py", *RUNS[name], *(f"--{flag}={value}" for flag, value in flags.items())],
             cwd=HERE, capture_output=True, text=True, check=False)
         if done.returncode:
             raise UserError(f"the run {folder.name} failed: {done.stderr.strip().splitlines()[-1]}")
@@ -55,20 +57,21 @@ def run(name: str, seed: int, config: Config) -> Path:
 
 
 def summary(folder: Path, config: Config) -> dict:
-    """accuracy: at the last evaluation before more problems had been drawn than --steps of P are (only resampling
-    recipes draw more); entropy: mean of the five steps up to it; seconds a step; problems drawn."""
-    settings, rows = track.read_config(folder), track.read_rows(folder / "metrics.jsonl")
-    rows = [row for row in rows if row["drawn"] <= config.steps * settings["prompts_per_step"]]
-    last = next(i for i in reversed(range(len(rows))) if "eval_accuracy" in rows[i])
+    """What a run had come to when it had sampled as many responses as the others: one that resamples draws more a step,
+    so it ends earlier. on the way: mean of the evaluations up to then; entropy: mean of the last five steps."""
+    group_size, rows = track.read_config(folder)["group_size"], track.read_rows(folder / "metrics.jsonl")
+    rows = [row for row in rows if row["drawn"] <= config.steps * config.prompts_per_step]
+    measured = [row for row in rows if "eval_accuracy" in row]
+    rows = [row for row in rows if row["step"] <= measured[-1]["step"]]
     return {
-        "accuracy": rows[last]["eval_accuracy"],
-        "entropy": sum(row["entropy"] for row in rows[max(0, last - 4) : last + 1]) / min(5, last + 1),
-        "thinking": rows[last]["thinking"],
-        "responses": rows[last]["drawn"] * settings["group_size"],
-        "seconds": sum(row["seconds"] for row in rows[: last + 1]),
-        "curve": [(row["drawn"] * settings["group_size"], row["eval_accuracy"]) for row in rows
-                  if "eval_accuracy" in row],
-        "entropies": [(row["drawn"] * settings["group_size"], row["entropy"]) for row in rows],
+        "accuracy": measured[-1]["eval_accuracy"],
+        "on the way": average(measured, "eval_accuracy"),
+        "entropy": average(rows[-5:], "entropy"),
+        "thinking": average(rows[-5:], "thinking"),
+        "responses": rows[-1]["drawn"] * group_size,
+        "seconds": sum(row["seconds"] for row in rows),
+        "curve": [(row["drawn"] * group_size, row["eval_accuracy"]) for row in measured],
+        "entropies": [(row["drawn"] * group_size, row["entropy"]) for row in rows],
     }
 
 
@@ -78,17 +81,21 @@ def average(rows: list[dict], key: str) -> float:
 
 def table(results: dict[str, list[dict]]) -> str:
     """Markdown, best first. The noise of a run is taken to be the same in all recipes, and pooled over them."""
-    squares = [(row["accuracy"] - average(rows, "accuracy")) ** 2 for rows in results.values() for row in rows]
-    noise = math.sqrt(sum(squares) / (len(squares) - len(results)))
-    half = 2.06 * noise / math.sqrt(len(squares) / len(results))  # t of about 26 degrees of freedom, 95 %
-    lines = ["| recipe | accuracy | its runs | entropy | thinking | responses | seconds |", "|---|---|---|---|---|---|---|"]
+    half = {}  # of the 95 % interval of a recipe's mean
+    for key in ("accuracy", "on the way"):
+        squares = [(row[key] - average(rows, key)) ** 2 for rows in results.values() for row in rows]
+        noise = math.sqrt(sum(squares) / (len(squares) - len(results)))
+        half[key] = 2.06 * noise / math.sqrt(len(squares) / len(results))  # t of about 26 degrees of freedom
+    columns = {"accuracy": ".3f", "on the way": ".3f", "entropy": ".3f", "thinking": ".2f", "responses": ",.0f",
+               "seconds": ".0f"}
+    lines = [f"| recipe | {' | '.join(columns)} | accuracy of each run |", "|---|" + "---|" * (len(columns) + 1)]
     for name, rows in sorted(results.items(), key=lambda item: -average(item[1], "accuracy")):
+        cells = [f"{average(rows, key):{form}}" + (f" ± {half[key]:.3f}" if key in half else "")
+                 for key, form in columns.items()]
         runs = ", ".join(f"{row['accuracy']:.3f}" for row in rows)
-        lines.append(f"| {name} | {average(rows, 'accuracy'):.3f} ± {half:.3f} | {runs} | {average(rows, 'entropy'):.3f} | "
-                     f"{average(rows, 'thinking'):.2f} | {average(rows, 'responses'):,.0f} | "
-                     f"{average(rows, 'seconds'):.0f} |")
-    return "\n".join(lines) + (f"\n\nStandard deviation between runs that differ in the seed alone: {noise:.3f}. Two "
-                               f"recipes differ by more than noise if their means are {half * math.sqrt(2):.3f} apart.")
+        lines.append(f"| {' | '.join([name, *cells, runs])} |")
+    apart = " and ".join(f"{value * math.sqrt(2):.3f} ({key})" for key, value in half.items())
+    return "\n".join(lines) + f"\n\nTwo recipes differ by more than noise where their means are {apart} apart."
 
 
 def draw(results: dict[str, list[dict]], path: Path) -> None:

@@ -9,9 +9,16 @@ import tiny
 import torch
 
 import pretrain
+import train
+from flags import parse
 from policy import load_policy
 
 CPU = torch.device("cpu")
+
+
+def parse_train(*flags):
+    """The Config of train.py for these flags, presets and recipes filled in."""
+    return parse(train.Config, train.HELP, [str(flag) for flag in flags], train.fill)[0]
 
 
 @pytest.fixture(autouse=True)

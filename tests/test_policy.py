@@ -53,8 +53,8 @@ def gradient(model, rollout, weights, tokens):
     factors = AGGREGATIONS["token"](rollout.response_lengths, 99)
     for index in micro_batches(rollout.lengths, tokens):
         logprobs = response_logprobs(model, *rollout.rows(index))
-        sampled = rollout.logprobs[index, : logprobs.shape[1]]
-        (LOSSES["logprob"](logprobs, sampled, weights[index, None]).sum(1) * factors[index]).sum().backward()
+        losses, _ = LOSSES["logprob"](logprobs, None, weights[index, None], logprobs != 0)
+        (losses.sum(1) * factors[index]).sum().backward()
     return torch.cat([weight.grad.flatten() for weight in model.parameters() if weight.grad is not None])
 
 

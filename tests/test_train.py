@@ -7,10 +7,12 @@ from pathlib import Path
 import pytest
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+import policy
 import reward
 import track
 import train
 from flags import UserError, parse
+from policy import learning_rate
 
 ROOT = Path(__file__).parent.parent
 
@@ -145,7 +147,7 @@ def test_random_rewards_move_nothing_and_real_ones_do(base, monkeypatch):
 
 def test_groups_without_a_signal_are_not_run_and_change_nothing(base, monkeypatch):
     monkeypatch.setitem(reward.REWARDS, "same", lambda *row: 0.7)
-    monkeypatch.setattr(train, "response_logprobs", None)  # calling it would fail
+    monkeypatch.setattr(policy, "response_logprobs", None)  # calling it would fail
     folder = run(base, "--reward", "same", "--steps", 2, "--eval_problems", 0)
     assert [(row["trained"], row["grad_norm"], row["informative"]) for row in metrics_of(folder)] == [
         (0, 0, 0)
@@ -158,14 +160,8 @@ def test_groups_without_a_signal_are_not_run_and_change_nothing(base, monkeypatc
 
 
 def test_the_learning_rate_rises_and_then_falls_to_a_tenth():
-    c = config("--steps", 20, "--warmup_steps", 10, "--lr", 1.0)
-    assert [round(train.learning_rate(step, c), 9) for step in (1, 5, 10, 15, 20)] == [
-        0.1,
-        0.5,
-        1.0,
-        0.55,
-        0.1,
-    ]
+    rates = [round(learning_rate(step, 1.0, warmup_steps=10, steps=20), 9) for step in (1, 5, 10, 15, 20)]
+    assert rates == [0.1, 0.5, 1.0, 0.55, 0.1]
 
 
 def test_flags_not_given_suit_the_task_and_given_ones_stay():
@@ -183,6 +179,10 @@ def test_flags_not_given_suit_the_task_and_given_ones_stay():
         (["--prompts_per_step", "0"], "--prompts_per_step 0: must be at least 1"),
         (["--temperature", "nan"], "--temperature nan: must be above 0"),
         (["--lr", "-1"], "--lr -1.0: must not be below 0"),
+        (["--minibatches", "0"], "--minibatches 0: must be at least 1"),
+        (["--filter", "top", "--keep", "1.5"], "--keep 1.5: a share, must be at most 1"),
+        (["--clip_low", "-0.1"], "--clip_low -0.1: must not be below 0"),
+        (["--recipe", "grop"], "argument --recipe: invalid choice: 'grop'"),
         (["--device", "tpu"], "argument --device: invalid choice: 'tpu'"),
         (["--model", "no/such/folder"], "--model no/such/folder: cannot be loaded"),
     (["--model", "./no/such"], "--model ./no/such: there is no such folder"),
