@@ -169,13 +169,17 @@ def test_the_kl_term_holds_the_policy_where_it_was(base):
 def test_the_numbers_of_a_step_worked_out_by_hand():
     """Two groups of two. Deviations within 0.5 and 0; group means 0.5 and 1, so 0.25 between. Weights: 4^2 / 6."""
     rewards = torch.tensor([[1.0, 0.0], [1.0, 1.0]])
-    numbers = track.describe(rewards, rewards == 1, torch.tensor([2.0, -1, 1, 0]), torch.tensor([3, 5, 4, 8]),
+    samples = [{"true_reward": true, "response": text, "parts": {"number": part}}
+               for true, text, part in zip([1.0, 0.5, 1.0, 1.0], ["a</think>b", "", "a", ""], [2.0, 0.0, 0.0, 1.0])]
+    numbers = track.describe(samples, rewards, torch.tensor([2.0, -1, 1, 0]), torch.tensor([3, 5, 4, 8]),
                              torch.tensor([True, True, True, False]))
     assert numbers == pytest.approx({
-        "reward": 0.75, "reward_std": 0.25, "reward_std_between": 0.25, "informative": 0.5, "accuracy": 0.75,
+        "reward": 0.75, "reward_std": 0.25, "reward_std_between": 0.25, "reward/number": 0.75, "informative": 0.5,
+        "true_reward": 0.875, "accuracy": 0.75, "thinking": 0.25,
         "all_right": 0.5, "all_wrong": 0.0, "response_length": 5.0, "response_length_finished": 4.0,
         "response_length_cut": 8.0, "finished": 0.75, "effective_samples": 16 / 6})
-    none = track.describe(rewards, rewards > 1, torch.zeros(4), torch.tensor([3, 5, 4, 8]), torch.ones(4).bool())
+    wrong = [sample | {"true_reward": 0.0} for sample in samples]
+    none = track.describe(wrong, rewards, torch.zeros(4), torch.tensor([3, 5, 4, 8]), torch.ones(4).bool())
     assert none["all_wrong"] == 1 and not {"response_length_cut", "effective_samples"} & set(none)
 
 
