@@ -1,6 +1,6 @@
 """Trains the built-in model by every recipe of loss.py, several seeds each, and writes what came of it.
 
-    python compare.py                     # 39 runs in runs/recipes, 15 minutes on one CPU core; finished ones are kept
+    python compare.py                     # 39 runs in runs/recipes, 20 minutes on one CPU core; finished ones are kept
     python compare.py --steps 100 --minibatches 1 --runs_dir runs/other
 
 All get the same base model, problems, learning rate and number of sampled responses, and are measured on the same
@@ -25,7 +25,8 @@ from loss import RECIPES
 HERE = Path(__file__).parent
 RUNS = {recipe: ["--recipe", recipe] for recipe in RECIPES}
 RUNS["reinforce_rej, wrong -1"] = ["--recipe", "reinforce_rej", "--reward", "2*exact - 1"]
-RUNS["grpo, random rewards"] = ["--recipe", "grpo", "--reward", "compare.coin"]
+CONTROL = "grpo, random rewards"
+RUNS[CONTROL] = ["--recipe", "grpo", "--reward", "compare.coin"]
 
 
 @dataclass(frozen=True)
@@ -80,22 +81,23 @@ def average(rows: list[dict], key: str) -> float:
 
 
 def table(results: dict[str, list[dict]]) -> str:
-    """Markdown, best first. The noise of a run is taken to be the same in all recipes, and pooled over them."""
-    half = {}  # of the 95 % interval of a recipe's mean
+    """Markdown, best first. The noise of a run is taken to be the same in all recipes and pooled over them, but for the
+    control: nothing holds it, it wanders further."""
+    half, learnt = {}, [rows for name, rows in results.items() if name != CONTROL]
     for key in ("accuracy", "on the way"):
-        squares = [(row[key] - average(rows, key)) ** 2 for rows in results.values() for row in rows]
-        noise = math.sqrt(sum(squares) / (len(squares) - len(results)))
-        half[key] = 2.06 * noise / math.sqrt(len(squares) / len(results))  # t of about 26 degrees of freedom
+        squares = [(row[key] - average(rows, key)) ** 2 for rows in learnt for row in rows]
+        noise = math.sqrt(sum(squares) / (len(squares) - len(learnt)))
+        half[key] = 2.06 * noise / math.sqrt(len(learnt[0]))  # of the 95 % interval: t of about 24 degrees of freedom
     columns = {"accuracy": ".3f", "on the way": ".3f", "entropy": ".3f", "thinking": ".2f", "responses": ",.0f",
                "seconds": ".0f"}
     lines = [f"| recipe | {' | '.join(columns)} | accuracy of each run |", "|---|" + "---|" * (len(columns) + 1)]
     for name, rows in sorted(results.items(), key=lambda item: -average(item[1], "accuracy")):
-        cells = [f"{average(rows, key):{form}}" + (f" ± {half[key]:.3f}" if key in half else "")
+        cells = [f"{average(rows, key):{form}}" + (f" ± {half[key]:.3f}" if key in half and name != CONTROL else "")
                  for key, form in columns.items()]
         runs = ", ".join(f"{row['accuracy']:.3f}" for row in rows)
         lines.append(f"| {' | '.join([name, *cells, runs])} |")
     apart = " and ".join(f"{value * math.sqrt(2):.3f} ({key})" for key, value in half.items())
-    return "\n".join(lines) + f"\n\nTwo recipes differ by more than noise where their means are {apart} apart."
+    return "\n".join(lines) + f"\n\nTwo recipes, chosen before looking, differ by more than noise if {apart} apart."
 
 
 def draw(results: dict[str, list[dict]], path: Path) -> None:
@@ -104,7 +106,7 @@ def draw(results: dict[str, list[dict]], path: Path) -> None:
     figure = Figure(figsize=(12, 2.3 * height), layout="constrained")
     panels = figure.subplots(height, 5, sharex=True, sharey=True).flat
     grpo = [sum(y) / len(y) for y in zip(*([y for _, y in row["curve"]] for row in results["grpo"]))]
-    for panel, (name, rows) in zip(panels, results.items()):
+    for (name, rows), panel in zip(results.items(), panels):
         panel.plot([x for x, _ in results["grpo"][0]["curve"]], grpo, color="0.6", linewidth=3)
         for row in rows:
             panel.plot(*zip(*row["entropies"]), color="C3", linewidth=0.8, alpha=0.7)

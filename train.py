@@ -199,7 +199,7 @@ def main(config: Config) -> Path:
         rollout = join(rollouts)
         finished = rollout.finished.cpu()
         keep = select(rewards, finished.view_as(rewards)).flatten()  # (B,) bool
-        weights = normalise(rewards).flatten() * keep  # (B,), measured against the whole group
+        weights = normalise(rewards).flatten().where(keep, 0.0)  # (B,), measured against the whole group
         trained = keep & ((weights != 0) | (config.kl_beta > 0))  # the others have no gradient: they are not run
 
         # 5. update: minimise -E[w * log pi(response | prompt)], in micro-batches

@@ -55,11 +55,11 @@ def test_a_rollout_reused_has_ratios_and_clips(base):
 
 
 def test_a_minibatch_is_divided_by_its_own_tokens(base, monkeypatch):
-    """Denominators belong to optimizer steps: each minibatch's factors times its lengths add up to 1 (token)."""
+    """Denominators belong to optimizer steps: a minibatch's factors add up to 1 over its tokens."""
     sums, backward = [], train.backward
 
     def spy(policy, rollout, rows, token_losses, then, start, weights, factors, *settings):
-        sums.append((factors * rollout.response_lengths).sum().item())
+        sums.append((factors * rollout.response_lengths)[rows].sum().item())
         return backward(policy, rollout, rows, token_losses, then, start, weights, factors, *settings)
 
     monkeypatch.setattr(train, "backward", spy)
