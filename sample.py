@@ -203,12 +203,9 @@ def attention_masks(model: PreTrainedModel, positions: Tensor, columns: int) -> 
     """
     config = model.config.get_text_config()
     behind = positions[:, None] - torch.arange(columns, device=positions.device)
-    window = getattr(config, "sliding_window", None) or columns
-    lowest = torch.finfo(model.dtype).min
-    full, sliding = (
-        torch.where((behind >= 0) & (behind < reach), 0.0, lowest).to(model.dtype)[:, None, None]
-        for reach in (columns, window)
-    )
+    window, lowest = getattr(config, "sliding_window", None), torch.finfo(model.dtype).min
+    full = torch.where(behind >= 0, 0.0, lowest).to(model.dtype)[:, None, None]
+    sliding = full if window is None else full.masked_fill((behind >= window)[:, None, None], lowest)
     if getattr(config, "layer_types", None):
         return {"full_attention": full, "sliding_attention": sliding}
     return sliding

@@ -128,7 +128,7 @@ def main(config: Config) -> Path:
     reward_device = device if config.reward_device == "auto" else pick_device(config.reward_device)
     reward = load_reward(config.reward or task.reward, reward_device, config.reward_workers, config.reward_timeout,
                          config.reward_missed)
-    truth = load_reward(config.true_reward or task.reward)
+    truth = load_reward(config.true_reward or task.reward) if config.reward or config.true_reward else reward
     run = Path(config.runs_dir) / config.name
     source = str(track.find_checkpoint(run)) if config.resume else config.model
     if source == BASE and not Path(BASE).exists():
@@ -187,7 +187,7 @@ def main(config: Config) -> Path:
             columns = ([row.prompt for row in rows], rollouts[-1].responses(tokenizer), [row.answer for row in rows],
                        rollouts[-1].response_lengths.tolist())
             values, parts = score(reward, *columns, config.max_new_tokens)
-            true_values, _ = score(truth, *columns, config.max_new_tokens)
+            true_values = values if truth is reward else score(truth, *columns, config.max_new_tokens)[0]
             own_parts = [dict(zip(parts, row)) for row in zip(*parts.values())]
             names = "prompt", "response", "answer", "length", "reward", "parts", "true_reward"
             samples += [dict(zip(names, row)) for row in zip(*columns, values, own_parts, true_values)]
