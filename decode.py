@@ -1,0 +1,173 @@
+"""How sample.py's `generate` decodes fast: slots for keys and values, attention for one query, draws, recorded steps.
+
+A decode step is one token of every row. What it reads and writes is allocated once and changed in place, so that on
+CUDA a step can be recorded as a graph and replayed: a small model spends most of a step on launching kernels.
+"""
+
+import math
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor
+from torch.nn.functional import scaled_dot_product_attention
+from transformers import AttentionInterface, Cache, DynamicCache, PreTrainedModel
+
+FEW_HEADS = 8  # of keys and values: up to here `attend` multiplies the heads of a row at once
+
+
+class Slots(Cache):
+    """Keys and values of the rows being decoded: two tensors (R, columns, heads, head size) a layer, written in place.
+    Column c holds a row's token at position c, so that a row's numbers do not depend on its neighbours."""
+
+    def __init__(self, rows: int, columns: int):
+        super().__init__(layers=[])
+        self.rows, self.columns, self.stores = rows, columns, None
+
+    def prefill(self, prompts: DynamicCache) -> None:
+        """Takes the keys and values of P prompts, for `admit` to copy; what the slots held is forgotten."""
+        self.prompts = [part.transpose(1, 2) for layer in prompts.layers for part in (layer.keys, layer.values)]
+        if self.stores is None:
+            self.stores = [part.new_zeros(self.rows, self.columns, *part.shape[2:]) for part in self.prompts]
+
+    def admit(self, slots: Tensor, prompts: Tensor) -> None:
+        """Copies the keys and values of `prompts` (indices) into `slots` (indices)."""
+        for store, prompt in zip(self.stores, self.prompts):
+            store[slots, : prompt.shape[1]] = prompt[prompts]
+
+    def keep(self, slots: Tensor, filled: int) -> None:
+        """Moves `slots` (indices) to the front. Only the first `filled` columns are copied."""
+        for store in self.stores:
+            store[: len(slots), :filled] = store[slots, :filled]
+
+    def at(self, positions: Tensor, filled: int) -> "Slots":
+        """The next token of the first R rows goes to its position, (R,); the first `filled` columns are looked at."""
+        self.filled, self.used = filled, len(positions)
+        self.places = torch.arange(len(positions), device=positions.device) * self.columns + positions
+        return self
+
+    def update(self, keys: Tensor, values: Tensor, layer: int, *args, **kwargs) -> list[Tensor]:
+        """Called by each attention layer with the newest keys and values, (R, heads, 1, head size)."""
+        for store, new in zip(self.stores[2 * layer :], (keys, values)):
+            store.flatten(0, 1).index_copy_(0, self.places, new[:, :, 0])
+        return [store[: self.used, : self.filled].transpose(1, 2) for store in self.stores[2 * layer : 2 * layer + 2]]
+
+    def get_seq_length(self, layer: int = 0) -> int:
+        return self.filled - 1
+
+
+def attend(
+    module: torch.nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor, scaling: float,
+    softcap: float | None = None, **kwargs,
+) -> tuple[Tensor, None]:
+    """Attention of one query a row: (R, heads, 1, size), keys and values (R, groups, columns, size) as Slots has them.
+
+    The heads that share keys and values are several queries of one attention, so that nothing is repeated. On a CPU few
+    groups are multiplied at once: the query of a group fills its own part of a row of zeros, and the products with the
+    other groups' keys come out as 0. That is more arithmetic, but it reads keys and values as they lie: twice as fast.
+    """
+    R, heads, _, size = query.shape
+    groups, shared = key.shape[1], heads // key.shape[1]
+    if softcap is None and (query.device.type != "cpu" or groups > FEW_HEADS):
+        packed = query.view(R, groups, shared, size)
+        out = scaled_dot_product_attention(packed, key, value, attn_mask=attention_mask, scale=scaling)
+        return out.reshape(R, 1, heads, -1), None
+    own = torch.eye(groups, dtype=query.dtype, device=query.device).view(groups, 1, groups, 1)
+    spread = (query.view(R, groups, shared, 1, size) * (own * scaling)).view(R, heads, groups * size)
+    scores = torch.bmm(spread, key.transpose(1, 2).flatten(2).transpose(1, 2))  # (R, heads, columns)
+    if softcap is not None:
+        scores = (scores / softcap).tanh() * softcap
+    shares = (scores + attention_mask[:, 0]).softmax(-1)
+    out = torch.bmm(shares, value.transpose(1, 2).flatten(2)).view(R, groups, shared, groups, -1)
+    return out.diagonal(dim1=1, dim2=3).permute(0, 3, 1, 2).reshape(R, 1, heads, -1), None
+
+
+AttentionInterface.register("slots", attend)
+
+
+@contextmanager
+def one_query_attention(model: PreTrainedModel) -> Iterator[None]:
+    """The model attends by `attend` within the block. (Architectures without that choice keep their own.)"""
+    before = model.config._attn_implementation
+    model.set_attn_implementation("slots")
+    try:
+        yield
+    finally:
+        model.set_attn_implementation(before)
+
+
+def attention_masks(model: PreTrainedModel, positions: Tensor, columns: Tensor) -> Tensor | dict[str, Tensor]:
+    """(R, Q) positions of the queries, (R or 1, K) of the keys -> additive mask (R, 1, Q, K): 0 where a query may look,
+    at what is not after it and not too far before it. A position below 0 is no key.
+
+    Models that mix kinds of layers take one mask for each kind.
+    """
+    config, lowest = model.config.get_text_config(), torch.finfo(model.dtype).min
+    behind = positions[:, None, :, None] - columns[:, None, None, :]
+    window, seen = getattr(config, "sliding_window", None), (behind >= 0) & (columns >= 0)[:, None, None, :]
+    full = torch.zeros(behind.shape, dtype=model.dtype, device=behind.device).masked_fill_(~seen, lowest)
+    sliding = full if window is None else full.masked_fill(behind >= window, lowest)
+    if getattr(config, "layer_types", None):
+        return {"full_attention": full, "sliding_attention": sliding}
+    return sliding
+
+
+def draw(logits: Tensor, temperature: float, uniform: Tensor) -> tuple[Tensor, Tensor]:
+    """(R, V) float32 logits, written over, and (R,) float64 numbers in [0, 1) -> (R,) tokens, (R,) their log-probs.
+
+    Inverse transform sampling: one random number a row picks the first token whose cumulative probability exceeds it,
+    first among blocks of about sqrt(V) tokens, then within the block, so that nothing of size V is summed up step by
+    step. Nothing is cut (no top-k, no top-p): a cut distribution is another policy than the one that learns.
+    """
+    if temperature == 0:
+        token = logits.argmax(-1)
+        return token, logits.log_softmax(-1).gather(1, token[:, None])[:, 0]
+    V = logits.shape[1]
+    size = math.isqrt(V)  # of a block
+    whole = V - V % size
+    weights = logits.div_(temperature).sub_(logits.amax(-1, keepdim=True)).exp_()  # in place: V may be large
+    sums = torch.cat([weights[:, :whole].unflatten(1, (-1, size)).sum(-1), weights[:, whole:].sum(-1, True)], 1)
+    block, fraction = pick(sums, uniform)  # (R,) index of the block, and where within it
+    members = block[:, None] * size + torch.arange(size, device=block.device)
+    inside = torch.where(members < V, weights.gather(1, members.clamp(max=V - 1)), 0.0)
+    token = members[:, 0] + pick(inside, fraction)[0]
+    return token, (weights.gather(1, token[:, None])[:, 0] / sums.sum(-1)).log()
+
+
+def pick(weights: Tensor, uniform: Tensor) -> tuple[Tensor, Tensor]:
+    """(R, K) weights, (R,) in [0, 1) -> (R,) index of the weight that the number falls on, (R,) where within it, [0, 1)
+
+    [[1, 0, 3]], [0.5] -> [2], [1/3]. A weight of 0 is never picked.
+    """
+    weights = weights.to(uniform.dtype)  # float64: in float32 a sum over a large V loses the rare tokens
+    cumulative = weights.cumsum(1)
+    total = cumulative[:, -1:]
+    aim = torch.minimum(uniform[:, None] * total, total.nextafter(torch.zeros_like(total)))  # rounding may reach total
+    index = torch.searchsorted(cumulative, aim, right=True)
+    width = weights.gather(1, index)
+    return index[:, 0], ((aim - cumulative.gather(1, index) + width) / width)[:, 0].clamp_(0, 1 - 2**-53)
+
+
+class Steps:
+    """Runs decode steps. On CUDA a step is recorded as a graph when its key comes first, and replayed from then on:
+    the key says all that Python decides, and every tensor that the step reads stays where it is."""
+
+    def __init__(self, device: torch.device):
+        self.record = self.graph if device.type == "cuda" else None
+        self.replays, self.pool = {}, None  # pool: memory that all graphs share, for they run one after the other
+
+    def __call__(self, key: tuple, step: Callable[[], None]) -> None:
+        if key in self.replays:
+            self.replays[key]()
+            return
+        step()  # for real, which also warms up what the recording needs
+        if self.record:
+            self.replays[key] = self.record(step)
+
+    def graph(self, step: Callable[[], None]) -> Callable[[], None]:
+        """Records the kernels of `step` without running them."""
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, pool=self.pool):
+            step()
+        self.pool = graph.pool()
+        return graph.replay
