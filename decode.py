@@ -11,6 +11,7 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
+from torch.nn.utils.rnn import pad_sequence
 from transformers import AttentionInterface, Cache, DynamicCache, PreTrainedModel
 
 FEW_HEADS = 8  # of keys and values: up to here `attend` multiplies the heads of a row at once
@@ -171,3 +172,54 @@ class Steps:
             step()
         self.pool = graph.pool()
         return graph.replay
+
+
+class Decoding:
+    """All that a decode step reads and writes of B rows, in place. Row B is nobody's: slots without a row to work on
+    read and write there."""
+
+    def __init__(self, model: PreTrainedModel, B: int, slots: int, columns: int, N: int):
+        def zeros(*shape: int, dtype: torch.dtype = torch.long) -> Tensor:
+            return torch.zeros(shape, dtype=dtype, device=model.device)
+
+        precise = torch.float32 if model.device.type == "mps" else torch.float64  # mps has no float64
+        self.ids, self.lengths, self.prompt_lengths = zeros(B + 1, columns), zeros(B + 1), zeros(B + 1)
+        self.logprobs, self.draws = zeros(B + 1, N, dtype=torch.float32), zeros(B + 1, N, dtype=precise)
+        self.finished, self.rows = zeros(B + 1, dtype=torch.bool), zeros(slots)  # rows: what each slot works on, or B
+        self.ends = zeros(model.config.get_text_config().vocab_size, dtype=torch.bool)  # the stop tokens
+        self.slots, self.steps = Slots(slots, columns), Steps(model.device)
+
+    def begin(self, model: PreTrainedModel, prompts: list[list[int]], group_size: int, stop: list[int], draws: Tensor):
+        """Runs each prompt once, without its last token: that one is fed by the first decode step, so that every token
+        is drawn in one place. (A prompt of one token is run as it is; its first step writes the same key again.)"""
+        table = pad_sequence([torch.tensor(prompt) for prompt in prompts], batch_first=True)
+        self.ids[:-1, : table.shape[1]] = table.repeat_interleave(group_size, 0).to(model.device)
+        self.prompt_lengths[:-1] = torch.tensor([len(p) for p in prompts for _ in range(group_size)])
+        self.prompt_lengths[-1] = 1
+        self.lengths.copy_(self.prompt_lengths)
+        self.draws[:-1] = draws.to(self.draws.dtype)
+        self.logprobs.zero_()
+        self.finished.zero_()
+        self.rows.fill_(len(self.ids) - 1)
+        self.ends.zero_()
+        self.ends[stop] = True
+        cache = DynamicCache()
+        table = table[:, : max(1, table.shape[1] - 1)].to(model.device)
+        model(table, past_key_values=cache, use_cache=True, logits_to_keep=1)
+        self.slots.prefill(cache)
+
+    def step(self, model: PreTrainedModel, used: int, filled: int, temperature: float) -> None:
+        """One token for the rows of the first `used` slots; attention looks at the first `filled` columns."""
+        slots = self.rows[:used]
+        rows, nobody, N = slots.clone(), len(self.ids) - 1, self.logprobs.shape[1]
+        positions, n = self.lengths[rows] - 1, self.lengths[rows] - self.prompt_lengths[rows]
+        columns = torch.arange(filled, device=rows.device)[None]
+        logits = model(self.ids[rows, positions, None], position_ids=positions[:, None], use_cache=True,
+                       attention_mask=attention_masks(model, positions[:, None], columns),
+                       past_key_values=self.slots.at(positions, filled)).logits[:, -1]
+        token, self.logprobs[rows, n] = draw(logits.float(), temperature, self.draws[rows, n])
+        self.ids[rows, positions + 1] = token
+        self.lengths[rows] += 1
+        self.finished[rows] = self.ends[token]
+        slots.copy_(torch.where(self.ends[token] | (n + 1 == N), nobody, rows))
+        self.lengths[-1] = self.prompt_lengths[-1]

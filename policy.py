@@ -4,10 +4,12 @@ A policy is any causal language model that transformers loads. It stays in eval 
 policy that learns another one than the policy that sampled.
 """
 
-from collections.abc import Callable
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
+from safetensors.torch import load_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging
@@ -75,9 +77,51 @@ def context_length(model: PreTrainedModel) -> int | None:
 
 
 def save_policy(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
-    """An ordinary Hugging Face folder: AutoModelForCausalLM and AutoTokenizer load it."""
-    model.save_pretrained(folder)
+    """An ordinary Hugging Face folder: AutoModelForCausalLM and AutoTokenizer load it. An adapter is merged into the
+    weights, and saved by itself in folder/adapter as peft has it."""
     tokenizer.save_pretrained(folder)
+    layers = {name: layer for name, layer in model.named_modules() if hasattr(layer, "get_delta_weight")}
+    if not layers:
+        model.save_pretrained(folder)
+        return
+    weights = {name.replace(".base_layer", ""): weight for name, weight in model.state_dict().items()
+               if ".lora_" not in name}
+    for name, layer in layers.items():
+        weight = weights[f"{name}.weight"]
+        weights[f"{name}.weight"] = (weight.float() + layer.get_delta_weight("default").float()).to(weight.dtype)
+    with torch.device("meta"):
+        plain = AutoModelForCausalLM.from_config(model.config)
+    plain.generation_config = model.generation_config
+    plain.save_pretrained(folder, state_dict=weights)
+    model.save_pretrained(folder / "adapter")
+
+
+def add_adapter(model: PreTrainedModel, rank: int, saved: Path | None = None) -> None:
+    """Low-rank adapters on all linear layers of the body, alpha 32, are all that learns from here on. LoRA, 2106.09685.
+
+    saved: a folder with the weights to go on from; else they start as no change, from torch's random state
+    UserError: the package peft is missing.
+    """
+    try:
+        from peft import LoraConfig, set_peft_model_state_dict
+    except ImportError:
+        raise UserError(f"--lora_rank {rank}: needs the package peft, install it by: pip install peft") from None
+    model.add_adapter(LoraConfig(r=rank, lora_alpha=32, target_modules="all-linear"))
+    if saved:
+        set_peft_model_state_dict(model, load_file(saved / "adapter_model.safetensors"))
+
+
+@contextmanager
+def adapter_off(model: PreTrainedModel) -> Iterator[None]:
+    """The model as it was before `add_adapter`, within the block. A model without one stays as it is."""
+    adapted = any(hasattr(layer, "get_delta_weight") for layer in model.modules())
+    if adapted:
+        model.disable_adapters()
+    try:
+        yield
+    finally:
+        if adapted:
+            model.enable_adapters()
 
 
 def response_logprobs(
@@ -100,54 +144,6 @@ def response_logprobs(
     return torch.where(inside, token_logprobs.gather(1, index), 0.0)
 
 
-@torch.no_grad()
-def rollout_logprobs(model: PreTrainedModel, rollout, tokens: int, temperature: float) -> Tensor:
-    """(B, N) log-probs of all responses of a rollout under another model, or under the learner's arithmetic."""
-    logprobs = torch.zeros_like(rollout.logprobs)
-    for rows in micro_batches(rollout.lengths.cpu(), tokens):
-        part = response_logprobs(model, *rollout.rows(rows), temperature)
-        logprobs[rows.to(logprobs.device), : part.shape[1]] = part
-    return logprobs
-
-
-def micro_batches(lengths: Tensor, tokens: int) -> list[Tensor]:
-    """(B,) lengths -> row indices, longest rows first, each batch at most `tokens` once padded (or one row)."""
-    batches, batch, longest = [], [], 0
-    for row in lengths.argsort(descending=True, stable=True).tolist():
-        if batch and longest * (len(batch) + 1) > tokens:
-            batches.append(torch.tensor(batch))
-            batch = []
-        longest = longest if batch else int(lengths[row])
-        batch.append(row)
-    return batches + ([torch.tensor(batch)] if batch else [])
-
-
-def backward(
-    model: PreTrainedModel, rollout, rows: Tensor, token_losses: Callable, then: Tensor, start: Tensor, weights: Tensor,
-    factors: Tensor, tokens: int, temperature: float
-) -> dict[str, float]:
-    """Adds the gradient of the loss of some rows to the model's, in micro-batches: the same for any size of them.
-
-    rows: (R,) indices into the rollout; token_losses: from loss.py's `choose`; weights, factors: (B,)
-    then, start: (B, N) log-probs of the policy that sampled and of the reference
-    -> loss, and over the tokens: largest gap to the sampler's log-probs, mean and largest ratio, share clipped
-    """
-    now, clipped, loss = torch.zeros_like(then), torch.zeros_like(then, dtype=torch.bool), 0.0
-    inside = torch.arange(then.shape[1], device=then.device) < rollout.response_lengths[:, None]  # (B, N)
-    for micro in micro_batches(rollout.lengths[rows].cpu(), tokens):
-        index = rows[micro.to(rows.device)]
-        logprobs = response_logprobs(model, *rollout.rows(index), temperature)
-        part = index, slice(logprobs.shape[1])
-        losses, clipped[part] = token_losses(logprobs, then[part], start[part], weights[index, None], inside[part])
-        micro_loss = (losses.sum(1) * factors[index]).sum()
-        micro_loss.backward()
-        loss += micro_loss.item()
-        now[part] = logprobs.detach()
-    gap, ratio = (now - rollout.logprobs)[rows].abs(), (now - then).exp()[rows][inside[rows]]
-    return {"loss": loss, "sampler_gap": gap.max().item(), "ratio_mean": ratio.mean().item(),
-            "ratio_max": ratio.max().item(), "clip_share": clipped[rows][inside[rows]].float().mean().item()}
-
-
 def learning_rate(step: int, lr: float, warmup_steps: int, steps: int) -> float:
     """Steps count from 1. Rises to `lr` over the warm-up, then falls in a straight line to a tenth at the last step."""
     if step <= warmup_steps:
@@ -157,14 +153,22 @@ def learning_rate(step: int, lr: float, warmup_steps: int, steps: int) -> float:
 
 class Optimizer:
     """AdamW on float32 masters. bfloat16 weights keep 8 bits: nearly every update of an RL step is too small to change
-    one, so updates are made on float32 copies and copied back. Float32 weights are their own masters."""
+    one, so updates are made on float32 copies and copied back. Float32 weights are their own masters.
 
-    def __init__(self, model: PreTrainedModel, weight_decay: float):
+    offload: masters, gradients and moments live in the host's memory; 16 bytes a parameter less on the GPU
+    """
+
+    def __init__(self, model: PreTrainedModel, weight_decay: float, offload: bool = False):
+        def master(weight: Tensor) -> Tensor:
+            if weight.dtype == torch.float32 and not offload:
+                return weight
+            home = "cpu" if offload else weight.device
+            pinned = offload and weight.is_cuda
+            copy = torch.empty(weight.shape, dtype=torch.float32, device=home, pin_memory=pinned)
+            return copy.copy_(weight.detach()).requires_grad_()
+
         self.weights = [weight for weight in model.parameters() if weight.requires_grad]
-        self.masters = [
-            weight if weight.dtype == torch.float32 else weight.detach().float().requires_grad_()
-            for weight in self.weights
-        ]
+        self.masters = [master(weight) for weight in self.weights]
         self.adam = torch.optim.AdamW(self.masters, weight_decay=weight_decay, fused=True)
         for weight, master in zip(self.weights, self.masters):
             if weight is not master:
@@ -172,10 +176,15 @@ class Optimizer:
 
     @staticmethod
     def collect(weight: Tensor, master: Tensor) -> None:
-        """Micro-batches add up in float32; the bfloat16 gradient is freed at once."""
-        gradient = weight.grad.float()
+        """Micro-batches add up in float32, where the master is; the weight's own gradient is freed at once."""
+        gradient = weight.grad.to(master.device, torch.float32)
         master.grad = gradient if master.grad is None else master.grad.add_(gradient)
         weight.grad = None
+
+    def drop(self) -> None:
+        """Forgets the gradients collected."""
+        for weight in (*self.weights, *self.masters):
+            weight.grad = None
 
     def step(self, lr: float, max_grad_norm: float) -> float:
         """One AdamW step (arXiv 1711.05101) on the gradients collected. Returns their norm before clipping."""
@@ -183,7 +192,7 @@ class Optimizer:
         for group in self.adam.param_groups:
             group["lr"] = lr
         self.adam.step()
-        self.adam.zero_grad()
+        self.drop()
         with torch.no_grad():
             for weight, master in zip(self.weights, self.masters):
                 if weight is not master:

@@ -29,10 +29,11 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer
 from transformers.hf_argparser import HfArg
 
 from flags import UserError, run_script
-from policy import context_length, first_line, micro_batches, pick_device
+from policy import context_length, first_line, pick_device
 from rules import OPERATORS, REWARDS, arithmetic, contains, matches
 from tasks import is_answer, is_prompt, read_jsonl
 from track import shorten
+from update import micro_batches
 
 
 class RewardModel:

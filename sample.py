@@ -7,6 +7,7 @@
 """
 
 import itertools
+from collections.abc import Callable
 from dataclasses import dataclass, fields
 from functools import partial
 from typing import Literal
@@ -14,13 +15,13 @@ from typing import Literal
 import torch
 from torch import Tensor
 from torch.nn.functional import pad
-from torch.nn.utils.rnn import pad_sequence
-from transformers import DynamicCache, PreTrainedModel
+from tqdm import tqdm
+from transformers import PreTrainedModel
 from transformers.hf_argparser import HfArg
 
-from decode import Slots, Steps, attention_masks, draw, one_query_attention
+from decode import Decoding, one_query_attention
 from flags import UserError, run_script
-from policy import context_length, load_policy, pick_device, stop_ids
+from policy import context_length, load_policy, pick_device, response_logprobs, stop_ids
 from tasks import Problem, Task, prompt_ids
 
 CHECK_EVERY = {"cuda": 16, "mps": 16, "cpu": 1}  # decode steps between looks at which rows have ended
@@ -61,57 +62,6 @@ def join(rollouts: list[Rollout]) -> Rollout:
         return torch.cat([part if part.dim() == 1 else pad(part, (0, width - part.shape[1])) for part in parts])
 
     return Rollout(*(column(field.name) for field in fields(Rollout)))
-
-
-class Decoding:
-    """All that a decode step reads and writes of B rows, in place. Row B is nobody's: slots without a row to work on
-    read and write there."""
-
-    def __init__(self, model: PreTrainedModel, B: int, slots: int, columns: int, N: int):
-        def zeros(*shape: int, dtype: torch.dtype = torch.long) -> Tensor:
-            return torch.zeros(shape, dtype=dtype, device=model.device)
-
-        precise = torch.float32 if model.device.type == "mps" else torch.float64  # mps has no float64
-        self.ids, self.lengths, self.prompt_lengths = zeros(B + 1, columns), zeros(B + 1), zeros(B + 1)
-        self.logprobs, self.draws = zeros(B + 1, N, dtype=torch.float32), zeros(B + 1, N, dtype=precise)
-        self.finished, self.rows = zeros(B + 1, dtype=torch.bool), zeros(slots)  # rows: what each slot works on, or B
-        self.ends = zeros(model.config.get_text_config().vocab_size, dtype=torch.bool)  # the stop tokens
-        self.slots, self.steps = Slots(slots, columns), Steps(model.device)
-
-    def begin(self, model: PreTrainedModel, prompts: list[list[int]], group_size: int, stop: list[int], draws: Tensor):
-        """Runs each prompt once, without its last token: that one is fed by the first decode step, so that every token
-        is drawn in one place. (A prompt of one token is run as it is; its first step writes the same key again.)"""
-        table = pad_sequence([torch.tensor(prompt) for prompt in prompts], batch_first=True)
-        self.ids[:-1, : table.shape[1]] = table.repeat_interleave(group_size, 0).to(model.device)
-        self.prompt_lengths[:-1] = torch.tensor([len(p) for p in prompts for _ in range(group_size)])
-        self.prompt_lengths[-1] = 1
-        self.lengths.copy_(self.prompt_lengths)
-        self.draws[:-1] = draws.to(self.draws.dtype)
-        self.logprobs.zero_()
-        self.finished.zero_()
-        self.rows.fill_(len(self.ids) - 1)
-        self.ends.zero_()
-        self.ends[stop] = True
-        cache = DynamicCache()
-        table = table[:, : max(1, table.shape[1] - 1)].to(model.device)
-        model(table, past_key_values=cache, use_cache=True, logits_to_keep=1)
-        self.slots.prefill(cache)
-
-    def step(self, model: PreTrainedModel, used: int, filled: int, temperature: float) -> None:
-        """One token for the rows of the first `used` slots; attention looks at the first `filled` columns."""
-        slots = self.rows[:used]
-        rows, nobody, N = slots.clone(), len(self.ids) - 1, self.logprobs.shape[1]
-        positions, n = self.lengths[rows] - 1, self.lengths[rows] - self.prompt_lengths[rows]
-        columns = torch.arange(filled, device=rows.device)[None]
-        logits = model(self.ids[rows, positions, None], position_ids=positions[:, None], use_cache=True,
-                       attention_mask=attention_masks(model, positions[:, None], columns),
-                       past_key_values=self.slots.at(positions, filled)).logits[:, -1]
-        token, self.logprobs[rows, n] = draw(logits.float(), temperature, self.draws[rows, n])
-        self.ids[rows, positions + 1] = token
-        self.lengths[rows] += 1
-        self.finished[rows] = self.ends[token]
-        slots.copy_(torch.where(self.ends[token] | (n + 1 == N), nobody, rows))
-        self.lengths[-1] = self.prompt_lengths[-1]
 
 
 @torch.no_grad()
@@ -165,6 +115,54 @@ def generate(
     longest = int((lengths - prompt_lengths).max())
     return Rollout(work.ids[:B, : int(lengths.max())].clone(), prompt_lengths.clone(), lengths.clone(),
                    work.logprobs[:B, :longest].clone(), work.finished[:B].clone())
+
+
+@torch.no_grad()
+def generate_by_transformers(
+    model: PreTrainedModel, prompts: list[list[int]], group_size: int, max_new_tokens: int, stop: list[int],
+    seeds: list[int], temperature: float = 1.0, max_rows: int = 1 << 30, kept: dict | None = None,
+) -> Rollout:
+    """`generate` by transformers' own method: slower, and right for every architecture. Prompts of one length at a
+    time, for padding is what some do not stand; so a prompt's responses depend on its company."""
+    check_room(model, prompts, max_new_tokens)
+    rollouts, order = [], sorted(range(len(prompts)), key=lambda p: len(prompts[p]))
+    sampling = dict(do_sample=True, temperature=temperature, top_k=0, top_p=1.0)
+    for length, members in itertools.groupby(order, key=lambda p: len(prompts[p])):
+        members, count = list(members), max(1, max_rows // group_size)
+        for batch in (members[start : start + count] for start in range(0, len(members), count)):
+            table = torch.tensor([prompts[p] for p in batch], device=model.device).repeat_interleave(group_size, 0)
+            with torch.random.fork_rng():
+                torch.manual_seed(seeds[batch[0]])
+                ids = model.generate(table, attention_mask=torch.ones_like(table), max_new_tokens=max_new_tokens,
+                                     eos_token_id=stop or None, pad_token_id=0, **(sampling if temperature else {"do_sample": False}))
+            ends = torch.isin(ids[:, length:], torch.tensor(stop, device=ids.device, dtype=ids.dtype))
+            ended = ends.cumsum(1) - ends.long() > 0  # past the first stop token
+            lengths = length + (~ended).sum(1)
+            ids[:, length:].masked_fill_(ended, 0)
+            starts = torch.full_like(lengths, length)
+            logprobs = response_logprobs(model, ids, starts, lengths, temperature or 1.0)
+            rollouts.append(Rollout(ids, starts, lengths, logprobs, ends.any(1)))
+    rows = torch.tensor([p * group_size + g for p in order for g in range(group_size)]).argsort()
+    joined = join(rollouts)
+    return Rollout(*(getattr(joined, field.name)[rows] for field in fields(Rollout)))
+
+
+def choose_sampler(model: PreTrainedModel, prompts: list[list[int]], max_new_tokens: int, stop: list[int]) -> Callable:
+    """`generate` where its log-probs of a response to each prompt are those of a plain forward pass; else, with a line
+    that says so, `generate_by_transformers`. (An architecture may have state that Slots does not hold, or attend in a
+    way of its own.)"""
+    try:
+        rollout = generate(model, prompts, 1, max_new_tokens, stop, list(range(len(prompts))))
+        with torch.no_grad():
+            plain = response_logprobs(model, rollout.ids, rollout.prompt_lengths, rollout.lengths)
+        gap = ((rollout.logprobs - plain).abs().sum() / rollout.response_lengths.sum()).item()
+        problem = f"log-probs are off by {gap:.2g} on average"
+    except (RuntimeError, ValueError, TypeError, AttributeError, IndexError, KeyError, NotImplementedError) as error:
+        gap, problem = float("inf"), f"{type(error).__name__}: {error}".splitlines()[0]
+    if gap <= (1e-3 if model.dtype == torch.float32 else 0.1):
+        return generate
+    tqdm.write(f"the fast sampler does not fit {type(model).__name__} ({problem}): model.generate samples instead")
+    return generate_by_transformers
 
 
 def check_room(model: PreTrainedModel, prompts: list[list[int]], max_new_tokens: int) -> None:

@@ -10,6 +10,7 @@ import json
 import random
 import time
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Literal
 
@@ -22,10 +23,20 @@ import track
 from eval import evaluate, table
 from flags import UserError, run_script
 from loss import AGGREGATIONS, BASELINED, FILTERS, LOSSES, NORMALISERS, RECIPES, choose, k3
-from policy import Optimizer, backward, learning_rate, load_policy, pick_device, rollout_logprobs, save_policy, stop_ids
+from policy import (
+    Optimizer,
+    adapter_off,
+    add_adapter,
+    learning_rate,
+    load_policy,
+    pick_device,
+    save_policy,
+    stop_ids,
+)
 from reward import load_reward, score
-from sample import check_room, generate, join
+from sample import check_room, choose_sampler, generate_by_transformers, join
 from tasks import Problem, Task, digest, load_task, prompt_ids, stream
+from update import Learner, within_memory
 
 BASE = "models/add"
 
@@ -47,6 +58,8 @@ class Config:
     group_size: int = HfArg(default=16, help="G, responses sampled to each prompt")
     max_new_tokens: int = HfArg(default=512, help="tokens after which a response is cut")
     temperature: float = HfArg(default=1.0, help="of the distribution that is sampled from and learnt")
+    rows_at_once: int = HfArg(default=0, help="responses decoded at once, 0 for all; the others wait for one to end")
+    sampler: Literal["fast", "generate"] = HfArg(default="fast", help="generate: the slower model.generate")
     # weights and loss (loss.py)
     recipe: Literal[tuple(RECIPES)] | None = HfArg(default=None, help="a published method: fills in what is not given")
     normaliser: Literal[tuple(NORMALISERS)] = HfArg(default="zscore", help="from rewards to weights")
@@ -70,6 +83,9 @@ class Config:
     weight_decay: float = HfArg(default=0.0, help="of AdamW")
     max_grad_norm: float = HfArg(default=1.0, help="longer gradients are scaled down to this norm")
     micro_batch_tokens: int = HfArg(default=16384, help="tokens in one forward pass: memory only, same gradient")
+    lora_rank: int = HfArg(default=0, help="trains adapters of this rank alone (needs peft), 0 for all weights")
+    offload: bool = HfArg(default=False, help="keeps float32 weights and Adam's moments in the host's memory")
+    gradient_checkpointing: bool = HfArg(default=False, help="runs layers again on the way back: slower, less memory")
     # looking and keeping
     eval_every: int = HfArg(default=20, help="steps between measurements on held-out problems")
     eval_problems: int = HfArg(default=200, help="held-out problems to measure on, 0 for none")
@@ -108,8 +124,8 @@ def check(config: Config) -> None:
     for flag in ("temperature", "reward_timeout", "softmax_beta", "keep", "cispo_cap", "max_grad_norm"):
         if not 0 < getattr(config, flag) < float("inf"):
             raise UserError(f"--{flag} {getattr(config, flag)}: must be above 0")
-    for flag in ("reward_workers", "clip_low", "clip_high", "kl_beta", "lr", "warmup_steps", "weight_decay",
-                 "eval_problems", "log_samples", "seed"):
+    for flag in ("reward_workers", "rows_at_once", "lora_rank", "clip_low", "clip_high", "kl_beta", "lr",
+                 "warmup_steps", "weight_decay", "eval_problems", "log_samples", "seed"):
         if not 0 <= getattr(config, flag) < float("inf"):
             raise UserError(f"--{flag} {getattr(config, flag)}: must not be below 0")
     if config.keep > 1:
@@ -133,16 +149,27 @@ def main(config: Config) -> Path:
     source = str(track.find_checkpoint(run)) if config.resume else config.model
     if source == BASE and not Path(BASE).exists():
         pretrain.main(pretrain.Config(output=BASE, device=config.device))
-    policy, tokenizer = load_policy(source, device, config.dtype)
-    optimizer, stop = Optimizer(policy, config.weight_decay), stop_ids(policy, tokenizer)
+    policy, tokenizer = load_policy(config.model if config.lora_rank else source, device, config.dtype)
     if config.lr == 0:
-        config = replace(config, lr=2e-4 if policy.num_parameters() < 10e6 else 1e-6)
+        config = replace(config, lr=2e-4 if policy.num_parameters() < 10e6 else 1e-5 if config.lora_rank else 1e-6)
+    torch.manual_seed(config.seed)  # adapters start at random; nothing else of ours draws from these two, a reward may
+    random.seed(config.seed)
+    if config.lora_rank:
+        add_adapter(policy, config.lora_rank, Path(source) / "adapter" if config.resume else None)
+    optimizer, stop = Optimizer(policy, config.weight_decay, config.offload), stop_ids(policy, tokenizer)
     longest = sorted(task.train + task.validation, key=lambda problem: len(str(problem.prompt)))[-16:]
-    check_room(policy, [prompt_ids(task, problem, tokenizer) for problem in longest], config.max_new_tokens)
+    longest = [prompt_ids(task, problem, tokenizer) for problem in longest]
+    check_room(policy, longest, config.max_new_tokens)
+    sampler = generate_by_transformers if config.sampler == "generate" else choose_sampler(
+        policy, longest[:8], min(64, config.max_new_tokens), stop)
     held_out = task.validation[: config.eval_problems]
     with_kl = config.kl_beta > 0 or config.log_kl  # the reference: what the run set out from, resumed or not
-    reference = load_policy(config.model, device, config.dtype)[0] if with_kl else None
+    learner = Learner(policy, config.temperature, config.gradient_checkpointing)
+    reference = learner if with_kl and config.lora_rank else Learner(
+        load_policy(config.model, device, config.dtype)[0], config.temperature) if with_kl else None
     normalise, select, aggregate, token_losses = choose(config)
+    rows_at_once, tokens = config.rows_at_once or config.prompts_per_step * config.group_size, config.micro_batch_tokens
+    kept: dict = {}  # the sampler's buffers
 
     def measure(temperature: float) -> dict:
         return evaluate(policy, tokenizer, task, held_out, temperature, config.max_new_tokens)
@@ -159,8 +186,6 @@ def main(config: Config) -> Path:
     else:
         run, first_step, drawn = track.new_run(config.runs_dir, config.name, config.task), 1, 0
         config = replace(config, name=run.name)
-        torch.manual_seed(config.seed)  # nothing of ours draws from these two, a reward of yours may
-        random.seed(config.seed)
     track.record_start(run, replace(config, resume=False), device)
     if held_out and not config.resume:
         track.write_json(run / "before.json", {"greedy": measure(0.0), "sampled": measure(config.temperature)})
@@ -178,14 +203,16 @@ def main(config: Config) -> Path:
 
             # 2. generate: G responses to each, B = P * G rows
             began = time.perf_counter()
-            rollouts.append(
-                generate(policy, prompts, config.group_size, config.max_new_tokens, stop, seeds, config.temperature))
+            made, rows_at_once = within_memory(
+                partial(sampler, policy, prompts, config.group_size, config.max_new_tokens, stop, seeds,
+                        config.temperature, kept=kept), rows_at_once, "--rows_at_once", kept.clear)
+            rollouts.append(made)
             seconds_generate += time.perf_counter() - began
 
             # 3. reward: score every response
             rows = [problem for problem in problems for _ in range(config.group_size)]
-            columns = ([row.prompt for row in rows], rollouts[-1].responses(tokenizer), [row.answer for row in rows],
-                       rollouts[-1].response_lengths.tolist())
+            columns = ([row.prompt for row in rows], made.responses(tokenizer), [row.answer for row in rows],
+                       made.response_lengths.tolist())
             values, parts = score(reward, *columns, config.max_new_tokens)
             true_values = values if truth is reward else score(truth, *columns, config.max_new_tokens)[0]
             own_parts = [dict(zip(parts, row)) for row in zip(*parts.values())]
@@ -204,18 +231,19 @@ def main(config: Config) -> Path:
 
         # 5. update: minimise -E[w * log pi(response | prompt)], in micro-batches
         lengths, then = rollout.response_lengths, rollout.logprobs  # (B,), and (B, N) of the policy that sampled
-        settings = config.micro_batch_tokens, config.temperature
-        start = rollout_logprobs(reference, rollout, *settings) if reference else then
+        with adapter_off(policy):  # with an adapter the policy itself is the reference
+            start = reference.logprobs(rollout, tokens) if reference else then
         if policy.dtype == torch.bfloat16 and config.loss != "logprob":  # ratios need the learner's own rounding
-            then = rollout_logprobs(policy, rollout, *settings)
+            then = learner.logprobs(rollout, tokens)
         lr, updates = learning_rate(step, config.lr, config.warmup_steps, config.steps), []
         for batch in keep.nonzero()[:, 0].tensor_split(config.minibatches) * config.updates_per_rollout:
             factors = torch.zeros(len(samples))
             factors[batch] = aggregate(lengths.cpu()[batch])
             batch = batch[trained[batch]].to(device)
             if len(batch):
-                update = backward(policy, rollout, batch, token_losses, then, start, weights.to(device),
-                                  factors.to(device), *settings)
+                update, tokens = within_memory(
+                    partial(learner.backward, rollout, batch, token_losses, then, start, weights.to(device),
+                            factors.to(device)), tokens, "--micro_batch_tokens", optimizer.drop)
                 updates.append(update | {"grad_norm": optimizer.step(lr, config.max_grad_norm)})
 
         # 6. repeat: record, evaluate, checkpoint, plot

@@ -6,8 +6,8 @@ import torch
 from conftest import parse_train
 
 from loss import AGGREGATIONS, BASELINED, FILTERS, LOSSES, NORMALISERS, RECIPES, choose, k2, k3
-from policy import backward
 from sample import Rollout, generate
+from update import Learner
 
 PAIR, MIXED, EQUAL, ONE = [1.0, 0, 0, 1], [0.2, 0.4, 0.9, 0.9], [0.7] * 4, [0.0, 0, 1, 0]
 SETTINGS = {"softmax": {"beta": 0.5}}
@@ -226,7 +226,7 @@ def gradient(model, rollout, then, rewards, config, tokens):
     factors[keep] = aggregate(rollout.response_lengths[keep])
     rows = keep.nonzero()[:, 0]
     start = then - 0.3 * rollout.logprobs  # of a reference, for the KL term
-    update = backward(model, rollout, rows, token_losses, then, start, weights, factors, tokens, 1.0)
+    update = Learner(model).backward(rollout, rows, token_losses, then, start, weights, factors, tokens)
     return torch.cat([weight.grad.flatten() for weight in model.parameters()]), update
 
 

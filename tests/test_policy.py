@@ -8,8 +8,9 @@ from conftest import CPU
 
 from flags import UserError
 from loss import AGGREGATIONS, LOSSES
-from policy import Optimizer, load_policy, micro_batches, response_logprobs, stop_ids
+from policy import Optimizer, load_policy, response_logprobs, stop_ids
 from sample import generate
+from update import Learner, micro_batches
 
 
 def double_loop(model, ids, prompt_length, length, temperature):
@@ -43,19 +44,37 @@ def test_micro_batches_hold_every_row_once_and_keep_to_the_limit():
     lengths = torch.tensor([5, 30, 7, 7, 12, 1])
     batches = micro_batches(lengths, 21)
     assert sorted(row for batch in batches for row in batch.tolist()) == [0, 1, 2, 3, 4, 5]
-    assert [batch.tolist() for batch in batches] == [[1], [4], [2, 3, 0], [5]]
+    assert [batch.tolist() for batch in batches] == [[1], [4], [2, 3], [0, 5]]
+    lengths = torch.tensor([10, 9, 8, 7, 6])  # 7 < 0.75 * 10: padding would cost as much as tokens
+    assert [batch.tolist() for batch in micro_batches(lengths, 100)] == [[0, 1, 2], [3, 4]]
+    assert [batch.tolist() for batch in micro_batches(lengths, 200)] == [[0, 1, 2, 3, 4]]  # too little for two
     assert micro_batches(torch.tensor([], dtype=torch.long), 21) == []
 
 
-def gradient(model, rollout, weights, tokens):
-    """The gradient of one step, in micro-batches of `tokens`, as train.py forms it."""
-    model.zero_grad()
-    factors = AGGREGATIONS["token"](rollout.response_lengths, 99)
-    for index in micro_batches(rollout.lengths, tokens):
-        logprobs = response_logprobs(model, *rollout.rows(index))
-        losses, _ = LOSSES["logprob"](logprobs, None, weights[index, None], logprobs != 0)
-        (losses.sum(1) * factors[index]).sum().backward()
+def token_losses(now, then, start, weights, inside):
+    return LOSSES["logprob"](now, then, weights, inside)
+
+
+def flat_gradient(model):
     return torch.cat([weight.grad.flatten() for weight in model.parameters() if weight.grad is not None])
+
+
+def plain_gradient(model, rollout, weights, temperature=1.0):
+    """The gradient of one step by plain autograd: rows whole, all logits at once, no tiles, no shared prompts."""
+    model.zero_grad()
+    logprobs = response_logprobs(model, rollout.ids, rollout.prompt_lengths, rollout.lengths, temperature)
+    factors = AGGREGATIONS["token"](rollout.response_lengths, 99)
+    (-weights[:, None] * logprobs * factors[:, None]).sum().backward()
+    return flat_gradient(model)
+
+
+def gradient(model, rollout, weights, tokens, temperature=1.0):
+    """The same in micro-batches of `tokens`, as train.py forms it."""
+    model.zero_grad()
+    factors, then = AGGREGATIONS["token"](rollout.response_lengths, 99), rollout.logprobs
+    rows = torch.arange(len(weights))
+    Learner(model, temperature).backward(rollout, rows, token_losses, then, then, weights, factors, tokens)
+    return flat_gradient(model)
 
 
 @pytest.mark.parametrize("architecture", ["llama", "gemma2", "gpt2"])
@@ -65,8 +84,8 @@ def test_gradients_do_not_depend_on_the_micro_batch_size(load, architecture):
     rollout = generate(model, [[5, 6, 7], [8], [9, 10]], 4, 12, list(range(100, 200)), [1, 2, 3])
     assert len(set(rollout.response_lengths.tolist())) > 3  # else any split would do
     weights = torch.linspace(-1, 2, 12)
-    whole = gradient(model, rollout, weights, 10**6)
-    for tokens in (1, 20, 50):
+    whole = plain_gradient(model, rollout, weights)
+    for tokens in (1, 20, 50, 10**6):
         torch.testing.assert_close(gradient(model, rollout, weights, tokens), whole, rtol=0,
                                    atol=1e-6 * whole.abs().max().item())
 

@@ -3,9 +3,10 @@ import tiny
 import torch
 
 import sample
+from decode import draw
 from flags import UserError
 from policy import response_logprobs, stop_ids
-from sample import draw, generate
+from sample import generate
 
 PROMPTS = [[5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15, 16, 17], [300], [40, 41, 42], [77, 78, 79, 80, 81]]
 

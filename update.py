@@ -1,0 +1,195 @@
+"""The update: log-probs of a rollout's responses and the gradient of its loss, without waste.
+
+Three things make it cheap, and none changes a number: a prompt is run once for all rows of its group, rows of like
+length share a micro-batch, and the output head runs in tiles of tokens, so that nothing of size tokens x V is kept.
+"""
+
+from collections.abc import Callable
+from typing import TypeVar
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+from transformers import DynamicCache, PreTrainedModel
+
+from decode import attention_masks
+from flags import UserError
+
+TILE = {"cuda": 512, "mps": 512, "cpu": 256}  # tokens whose logits are held at once
+SPARED = 0.1  # prompts are run once for a group where that spares so large a share of the tokens
+Result = TypeVar("Result")
+
+
+class Learner:
+    """A model as the update sees it: a body that makes hidden states, and a head that makes logits of them.
+
+    temperature: the sampler's, so that the distribution is the one that was sampled from
+    gradient_checkpointing: keeps the input of each layer alone, and runs the layer again on the way back
+    Where head(body(ids)) are not the model's own logits (it may scale them in its own way), the body is the whole model
+    and the head does nothing: right as well, but all logits of a micro-batch are held at once.
+    """
+
+    def __init__(self, model: PreTrainedModel, temperature: float = 1.0, gradient_checkpointing: bool = False):
+        self.model, self.temperature, self.layers = model, temperature, []
+        if gradient_checkpointing:
+            model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+            self.layers = [layer for layer in model.modules() if getattr(layer, "gradient_checkpointing", False)]
+        linear, cap = model.get_output_embeddings(), getattr(model.config, "final_logit_softcapping", None)
+        self.head = (lambda hidden: (linear(hidden) / cap).tanh() * cap) if cap else linear
+        self.body = lambda ids, **inputs: model.base_model(ids, **inputs).last_hidden_state
+        self.head_weights = [weight for weight in linear.parameters() if weight.requires_grad]
+        ids = torch.arange(4, device=model.device)[None]
+        with torch.no_grad():
+            expected, got = model(ids, use_cache=False).logits, self.head(self.body(ids, use_cache=False))
+        if got.shape != expected.shape or (got - expected).abs().max() > 0.01 * expected.abs().max():
+            self.head, self.head_weights = lambda logits: logits, []
+            self.body = lambda ids, **inputs: model(ids, **inputs).logits
+
+    def states(self, ids: Tensor, prompt_lengths: Tensor, lengths: Tensor) -> Tensor:
+        """(R, T) ids padded on the right, (R,), (R,) -> (R, N, hidden size): what response tokens are predicted from.
+
+        Past a row's end the states are of no use. No mask is needed where a row is run whole: attention is causal, and
+        padding stands after everything that it could be seen from.
+        """
+        last = prompt_lengths - 1  # position of a prompt's last token, from which the response begins
+        places = last[:, None] + torch.arange(int((lengths - prompt_lengths).max()), device=ids.device)
+        places = places.clamp(max=ids.shape[1] - 1)  # (R, N)
+        columns = torch.arange(max(1, int(last.max())), device=ids.device)  # of prompts, their last tokens left out
+        inside = columns < last[:, None]
+        prompts, member = ids[:, : len(columns)].masked_fill(~inside, -1).unique(dim=0, return_inverse=True)
+        if (len(ids) - len(prompts)) * len(columns) < SPARED * ids.numel() or self.layers:
+            for layer in self.layers:  # they recompute only in train mode: they alone, for dropout must stay off
+                layer.training = True
+            states = self.body(ids, use_cache=False)
+            for layer in self.layers:
+                layer.training = False
+            return states.gather(1, places[:, :, None].expand(-1, -1, states.shape[2]))
+        cache = DynamicCache()
+        self.body(prompts.clamp(min=0), past_key_values=cache, use_cache=True)
+        for layer in cache.layers:  # a prompt's keys and values for each of its rows: their gradients add up
+            layer.keys, layer.values = layer.keys[member], layer.values[member]
+        keys = torch.cat([columns.where(inside, -1), places], 1)  # (R, prompt + N) positions, -1 for no key
+        return self.body(ids.gather(1, places), position_ids=places, past_key_values=cache, use_cache=True,
+                         attention_mask=attention_masks(self.model, places, keys))
+
+    def read_off(self, states: Tensor, tokens: Tensor, slopes: Tensor | None = None) -> Tensor:
+        """(K, hidden size) states, (K,) tokens -> (K,) float32 log-probs of the tokens, in tiles.
+
+        slopes: (K,) d loss / d log-prob. With them the gradient of the loss is formed on the way and sent back through
+        the body: one softmax and three matrix products a tile, and nothing is kept.
+        """
+        logprobs, size = torch.empty(len(tokens), device=states.device), TILE[states.device.type]
+        inputs = states.detach()
+        gradients = [torch.zeros_like(inputs), *(torch.zeros_like(w, dtype=torch.float32) for w in self.head_weights)]
+        for part in (slice(start, start + size) for start in range(0, len(tokens), size)):
+            with torch.set_grad_enabled(slopes is not None):
+                tile = inputs[part].requires_grad_(slopes is not None)
+                logits = self.head(tile)
+            scaled = logits.detach().float()
+            scaled = (scaled if self.temperature == 1 else scaled / self.temperature).log_softmax(-1)
+            logprobs[part] = scaled.gather(1, tokens[part, None])[:, 0]
+            if slopes is not None:
+                slope = slopes[part, None] / self.temperature
+                scaled.exp_().mul_(-slope).scatter_add_(1, tokens[part, None], slope)  # d loss / d logits
+                inner = [tile, *self.head_weights]
+                gradients[0][part], *more = torch.autograd.grad(logits, inner, scaled.to(logits.dtype))
+                for total, one in zip(gradients[1:], more):
+                    total += one
+        if slopes is not None:
+            roots = [states, *self.head_weights]
+            torch.autograd.backward(roots, [gradient.to(root.dtype) for root, gradient in zip(roots, gradients)])
+        return logprobs
+
+    @torch.no_grad()
+    def logprobs(self, rollout, micro_batch_tokens: int) -> Tensor:
+        """(B, N) log-probs of all responses of a rollout, 0 past a row's end."""
+        logprobs = torch.zeros_like(rollout.logprobs)
+        for rows in micro_batches(rollout.lengths.cpu(), micro_batch_tokens):
+            ids, prompt_lengths, lengths = rollout.rows(rows)
+            tokens, inside = response_tokens(ids, prompt_lengths, lengths)
+            part = self.read_off(self.states(ids, prompt_lengths, lengths)[inside], tokens[inside])
+            logprobs[rows.to(logprobs.device), : tokens.shape[1]] = spread(part, inside)
+        return logprobs
+
+    def backward(self, rollout, rows: Tensor, token_losses: Callable, then: Tensor, start: Tensor, weights: Tensor,
+                 factors: Tensor, micro_batch_tokens: int) -> dict[str, float]:
+        """Adds the gradient of the loss of some rows to the model's, in micro-batches: the same for any size of them.
+
+        rows: (R,) indices into the rollout; token_losses: from loss.py's `choose`; weights, factors: (B,)
+        then, start: (B, N) log-probs of the policy that sampled and of the reference
+        -> loss, and over the tokens: largest gap to the sampler's log-probs, mean and largest ratio, share clipped
+        """
+        def losses(now: Tensor) -> tuple[Tensor, Tensor]:
+            """(R, N) log-probs -> sum of the rows' losses, which tokens were clipped"""
+            each, clipped = token_losses(now, then[part], start[part], weights[index, None], inside)
+            return (each.sum(1) * factors[index]).sum(), clipped
+
+        def slopes(now: Tensor) -> Tensor:
+            now = now.detach().requires_grad_()
+            return torch.autograd.grad(losses(now)[0], now)[0]
+
+        loss, gaps, ratios, clips = 0.0, [], [], []
+        for micro in micro_batches(rollout.lengths[rows].cpu(), micro_batch_tokens):
+            index = rows[micro.to(rows.device)]
+            ids, prompt_lengths, lengths = rollout.rows(index)
+            tokens, inside = response_tokens(ids, prompt_lengths, lengths)
+            part = index, slice(tokens.shape[1])
+            states = self.states(ids, prompt_lengths, lengths)[inside]
+            slope = slopes(then[part])
+            if not torch.equal(slope, slopes(then[part] - 1)):  # it depends on the log-probs, so they come first
+                slope = slopes(spread(self.read_off(states, tokens[inside]), inside))
+            now = spread(self.read_off(states, tokens[inside], slope[inside]), inside)
+            micro_loss, clipped = losses(now)
+            loss += micro_loss.item()
+            gaps.append((now - rollout.logprobs[part])[inside].abs())
+            ratios.append((now - then[part])[inside].exp())
+            clips.append(clipped[inside].float())
+        ratio = torch.cat(ratios)
+        return {"loss": loss, "sampler_gap": torch.cat(gaps).max().item(), "ratio_mean": ratio.mean().item(),
+                "ratio_max": ratio.max().item(), "clip_share": torch.cat(clips).mean().item()}
+
+
+def response_tokens(ids: Tensor, prompt_lengths: Tensor, lengths: Tensor) -> tuple[Tensor, Tensor]:
+    """(R, T) ids, (R,), (R,) -> (R, N) tokens of the responses from the left, (R, N) bool: which of them are there.
+
+    From lengths, not from pad ids: pad may equal EOS, and EOS must be trained on."""
+    places = prompt_lengths[:, None] + torch.arange(int((lengths - prompt_lengths).max()), device=ids.device)
+    return ids.gather(1, places.clamp(max=ids.shape[1] - 1)), places < lengths[:, None]
+
+
+def spread(values: Tensor, inside: Tensor) -> Tensor:
+    """(K,) values, (R, N) bool with K times True -> (R, N), 0 elsewhere"""
+    return torch.zeros(inside.shape, device=inside.device).masked_scatter_(inside, values)
+
+
+def micro_batches(lengths: Tensor, tokens: int) -> list[Tensor]:
+    """(B,) lengths -> row indices, longest rows first, each batch at most `tokens` once padded (or one row). Rows much
+    shorter than the longest begin a new batch once there is enough to do: padding costs as much as tokens."""
+    batches, batch, longest = [], [], 0
+    for row in lengths.argsort(descending=True, stable=True).tolist():
+        padded = longest * len(batch)
+        if batch and (padded + longest > tokens or (padded > tokens / 4 and lengths[row] < 0.75 * longest)):
+            batches.append(torch.tensor(batch))
+            batch = []
+        longest = longest if batch else int(lengths[row])
+        batch.append(row)
+    return batches + ([torch.tensor(batch)] if batch else [])
+
+
+def within_memory(work: Callable[[int], Result], size: int, flag: str, undo: Callable[[], None]) -> tuple[Result, int]:
+    """work(size) -> its result and the size; where CUDA runs out of memory again with half the size, and so on.
+
+    undo: drops what a try that failed has left behind, so that nothing is counted twice
+    UserError: even a size of 1 is too much.
+    """
+    while True:
+        try:
+            return work(size), size
+        except torch.OutOfMemoryError:
+            if size == 1:
+                raise UserError(f"{flag}: out of memory even at 1; --gradient_checkpointing, --lora_rank 16, --offload "
+                                "and shorter responses take less") from None
+        undo()  # out here the error, and with it the tensors of its frames, is gone
+        torch.cuda.empty_cache()
+        size //= 2
+        tqdm.write(f"out of memory: {flag} is {size} from here on")
