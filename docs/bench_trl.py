@@ -1,13 +1,13 @@
-"""One step of this project and one of TRL's GRPOTrainer on the same work, in turn, in one process, on one CPU thread.
+"""One step of this project and one of TRL's GRPOTrainer on the same work, in turn, in one process, on one thread.
 
-    pip install trl==1.16.0 peft accelerate datasets                    # beside requirements.txt, best in a venv of its own
-    python docs/bench_trl.py --setting A --steps 10                     # times and their ratios
-    python docs/bench_trl.py --setting B --steps 3 --only ours          # peak memory: each alone, in a process of its own
+    pip install trl==1.16.0 peft accelerate datasets            # beside requirements.txt, in an environment of its own
+    python docs/bench_trl.py --setting A --steps 10             # times and their ratios
+    python docs/bench_trl.py --setting B --only ours            # peak memory: each alone, in a process of its own
 
 The work: 16 prompts x 16 responses, a Llama in float32 (hidden 128, 4 layers, 4 heads, random weights), sampled at
-temperature 1, reward the share of the answer's digits that stand in their place, one AdamW step (lr 1e-5, clipped to 1).
+temperature 1, reward the share of the answer's digits that stand in their place, one AdamW step at 1e-5.
 
-    A  6 prompt tokens, 16 new, V = 100       B  6 prompt tokens, 64 new, V = 30,000       C  128 prompt tokens, 64 new, V = 100
+    A: 6 prompt tokens, 16 new, V = 100   B: 6 prompt tokens, 64 new, V = 30,000   C: 128 prompt tokens, 64 new, V = 100
 
 Both answer the same prompts in each pair of steps. In the first pair they are given the same responses too: then the
 norms of their gradients must agree, and that is checked. Seconds are CPU seconds of the process.
@@ -49,8 +49,8 @@ SETTINGS = {  # micro: rows of TRL's micro-batch, the fastest of those tried
 class Config:
     setting: Literal["A", "B", "C"] = HfArg(default="A", help="the work, as above")
     steps: int = HfArg(default=10, help="pairs of steps to take the median of, after one to warm up")
-    stop_prob: float = HfArg(default=0.0, help="share of the vocabulary that ends a response, so that lengths are random")
-    weights: Literal["natural", "all"] = HfArg(default="natural", help="all: no response has weight 0, so none is skipped")
+    stop_prob: float = HfArg(default=0.0, help="share of the vocabulary that ends a response: random lengths")
+    weights: Literal["natural", "all"] = HfArg(default="natural", help="all: none has weight 0, so none is skipped")
     only: Literal["both", "ours", "trl"] = HfArg(default="both", help="one alone, for its memory")
     micro_batch_tokens: int = HfArg(default=16384, help="ours; train.py's default")
 
@@ -82,7 +82,7 @@ def make_model(config: Config):
 
 
 def problems(length: int, n: int = 4096) -> dict[str, str]:
-    """prompt -> answer. A prompt is `length` characters: '12+34=', with worked examples before it where there is room."""
+    """prompt -> answer. A prompt is `length` characters: '12+34=', after worked examples where there is room."""
     draw, answers = random.Random(0), {}
     for k in draw.sample(range(8100), n):
         examples = "".join(f"{a}+{b}={a + b}\n" for a, b in zip(*(draw.choices(range(10, 100), k=15) for _ in "ab")))
@@ -94,7 +94,7 @@ def problems(length: int, n: int = 4096) -> dict[str, str]:
 def score(responses: list[str], answers: list[str], every: bool) -> list[float]:
     """The share of the answer's characters in their place. every: plus a little that differs within a group, so that no
     response has weight 0."""
-    return [sum(x == y for x, y in zip(response, answer)) / len(answer) + every * 1e-4 * row
+    return [sum(x == y for x, y in zip(response, answer)) / len(answer) + every * 1e-3 * (row % G)
             for row, (response, answer) in enumerate(zip(responses, answers))]
 
 
@@ -191,7 +191,7 @@ def run_trl(config: Config, ours: Ours | None) -> list[dict]:
 def report(ours: list[dict], trl: list[dict]) -> None:
     """Medians over all pairs but the first, and medians of the pairs' ratios."""
     (first, *ours), (first_trl, *trl) = ours, trl
-    # the same but for the deviation that rewards are divided by: TRL takes that of a sample (G - 1), we that of the group
+    # the same but for the deviation that rewards are divided by: TRL takes that of a sample (G - 1), not of the group
     norms = first["norm"], first_trl["norm"] * (G / (G - 1)) ** 0.5
     assert abs(norms[0] / norms[1] - 1) < 1e-3, f"the gradients of the same responses differ: {norms}"
     print(f"{'':24}{'TRL':>12}{'ours':>12}{'ratio':>12}")
@@ -219,7 +219,8 @@ def main(config: Config) -> None:
     if config.only == "both":
         report(ours.log, trl)
     else:
-        print(f"peak memory of {config.only}: {resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e6:,.0f} MB")
+        kilobytes = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        print(f"peak memory of {config.only}: {kilobytes * 1024 / 1e6:,.0f} MB")
 
 
 if __name__ == "__main__":
