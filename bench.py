@@ -1,7 +1,6 @@
 """Speed and memory of sampling and of the update, beside model.generate and beside what the machine can do.
 
     python bench.py                                                     # a tiny model, on the GPU if there is one
-    python bench.py --preset tiny-32k
     python bench.py --stop_prob 0.0118 --max_new_tokens 256             # responses that end at random
     python bench.py --preset qwen2.5-0.5b --prompts_per_step 4 --max_new_tokens 506
     python bench.py --against ../other                                  # and the sample.py of another checkout
@@ -18,13 +17,12 @@ from collections import defaultdict
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from functools import partial
-from operator import truediv
+from itertools import product
 from pathlib import Path
 from statistics import median
 from typing import Any, Literal
 
 import torch
-from torch import Tensor
 from torch.profiler import profile
 from transformers import AutoModelForCausalLM, PreTrainedModel
 from transformers.hf_argparser import HfArg
@@ -33,7 +31,7 @@ import train
 from flags import UserError, run_script
 from loss import choose
 from memory import SHAPES, cache_bytes, shape
-from policy import DTYPES, Optimizer, backward, pick_device
+from policy import Optimizer, backward, pick_device
 from sample import Rollout, generate
 
 PHASES = "generate", "backward", "optimizer"
@@ -50,9 +48,7 @@ class Config:
     micro_batch_tokens: int = HfArg(default=16384, help="tokens in one forward pass of the update")
     repeats: int = HfArg(default=5, help="times that each is run; medians are shown")
     against: str = HfArg(default="", help="folder with another sample.py to run in turn")
-    output: str = HfArg(default="bench.json", help="file of all numbers")
     device: Literal["auto", "cuda", "cpu"] = HfArg(default="auto", help="auto: cuda if it is there")
-    dtype: Literal["auto", "float32", "bfloat16"] = HfArg(default="auto", help="auto: bfloat16 on cuda, else float32")
 
 
 def timed(function: Callable, device: torch.device) -> tuple[float, Any]:
@@ -85,24 +81,23 @@ def peak_memory(device: torch.device) -> float:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9
 
 
-def count(model: PreTrainedModel, rollout: Rollout, groups: int) -> dict[str, float]:
+def count(model: PreTrainedModel, rollout: Rollout, groups: int) -> dict[str, dict[str, float]]:
     """The bytes and operations without which a rollout and its update cannot be had: each prompt run once, no padding.
 
     Sampling reads the weights once a step and a row's keys and values once a token; a product with a matrix of n
     weights takes 2n operations a token, three times that with its backward pass.
     """
     config = model.config.get_text_config()
-    head = model.get_output_embeddings().weight.numel()
-    tied = model.get_output_embeddings().weight is model.get_input_embeddings().weight
-    body = model.num_parameters() - (1 if tied else 2) * head
+    head, table = model.get_output_embeddings().weight, model.get_input_embeddings().weight
+    head, body = head.numel(), model.num_parameters() - len({head, table}) * head.numel()
     starts, ends = rollout.prompt_lengths.double(), rollout.lengths.double()
-    prompts, responses = starts.view(groups, -1)[:, 0], (ends - starts).sum().item()
+    prompts, responses = starts.view(groups, -1)[:, 0] - 1, (ends - starts).sum().item()  # its last token is a row's
     seen = ((starts + ends - 1) * (ends - starts) / 2).sum().item()  # keys that all response tokens look at
-    attention = 4 * config.num_hidden_layers * config.hidden_size * (seen + (prompts**2).sum().item() / 2)
+    attention = 4 * config.num_hidden_layers * config.hidden_size * (seen + (prompts * (prompts + 1) / 2).sum().item())
     operations = 2 * body * (responses + prompts.sum().item()) + 2 * head * responses + attention
     weights = (body + head) * model.dtype.itemsize * (ends - starts).max().item()
-    return {"generate operations": operations, "backward operations": 3 * operations,
-            "generate bytes": weights + seen * cache_bytes(config, model.dtype.itemsize)}
+    moved = weights + seen * cache_bytes(config, model.dtype.itemsize)
+    return {"generate": {"operations": operations, "bytes": moved}, "backward": {"operations": 3 * operations}}
 
 
 def others(config: Config, arguments: tuple) -> dict[str, Callable]:
@@ -111,38 +106,36 @@ def others(config: Config, arguments: tuple) -> dict[str, Callable]:
     ids = torch.tensor(prompts, device=model.device).repeat_interleave(group_size, 0)
 
     @torch.no_grad()
-    def theirs() -> Tensor:
-        return model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=most,
-                              eos_token_id=stop, pad_token_id=0, do_sample=True, top_k=0, top_p=1.0)[:, ids.shape[1]:]
+    def theirs() -> torch.Tensor:
+        return model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=most, eos_token_id=stop or None,
+                              pad_token_id=0, do_sample=True, top_k=0, top_p=1.0)[:, ids.shape[1]:]
 
     if not config.against:
         return {"model.generate": theirs}
-    path = Path(config.against) / "sample.py"
-    if not path.exists():
+    if not (path := Path(config.against) / "sample.py").exists():
         raise UserError(f"--against {config.against}: there is no sample.py in that folder")
     spec = importlib.util.spec_from_file_location("against", path)
     spec.loader.exec_module(module := importlib.util.module_from_spec(spec))
     return {"model.generate": theirs, "against": partial(module.generate, *arguments)}
 
 
-def tokens(responses: Rollout | Tensor, stop: list[int]) -> int:
+def tokens(responses: Rollout | torch.Tensor, stop: list[int]) -> int:
     """Tokens of all responses, those after the first stop token not among them."""
-    if not isinstance(responses, Tensor):
+    if not isinstance(responses, torch.Tensor):
         return int(responses.response_lengths.sum())
-    ends = torch.isin(responses, torch.tensor(stop, device=responses.device)).long()
+    ends = torch.isin(responses, torch.tensor(stop, dtype=torch.long, device=responses.device)).long()
     return int((ends.cumsum(1) - ends == 0).sum())
 
 
 def updates(config: Config, model: PreTrainedModel, rollout: Rollout) -> dict[str, Callable]:
-    """name -> the two halves of an update in which every response has a weight. The learning rate is 0: the same work,
-    and the same model afterwards."""
+    """The two halves of an update in which every response has a weight. At learning rate 0 the model stays the same."""
     optimizer, token_losses, device = Optimizer(model, 0.0), choose(train.Config())[3], model.device
     weights = torch.randn(len(rollout.ids), generator=torch.Generator().manual_seed(0)).to(device)
     factors = (1 / rollout.response_lengths.sum()).expand(len(weights))
     rows = torch.arange(len(weights), device=device)
-    arguments = token_losses, rollout.logprobs, rollout.logprobs, weights, factors, config.micro_batch_tokens, 1.0
-    return {"backward": partial(backward, model, rollout, rows, *arguments),
-            "optimizer": partial(optimizer.step, 0.0, 1.0)}
+    arguments = rollout, rows, token_losses, rollout.logprobs, rollout.logprobs, weights, factors
+    return {"backward": partial(backward, model, *arguments, tokens=config.micro_batch_tokens, temperature=1.0),
+            "optimizer": partial(optimizer.step, lr=0.0, max_grad_norm=1.0)}
 
 
 def busiest(function: Callable, device: torch.device) -> dict[str, float]:
@@ -155,20 +148,21 @@ def busiest(function: Callable, device: torch.device) -> dict[str, float]:
 
 
 def report(config: Config, model: PreTrainedModel, found: dict) -> str:
-    """The table: medians of all runs, what they would be at the machine's own speed, and the share of it reached."""
+    """The table: medians, the seconds that the machine's own speed would allow, and the share of it reached."""
     speed, needs, machine = found["tokens/s"], found["needs"], found["machine"]
     seconds = {name: median(runs) for name, runs in found["seconds"].items()}
-    floors = {"generate": max(needs[f"generate {what}"] / machine[what] for what in ("bytes", "operations")),
-              "backward": needs["backward operations"] / machine["operations"]}
-    lines = [f"{config.preset}, {model.num_parameters() / 1e6:,.2f} M parameters, {found['dtype']}, {found['device']}: "
+    floors = {phase: max(needs[phase][what] / machine[what] for what in needs[phase]) for phase in needs}
+    size = f"{model.num_parameters() / 1e6:,.2f} M parameters"
+    lines = [f"{config.preset}: {size}, {model.dtype} on {model.device.type}, "
              f"copies {machine['bytes'] / 1e9:.1f} GB/s, multiplies {machine['operations'] / 1e9:,.0f} GFLOP/s",
              f"{'':16}{'tokens/s':>12}{'seconds':>10}{'at best':>10}{'share':>8}{'peak GB':>9}"]
     for name, took in seconds.items():
         floor = f"{floors[name]:10.4f}{floors[name] / took:8.2f}" if name in floors else " " * 18
         memory = f"{found['memory'][name]:9.2f}" if name in PHASES else ""
         lines.append(f"{name:16}{median(speed[name]):12,.0f}{took:10.4f}{floor}{memory}".rstrip())
-    for name in [name for name in ("model.generate", "against") if name in speed]:
-        lines.append(f"generate is {median(map(truediv, speed['generate'], speed[name])):.2f} times as fast as {name}")
+    for name in seconds.keys() - set(PHASES):
+        ratio = median(ours / theirs for ours, theirs in zip(speed["generate"], speed[name]))
+        lines.append(f"generate is {ratio:.2f} times as fast as {name}")
     phases = {name: seconds[name] / sum(seconds[name] for name in PHASES) for name in PHASES}
     for name, shares in {"a step": phases, **found["busiest"]}.items():
         lines.append(f"the time of {name}: " + ", ".join(f"{key} {share:.0%}" for key, share in shares.items()))
@@ -178,30 +172,27 @@ def report(config: Config, model: PreTrainedModel, found: dict) -> str:
 def main(config: Config) -> None:
     """Everything in turn; the first round warms up and shows the memory."""
     device = pick_device(config.device)
-    dtype = ("bfloat16" if device.type == "cuda" else "float32") if config.dtype == "auto" else config.dtype
+    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     torch.manual_seed(0)
     with device:
-        model = AutoModelForCausalLM.from_config(shape(config.preset), dtype=DTYPES[dtype]).eval()
+        model = AutoModelForCausalLM.from_config(shape(config.preset), dtype=dtype).eval()
     V = model.config.vocab_size
-    stop = list(range(V - round(config.stop_prob * V), V)) or [V]  # V: an id that no row draws
+    stop = list(range(V - round(config.stop_prob * V), V))
     prompts = torch.randint(V, (config.prompts_per_step, config.prompt_length)).tolist()
     arguments = model, prompts, config.group_size, config.max_new_tokens, stop, list(range(len(prompts)))
     rollout = generate(*arguments)
-    work = {"generate": partial(generate, *arguments), **updates(config, model, rollout),
-            **others(config, arguments)}
-    memory, seconds, speed = {}, defaultdict(list), defaultdict(list)
-    for repeat in range(config.repeats + 1):
-        for name, function in work.items():
-            took, result = timed(function, device)
-            memory.setdefault(name, peak_memory(device))
-            if repeat > 0:
-                seconds[name].append(took)
-                speed[name].append(tokens(rollout if name in PHASES[1:] else result, stop) / took)
-    found = {"config": asdict(config), "device": device.type, "dtype": dtype, "torch": torch.__version__,
-             "machine": machine(device, DTYPES[dtype]), "needs": count(model, rollout, config.prompts_per_step),
-             "seconds": seconds, "tokens/s": speed, "memory": memory,
+    work = {"generate": partial(generate, *arguments)} | updates(config, model, rollout) | others(config, arguments)
+    seconds, speed, memory = defaultdict(list), defaultdict(list), {}
+    for repeat, (name, function) in product(range(config.repeats + 1), work.items()):
+        took, result = timed(function, device)
+        memory.setdefault(name, peak_memory(device))
+        if repeat > 0:
+            seconds[name].append(took)
+            speed[name].append(tokens(rollout if name in PHASES[1:] else result, stop) / took)
+    found = {"config": asdict(config), "seconds": seconds, "tokens/s": speed, "memory": memory,
+             "machine": machine(device, dtype), "needs": count(model, rollout, len(prompts)),
              "busiest": {name: busiest(work[name], device) for name in PHASES[:2]}}
-    Path(config.output).write_text(json.dumps(found, indent=1) + "\n")
+    Path("bench.json").write_text(json.dumps(found, indent=1) + "\n")
     print(report(config, model, found))
 
 

@@ -18,7 +18,7 @@ from flags import UserError, run_script
 from policy import DTYPES, first_line, pick_device
 
 TINY = dict(model_type="llama", hidden_size=128, num_hidden_layers=4, num_attention_heads=4, num_key_value_heads=4,
-            intermediate_size=352, vocab_size=100, max_position_embeddings=1024)
+            intermediate_size=352, vocab_size=100, max_position_embeddings=1024, bos_token_id=None, eos_token_id=None)
 QWEN = dict(model_type="qwen2", num_key_value_heads=2, vocab_size=151936, max_position_embeddings=32768,
             tie_word_embeddings=True)
 SHAPES = {
@@ -85,8 +85,8 @@ def kept_bytes(model: PreTrainedModel, tokens: int = 64) -> float:
 
 
 def estimate(flags: Config, model: PreTrainedModel, kept: float, longest_prompt: int) -> dict[str, float]:
-    """-> bytes by purpose: 'sampling' and 'update' take turns, what is 'host' is not on the device.
-    kept: of `kept_bytes`."""
+    """-> bytes by purpose: 'sampling' and 'update' take turns, what is 'host' is not on the device; keys and values
+    wait for the next rollout. kept: of `kept_bytes`."""
     config, bytes_each = model.config.get_text_config(), model.dtype.itemsize
     rows, width = flags.prompts_per_step * flags.group_size, longest_prompt + flags.max_new_tokens
     tokens = max(width, min(flags.micro_batch_tokens, rows * width))
@@ -97,7 +97,7 @@ def estimate(flags: Config, model: PreTrainedModel, kept: float, longest_prompt:
     return {
         "weights": model.num_parameters() * bytes_each * (1 + (flags.log_kl and not flags.lora_rank)),
         f"optimizer{', host' if flags.offload else ''}": 4 * copies * trained,
-        "sampling: keys and values": rows * width * cache_bytes(config, bytes_each),
+        "keys and values": rows * width * cache_bytes(config, bytes_each),
         "sampling: logits": rows * config.vocab_size * (4 + bytes_each),
         "update: gradients": 4 * trained,
         "update: activations": tokens * kept,
