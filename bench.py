@@ -182,7 +182,8 @@ def main(config: Config) -> None:
     prompts = torch.randint(V, (config.prompts_per_step, config.prompt_length)).tolist()
     arguments = model, prompts, config.group_size, config.max_new_tokens, stop, list(range(len(prompts)))
     rollout = generate(*arguments)
-    work = {"generate": partial(generate, *arguments, kept={})} | updates(config, model, rollout) | others(config, arguments)
+    work = {"generate": partial(generate, *arguments, kept={}), **updates(config, model, rollout),
+            **others(config, arguments)}
     seconds, speed, memory = defaultdict(list), defaultdict(list), {}
     for repeat, (name, function) in product(range(config.repeats + 1), work.items()):
         took, result = timed(function, device)

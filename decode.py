@@ -126,7 +126,7 @@ def draw(logits: Tensor, temperature: float, uniform: Tensor) -> tuple[Tensor, T
     V = logits.shape[1]
     size = math.isqrt(V)  # of a block
     whole = V - V % size
-    weights = logits.div_(temperature).sub_(logits.amax(-1, keepdim=True)).exp_()  # in place: V may be large
+    weights = torch.softmax(logits if temperature == 1 else logits.div_(temperature), -1, out=logits)  # V may be large
     sums = torch.cat([weights[:, :whole].unflatten(1, (-1, size)).sum(-1), weights[:, whole:].sum(-1, True)], 1)
     block, fraction = pick(sums, uniform)  # (R,) index of the block, and where within it
     members = block[:, None] * size + torch.arange(size, device=block.device)
@@ -193,15 +193,14 @@ class Decoding:
         """Runs each prompt once, without its last token: that one is fed by the first decode step, so that every token
         is drawn in one place. (A prompt of one token is run as it is; its first step writes the same key again.)"""
         table = pad_sequence([torch.tensor(prompt) for prompt in prompts], batch_first=True)
+        for part in (self.ids, self.logprobs, self.finished, self.ends):
+            part.zero_()
         self.ids[:-1, : table.shape[1]] = table.repeat_interleave(group_size, 0).to(model.device)
         self.prompt_lengths[:-1] = torch.tensor([len(p) for p in prompts for _ in range(group_size)])
         self.prompt_lengths[-1] = 1
         self.lengths.copy_(self.prompt_lengths)
         self.draws[:-1] = draws.to(self.draws.dtype)
-        self.logprobs.zero_()
-        self.finished.zero_()
         self.rows.fill_(len(self.ids) - 1)
-        self.ends.zero_()
         self.ends[stop] = True
         cache = DynamicCache()
         table = table[:, : max(1, table.shape[1] - 1)].to(model.device)

@@ -126,7 +126,7 @@ def generate_by_transformers(
     time, for padding is what some do not stand; so a prompt's responses depend on its company."""
     check_room(model, prompts, max_new_tokens)
     rollouts, order = [], sorted(range(len(prompts)), key=lambda p: len(prompts[p]))
-    sampling = dict(do_sample=True, temperature=temperature, top_k=0, top_p=1.0)
+    how = dict(do_sample=True, temperature=temperature, top_k=0, top_p=1.0) if temperature else dict(do_sample=False)
     for length, members in itertools.groupby(order, key=lambda p: len(prompts[p])):
         members, count = list(members), max(1, max_rows // group_size)
         for batch in (members[start : start + count] for start in range(0, len(members), count)):
@@ -134,7 +134,7 @@ def generate_by_transformers(
             with torch.random.fork_rng():
                 torch.manual_seed(seeds[batch[0]])
                 ids = model.generate(table, attention_mask=torch.ones_like(table), max_new_tokens=max_new_tokens,
-                                     eos_token_id=stop or None, pad_token_id=0, **(sampling if temperature else {"do_sample": False}))
+                                     eos_token_id=stop or None, pad_token_id=0, **how)
             ends = torch.isin(ids[:, length:], torch.tensor(stop, device=ids.device, dtype=ids.dtype))
             ended = ends.cumsum(1) - ends.long() > 0  # past the first stop token
             lengths = length + (~ended).sum(1)

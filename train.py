@@ -256,6 +256,8 @@ def main(config: Config) -> Path:
             "lr": lr,
             "draws": len(rollouts),
             "drawn": drawn,
+            "rows_at_once": rows_at_once,
+            "micro_batch_tokens": tokens,
             "seconds_generate": seconds_generate,
             "seconds": time.perf_counter() - started,
         }

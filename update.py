@@ -4,6 +4,7 @@ Three things make it cheap, and none changes a number: a prompt is run once for 
 length share a micro-batch, and the output head runs in tiles of tokens, so that nothing of size tokens x V is kept.
 """
 
+import warnings
 from collections.abc import Callable
 from typing import TypeVar
 
@@ -32,7 +33,8 @@ class Learner:
     def __init__(self, model: PreTrainedModel, temperature: float = 1.0, gradient_checkpointing: bool = False):
         self.model, self.temperature, self.layers = model, temperature, []
         if gradient_checkpointing:
-            model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+            with warnings.catch_warnings(action="ignore", category=FutureWarning):  # it is about to get another name
+                model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
             self.layers = [layer for layer in model.modules() if getattr(layer, "gradient_checkpointing", False)]
         linear, cap = model.get_output_embeddings(), getattr(model.config, "final_logit_softcapping", None)
         self.head = (lambda hidden: (linear(hidden) / cap).tanh() * cap) if cap else linear
