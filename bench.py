@@ -66,8 +66,7 @@ def timed(function: Callable, device: torch.device) -> tuple[float, Any]:
 
 def machine(device: torch.device, dtype: torch.dtype) -> dict[str, float]:
     """Bytes a second (read or written) of a copy that no cache holds, and operations a second of a matrix product."""
-    block = torch.zeros(1 << 28, dtype=torch.uint8, device=device)  # 268 MB
-    target = torch.empty_like(block)
+    block, target = torch.zeros(2, 1 << 28, dtype=torch.uint8, device=device)  # 268 MB each
     n = 8192 if device.type == "cuda" else 1024
     matrix = torch.randn(n, n, device=device).to(dtype)
     copies, products = ([timed(function, device)[0] for _ in range(6)][1:]
@@ -144,7 +143,7 @@ def busiest(function: Callable, device: torch.device) -> dict[str, float]:
     with profile() as profiler:
         function()
     kind = f"self_{'cpu' if device.type == 'cpu' else 'device'}_time_total"
-    times = {event.key: getattr(event, kind) for event in profiler.key_averages()}
+    times = {event.key.removeprefix("aten::"): getattr(event, kind) for event in profiler.key_averages()}
     return {name: times[name] / sum(times.values()) for name in sorted(times, key=times.get, reverse=True)[:4]}
 
 
@@ -153,15 +152,14 @@ def report(config: Config, model: PreTrainedModel, found: dict) -> str:
     speed, needs, machine = found["tokens/s"], found["needs"], found["machine"]
     seconds = {name: median(runs) for name, runs in found["seconds"].items()}
     floors = {phase: max(needs[phase][what] / machine[what] for what in needs[phase]) for phase in needs}
-    size = f"{model.num_parameters() / 1e6:,.2f} M parameters"
-    lines = [f"{config.preset}: {size}, {model.dtype} on {model.device.type}, "
-             f"copies {machine['bytes'] / 1e9:.1f} GB/s, multiplies {machine['operations'] / 1e9:,.0f} GFLOP/s",
+    lines = [f"{config.preset} in {model.dtype} on {model.device.type}, which copies {machine['bytes'] / 1e9:.1f} GB/s "
+             f"and multiplies {machine['operations'] / 1e9:,.0f} GFLOP/s",
              f"{'':16}{'tokens/s':>12}{'seconds':>10}{'at best':>10}{'share':>8}{'peak GB':>9}"]
     for name, took in seconds.items():
         floor = f"{floors[name]:10.4f}{floors[name] / took:8.2f}" if name in floors else " " * 18
         memory = f"{found['memory'][name]:9.2f}" if name in PHASES else ""
         lines.append(f"{name:16}{median(speed[name]):12,.0f}{took:10.4f}{floor}{memory}".rstrip())
-    for name in seconds.keys() - set(PHASES):
+    for name in list(seconds)[len(PHASES):]:
         ratio = median(ours / theirs for ours, theirs in zip(speed["generate"], speed[name]))
         lines.append(f"generate is {ratio:.2f} times as fast as {name}")
     phases = {name: seconds[name] / sum(seconds[name] for name in PHASES) for name in PHASES}

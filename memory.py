@@ -6,6 +6,7 @@
 
 import os
 from dataclasses import dataclass, fields, replace
+from itertools import combinations
 from typing import Literal
 
 import torch
@@ -27,9 +28,9 @@ SHAPES = {
     "qwen2.5-0.5b": QWEN | dict(hidden_size=896, num_hidden_layers=24, num_attention_heads=14, intermediate_size=4864),
     "qwen2.5-1.5b": QWEN | dict(hidden_size=1536, num_hidden_layers=28, num_attention_heads=12, intermediate_size=8960),
 }
-TILE = 1024  # positions whose logits the update holds at once
+TILE = 512  # tokens whose logits the update holds at once
 CURES = (("micro_batch_tokens", 4096), ("micro_batch_tokens", 2048), ("gradient_checkpointing", True),
-         ("offload", True), ("lora_rank", 16), ("group_size", 8))  # those that change nothing of what is learnt first
+         ("rows_at_once", 64), ("offload", True), ("lora_rank", 16))  # what costs least first
 
 
 @dataclass(frozen=True)
@@ -37,7 +38,8 @@ class Config:  # those flags of train.py that memory depends on, with the same d
     prompts_per_step: int = HfArg(default=8, help="P, prompts a step")
     group_size: int = HfArg(default=16, help="G, responses sampled to each prompt")
     max_new_tokens: int = HfArg(default=512, help="tokens after which a response is cut")
-    micro_batch_tokens: int = HfArg(default=16384, help="tokens in one forward pass")
+    rows_at_once: int = HfArg(default=0, help="responses sampled at once, the others wait; 0 for all")
+    micro_batch_tokens: int = HfArg(default=16384, help="tokens in one forward pass of the update")
     lora_rank: int = HfArg(default=0, help="train adapters of this rank alone, 0 trains all weights")
     offload: bool = HfArg(default=False, help="keep the optimizer in the host's memory")
     gradient_checkpointing: bool = HfArg(default=False, help="keep the layers' inputs alone, and run them twice")
@@ -86,30 +88,32 @@ def kept_bytes(model: PreTrainedModel, tokens: int = 64) -> float:
 
 def estimate(flags: Config, model: PreTrainedModel, kept: float, longest_prompt: int) -> dict[str, float]:
     """-> bytes by purpose: 'sampling' and 'update' take turns, what is 'host' is not on the device; keys and values
-    wait for the next rollout. kept: of `kept_bytes`."""
+    stay where they are for the next rollout. kept: of `kept_bytes`."""
     config, bytes_each = model.config.get_text_config(), model.dtype.itemsize
     rows, width = flags.prompts_per_step * flags.group_size, longest_prompt + flags.max_new_tokens
     tokens = max(width, min(flags.micro_batch_tokens, rows * width))
-    trained = trained_parameters(model, flags.lora_rank)
+    at_once = min(rows, flags.rows_at_once or rows)
+    trained, host = trained_parameters(model, flags.lora_rank), ", host" if flags.offload else ""
+    head = 0 if flags.lora_rank else config.hidden_size * config.vocab_size  # its gradient is summed up on the way
     if flags.gradient_checkpointing:  # the input of each layer, and one layer in full
         kept = config.num_hidden_layers * config.hidden_size * bytes_each + kept / config.num_hidden_layers
     copies = 2 if model.dtype == torch.float32 else 3  # float32 weights are their own masters
     return {
         "weights": model.num_parameters() * bytes_each * (1 + (flags.log_kl and not flags.lora_rank)),
-        f"optimizer{', host' if flags.offload else ''}": 4 * copies * trained,
-        "keys and values": rows * width * cache_bytes(config, bytes_each),
-        "sampling: logits": rows * config.vocab_size * (4 + bytes_each),
-        "update: gradients": 4 * trained,
+        f"optimizer{host}": 4 * copies * trained,
+        "keys and values": at_once * width * cache_bytes(config, bytes_each),
+        "sampling: logits": at_once * config.vocab_size * (4 + bytes_each),
+        f"update: gradients{host}": 4 * trained,
         "update: activations": tokens * kept,
-        "update: logits": 2 * 4 * min(TILE, tokens) * config.vocab_size,
+        "update: logits": min(TILE, tokens) * config.vocab_size * (8 + bytes_each) + head * (4 + bytes_each),
     }
 
 
 def peak(parts: dict[str, float]) -> float:
     """The most bytes that are on the device at one time."""
-    sampling, update = (sum(size for name, size in parts.items() if name.startswith(phase))
-                        for phase in ("sampling", "update"))
-    return sum(parts.values()) - min(sampling, update) - sum(size for name, size in parts.items() if "host" in name)
+    here = {name: size for name, size in parts.items() if "host" not in name}
+    turns = [sum(here[name] for name in here if name.startswith(phase)) for phase in ("sampling", "update")]
+    return sum(here.values()) - min(turns)
 
 
 def device_memory(device: torch.device) -> int:
@@ -130,23 +134,25 @@ def table(config, model: PreTrainedModel, device: torch.device, longest_prompt: 
     flags = replace(flags, log_kl=flags.log_kl or getattr(config, "kl_beta", 0) > 0)
     kept, has = kept_bytes(model), flags.memory_gb * 1e9 or device_memory(device)
     parts = estimate(flags, model, kept, longest_prompt)
-    most = peak(parts)
-    if most < 0.1 * has:
+    if peak(parts) < 0.1 * has:
         return ""
-    rows = {**parts, "at most at one time": most, f"{'the card' if flags.memory_gb else device.type} has": has}
+    rows = {**parts, "at most at one time": peak(parts), f"{'the card' if flags.memory_gb else device.type} has": has}
     lines = [f"memory in GB: {model.num_parameters() / 1e6:,.1f} M parameters, {flags.prompts_per_step} x "
              f"{flags.group_size} rows of up to {longest_prompt} + {flags.max_new_tokens} tokens",
              *(f"    {name:28}{size / 1e9:8.2f}" for name, size in rows.items())]
 
-    changes = {}
-    for name, value in CURES:
-        changed = replace(flags, **{name: value})
-        after = peak(estimate(changed, model, kept, longest_prompt))
-        if most > 0.9 * has and after < most:  # a tenth is left for what is not counted
-            flags, most, changes[name] = changed, after, value
-    if changes:
-        text = " ".join(f"--{name}" + ("" if value is True else f" {value}") for name, value in changes.items())
-        lines.append(f"This may not fit. With {text} it takes {most / 1e9:.2f}.")
+
+    def after(changes: tuple) -> float:
+        return peak(estimate(replace(flags, **dict(changes)), model, kept, longest_prompt))
+
+    ways = [changes for count in range(len(CURES) + 1) for changes in combinations(CURES, count)]
+    ways.sort(key=lambda changes: "lora_rank" in dict(changes))  # last: it alone changes what is learnt
+    changes = next((changes for changes in ways if after(changes) < 0.9 * has), None)  # a tenth for what is not counted
+    if changes is None:
+        lines.append("This is too much, whatever the flags: take a smaller model.")
+    elif changes:
+        text = " ".join(f"--{name}" + ("" if value is True else f" {value}") for name, value in changes)
+        lines.append(f"This may not fit. With {text} it takes {after(changes) / 1e9:.2f}.")
     return "\n".join(lines) + "\n"
 
 
