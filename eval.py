@@ -5,6 +5,7 @@
     python eval.py Qwen/Qwen2.5-0.5B-Instruct --task gsm8k --limit 200
 """
 
+import json
 import math
 from dataclasses import dataclass
 from pathlib import Path
@@ -89,6 +90,17 @@ def table(columns: dict[str, dict[str, dict]]) -> str:
     for label, cell in rows.items():
         lines.append(label.ljust(19) + "  ".join(cell(c).ljust(w) for c, w in zip(columns.values(), widths)))
     return "\n".join(line.rstrip() for line in lines)
+
+
+def report(run: Path, task: Task, problems: list[Problem]) -> None:
+    """Prints what training changed on held-out problems, and three of them in full."""
+    before, after = (json.loads((run / f"{when}.json").read_text()) for when in ("before", "after"))
+    print(f"\n{len(problems)} held-out problems of task {task.name}, 95 % Wilson intervals\n")
+    print(table({"before": before, "after": after}))
+    for i, problem in enumerate(problems[:3]):
+        print(f"\n{track.shorten(problem.prompt)}")
+        for label, column in (("before:", before), ("after: ", after)):
+            print(f"  {label} {track.shorten(column['sampled']['responses'][i])}")
 
 
 @dataclass(frozen=True)

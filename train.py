@@ -6,7 +6,6 @@
     python train.py --name add --resume                               # go on where a run stopped
 """
 
-import json
 import random
 import time
 from dataclasses import dataclass, replace
@@ -19,13 +18,14 @@ from transformers.hf_argparser import HfArg
 
 import pretrain
 import track
-from eval import evaluate, table
+from eval import evaluate, report
 from flags import UserError, run_script
 from loss import AGGREGATIONS, BASELINED, FILTERS, LOSSES, NORMALISERS, RECIPES, choose, k3
+from plot import plot
 from policy import Optimizer, backward, learning_rate, load_policy, pick_device, rollout_logprobs, save_policy, stop_ids
 from reward import load_reward, score
 from sample import check_room, generate, join
-from tasks import Problem, Task, digest, load_task, prompt_ids, stream
+from tasks import digest, load_task, prompt_ids, stream
 
 BASE = "models/add"
 
@@ -250,7 +250,7 @@ def main(config: Config) -> Path:
                 torch.save({"optimizer": optimizer.state_dict(), "step": step, "drawn": drawn,
                             "torch_rng": torch.get_rng_state(), "python_rng": random.getstate()}, folder / "state.pt")
         if last or step % config.eval_every == 0:
-            track.plot(run)
+            plot(run)
         bar.set_postfix(reward=f"{metrics['reward']:.3f}", length=f"{metrics['response_length']:.1f}")
         tqdm.write(track.one_line(metrics))
 
@@ -260,17 +260,6 @@ def main(config: Config) -> Path:
     print(f"\n{run}/: curves.png, metrics.jsonl, samples.jsonl, checkpoint/ (a Hugging Face folder), config.json, code/"
           f"\n\n    python eval.py {run}      # on the test problems, which training has not touched")
     return run
-
-
-def report(run: Path, task: Task, problems: list[Problem]) -> None:
-    """Prints what training changed on held-out problems, and three of them in full."""
-    before, after = (json.loads((run / f"{when}.json").read_text()) for when in ("before", "after"))
-    print(f"\n{len(problems)} held-out problems of task {task.name}, 95 % Wilson intervals\n")
-    print(table({"before": before, "after": after}))
-    for i, problem in enumerate(problems[:3]):
-        print(f"\n{track.shorten(problem.prompt)}")
-        for label, column in (("before:", before), ("after: ", after)):
-            print(f"  {label} {track.shorten(column['sampled']['responses'][i])}")
 
 
 if __name__ == "__main__":

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+import plot
 import policy
 import reward
 import track
@@ -151,12 +152,12 @@ def test_the_curves_show_the_parts_and_the_true_reward(monkeypatch, tmp_path):
         figures.append(figure)
         path.write_bytes(b"")
 
-    monkeypatch.setattr(track.Figure, "savefig", savefig)
-    row = dict.fromkeys(track.CURVES, 0.5) | {"eval_interval": [0.4, 0.6], "true_reward": 0.5}
+    monkeypatch.setattr(plot.Figure, "savefig", savefig)
+    row = dict.fromkeys(plot.CURVES, 0.5) | {"eval_interval": [0.4, 0.6], "true_reward": 0.5}
     for parts in ({}, {"true_reward": 0.2, "reward/exact": 0.3, "reward/length": 9.0}):
         rows = [{"step": step, **row, **parts} for step in (1, 2)]
         (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-        track.plot(tmp_path)
+        plot.plot(tmp_path)
     lines = [[list(line.get_ydata()) for axes in figure.axes for line in axes.lines] for figure in figures]
     assert [0.2, 0.2] not in lines[0] and [0.2, 0.2] in lines[1]
     titles = [[axes.get_title() for axes in figure.axes] for figure in figures]
