@@ -1,11 +1,21 @@
-"""Pictures of runs, drawn from what they left on disk."""
+"""Pictures of runs, drawn from what they left on disk.
+
+    python plot.py runs/add runs/add-2          # curves of several runs in one picture, compare.png
+    python plot.py runs/recipes/*               # runs that differ in their seed alone become a mean and a band
+    python plot.py --list                       # what runs there are, and how far they came
+
+`plot` draws the curves.png of one run, while it trains.
+"""
 
 import json
+from dataclasses import dataclass
 from pathlib import Path
 
 from matplotlib.figure import Figure
+from transformers.hf_argparser import HfArg
 
-from track import read_rows
+from flags import UserError, run_script
+from track import align, is_run, read_config, read_rows
 
 CURVES = {  # metric -> title of its panel
     "reward": "reward (mean of the step's responses)",
@@ -17,28 +27,44 @@ CURVES = {  # metric -> title of its panel
 }
 
 
+def read_metrics(folder: Path) -> list[dict]:
+    """The rows of metrics.jsonl, and before them, as step 0, the held-out accuracy that the run set out from."""
+    rows = read_rows(folder / "metrics.jsonl")
+    if (folder / "before.json").exists():
+        before = json.loads((folder / "before.json").read_text())["sampled"]
+        rows.insert(0, {"step": 0, "eval_accuracy": before["accuracy"], "eval_interval": before["interval"]})
+    return rows
+
+
+def smooth(values: list[float]) -> list[float]:
+    """Each value's mean with the three before and the three behind it: [0, 0, 0, 7, 0, 0, 0] -> 1.75, 1.4 ..."""
+    windows = [values[max(0, i - 3) : i + 4] for i in range(len(values))]
+    return [sum(window) / len(window) for window in windows]
+
+
 def draw(panel, steps: list[int], values: list[float], color: str) -> None:
     """Each step thin, the mean of the steps around it thick."""
-    windows = [values[max(0, i - 3) : i + 4] for i in range(len(values))]
     panel.plot(steps, values, color=color, alpha=0.35, linewidth=1)
-    panel.plot(steps, [sum(window) / len(window) for window in windows], color=color, linewidth=2)
+    panel.plot(steps, smooth(values), color=color, linewidth=2)
+
+
+def panels(figure: Figure, curves: dict[str, str]):
+    """-> (metric, panel) of each curve, three in a row."""
+    for (metric, title), panel in zip(curves.items(), figure.subplots(-(-len(curves) // 3), 3).flat):
+        panel.set_title(title, fontsize=10)
+        panel.grid(alpha=0.3)
+        panel.set_xlabel("step", fontsize=9)
+        yield metric, panel
 
 
 def plot(folder: Path) -> None:
     """Draws curves.png from metrics.jsonl. The parts of a mixture get panels of their own; a true reward other than the
     reward is drawn beside it."""
-    rows = read_rows(folder / "metrics.jsonl")
+    rows = read_metrics(folder)
     parts = {key: f"part of the reward: {key[7:]}" for key in rows[-1] if key.startswith("reward/")}
     curves = CURVES | (parts if len(parts) > 1 else {})
-    if (folder / "before.json").exists():  # held-out accuracy starts where the base model stands
-        before = json.loads((folder / "before.json").read_text())["sampled"]
-        rows.insert(0, {"step": 0, "eval_accuracy": before["accuracy"], "eval_interval": before["interval"]})
-    height = -(-len(curves) // 3)
-    figure = Figure(figsize=(11, 2.75 * height), layout="constrained")
-    for panel, (metric, title) in zip(figure.subplots(height, 3).flat, curves.items()):
-        panel.set_title(title, fontsize=10)
-        panel.grid(alpha=0.3)
-        panel.set_xlabel("step", fontsize=9)
+    figure = Figure(figsize=(11, 2.75 * -(-len(curves) // 3)), layout="constrained")
+    for metric, panel in panels(figure, curves):
         shown = [row for row in rows if metric in row]
         steps, values = [row["step"] for row in shown], [row[metric] for row in shown]
         if metric == "eval_accuracy" and shown:
@@ -56,6 +82,96 @@ def plot(folder: Path) -> None:
             if all(0 <= value <= 1 for value in true):
                 right.set_ylim(-0.03, 1.03)
     figure.suptitle(folder.name, fontsize=11)
-    aside = folder / "curves.part.png"
-    figure.savefig(aside, dpi=110)
-    aside.replace(folder / "curves.png")
+    save(figure, folder / "curves.png")
+
+
+def save(figure: Figure, path: Path) -> None:
+    """Whole or not at all: somebody may be looking at the picture. UserError where it cannot be written."""
+    aside = path.with_name(f"{path.stem}.part.png")
+    try:
+        figure.savefig(aside, dpi=110)
+        aside.replace(path)
+    except OSError as error:
+        raise UserError(f"{path}: cannot be written: {error.strerror}") from None
+
+
+def families(runs: list[Path]) -> dict[str, list[Path]]:
+    """Runs by family: those whose flags differ in nothing but --seed, --name, and a base model named after the seed.
+    A family is called by the name of its first, without the number: add-0, add-1 -> 'add (2 seeds)'."""
+    members = {}
+    for run in runs:
+        config = read_config(run)
+        config["model"] = config["model"].removesuffix(f"-{config['seed']}")
+        flags = {flag: value for flag, value in config.items() if flag not in ("seed", "name", "runs_dir", "resume")}
+        members.setdefault(json.dumps(flags, sort_keys=True), []).append(run)
+    named = {}
+    for group in members.values():
+        name = group[0].name
+        if len(group) > 1:
+            name = f"{name.rstrip('-_0123456789') or name} ({len(group)} seeds)"
+        named[name if name not in named else f"{name}, {group[0]}"] = group
+    return named
+
+
+def mean_and_band(curves: list[dict[int, float]]) -> tuple[list, list, list, list]:
+    """{step: value} of each run -> steps that all of them have, mean, lowest, highest."""
+    steps = sorted(set.intersection(*map(set, curves)))
+    columns = [[curve[step] for curve in curves] for step in steps]
+    return steps, [sum(column) / len(column) for column in columns], list(map(min, columns)), list(map(max, columns))
+
+
+def compare(runs: list[Path], path: Path) -> None:
+    """Draws the curves of several runs over each other, a colour each; of a family the mean, and as a band the lowest
+    and the highest of its runs. All but the held-out accuracy is smoothed over seven steps first."""
+    groups = {name: [read_metrics(run) for run in group] for name, group in families(runs).items()}
+    figure = Figure(figsize=(11, 6), layout="constrained")
+    for metric, panel in panels(figure, CURVES):
+        for number, (name, group) in enumerate(groups.items()):
+            curves, marker = [], "o-" if metric == "eval_accuracy" else "-"
+            for rows in group:
+                shown = [row for row in rows if metric in row]
+                values = [row[metric] for row in shown]
+                curves.append(dict(zip((row["step"] for row in shown), values if "o" in marker else smooth(values))))
+            steps, mean, low, high = mean_and_band(curves)
+            panel.plot(steps, mean, marker, color=f"C{number % 10}", markersize=3, linewidth=1.5, label=name)
+            panel.fill_between(steps, low, high, color=f"C{number % 10}", alpha=0.2, linewidth=0)
+    figure.legend(*panel.get_legend_handles_labels(), loc="outside lower center", ncols=4, fontsize=9)
+    save(figure, path)
+
+
+def listing(parent: Path) -> str:
+    """A line a run in the folder: its name, task, model and recipe, steps done, and the last reward and held-out
+    accuracy."""
+    lines = [["name", "task", "model", "recipe", "steps", "reward", "accuracy"]]
+    for folder in sorted(filter(is_run, parent.glob("*"))):
+        config, rows = read_config(folder), read_metrics(folder)
+        last = {key: f"{row[key]:.3f}" for row in rows for key in ("reward", "eval_accuracy") if key in row}
+        lines.append([folder.name, Path(config["task"]).stem, config["model"], config.get("recipe") or "-",
+                      f"{rows[-1]['step'] if rows else 0}/{config['steps']}", last.get("reward", "-"),
+                      last.get("eval_accuracy", "-")])
+    return align(lines)
+
+
+@dataclass(frozen=True)
+class Config:
+    output: str = HfArg(default="compare.png", help="picture to write")
+    list: bool = HfArg(default=False, help="say what runs there are instead")
+    runs_dir: str = HfArg(default="runs", help="of --list: the folder of the runs")
+
+
+def main(config: Config, runs: list[str]) -> None:
+    if config.list:
+        print(listing(Path(config.runs_dir)))
+        return
+    if not runs:
+        raise UserError("name the folders of the runs to draw, or --list those that there are")
+    if Path(config.output).suffix != ".png":
+        raise UserError(f"--output {config.output}: must end in .png")
+    if unfinished := [run for run in runs if not read_rows(Path(run) / "metrics.jsonl")]:
+        raise UserError(f"{unfinished[0]}: no run there, or not a step of it is done")
+    compare([Path(run) for run in runs], Path(config.output))
+    print(f"{config.output}: the curves of {', '.join(families([Path(run) for run in runs]))}")
+
+
+if __name__ == "__main__":
+    run_script(main, Config, __doc__, runs=dict(nargs="*", help="folders of runs"))

@@ -194,3 +194,9 @@ def shorten(text: str | list, limit: int = 300) -> str:
     """One line for the screen: white space folded, at most `limit` characters."""
     line = " ".join((text if isinstance(text, str) else json.dumps(text)).split())
     return line if len(line) <= limit else f"{line[: limit - 3]}..."
+
+
+def align(rows: list[list[str]]) -> str:
+    """Columns for the screen, as wide as their widest cell: [["a", "b"], ["long", "c"]] -> 'a     b\\nlong  c'"""
+    widths = [max(map(len, column)) for column in zip(*rows)]
+    return "\n".join("  ".join(cell.ljust(width) for cell, width in zip(row, widths)).rstrip() for row in rows)
