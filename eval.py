@@ -6,7 +6,6 @@
 """
 
 import json
-import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -20,17 +19,8 @@ from flags import UserError, run_script
 from policy import load_policy, pick_device, stop_ids
 from reward import load_reward, score
 from sample import generate
+from stats import wilson
 from tasks import Problem, Task, digest, load_task, prompt_ids
-
-
-def wilson(successes: int, n: int, z: float = 1.959964) -> tuple[float, float]:
-    """The 95 % score interval of a proportion (Wilson, 1927): honest at 0 and 1 too. wilson(8, 10) -> (0.490, 0.943)"""
-    if n == 0:
-        return 0.0, 1.0
-    share, spread = successes / n, z * z / n
-    middle = (share + spread / 2) / (1 + spread)
-    half = z * math.sqrt(share * (1 - share) / n + spread / (4 * n)) / (1 + spread)
-    return max(0.0, middle - half), min(1.0, middle + half)
 
 
 def evaluate(
