@@ -1,4 +1,4 @@
-"""Pictures of runs, drawn from what they left on disk.
+"""Pictures: the curves of runs, drawn from what they left on disk, and what eval.py found.
 
     python plot.py runs/add runs/add-2          # curves of several runs in one picture, compare.png
     python plot.py runs/recipes/*               # runs that differ in their seed alone become a mean and a band
@@ -137,6 +137,48 @@ def compare(runs: list[Path], path: Path) -> None:
             panel.fill_between(steps, low, high, color=f"C{number % 10}", alpha=0.2, linewidth=0)
     figure.legend(*panel.get_legend_handles_labels(), loc="outside lower center", ncols=4, fontsize=9)
     save(figure, path)
+
+
+def plot_evaluation(results: dict[str, dict], path: Path) -> None:
+    """Draws what eval.py found of each model: pass@k (full) and maj@k (dashed), or the accuracy if there was one
+    response to a problem; and the sampled accuracy by difficulty, where the task has it, all with 95 % intervals."""
+    sampled = {name: kinds["sampled"] for name, kinds in results.items()}
+    levels = list(next(iter(sampled.values())).get("by_difficulty", {}))
+    figure = Figure(figsize=(11 if levels else 5.5, 4), layout="constrained")
+    panels = figure.subplots(1, 1 + bool(levels), sharey=True, squeeze=False)[0]
+    for number, (name, found) in enumerate(sampled.items()):
+        color, aside = f"C{number % 10}", min(0.12, 0.6 / len(sampled)) * (number - (len(sampled) - 1) / 2)
+        for key, style in (("pass_at", "-"), ("maj_at", "--")):
+            if key in found:
+                ks, values = list(found[key]), found[key].values()
+                panels[0].plot(ks, [value["accuracy"] for value in values], f"o{style}", color=color, markersize=3)
+                band = zip(*(value["interval"] for value in values))
+                panels[0].fill_between(ks, *band, color=color, alpha=0.15, linewidth=0)
+        if "pass_at" not in found:
+            bars(panels[0], ["greedy", "sampled"], results[name].values(), aside, color)
+        if levels:
+            bars(panels[1], levels, found["by_difficulty"].values(), aside, color)
+        panels[0].plot([], [], "o-", color=color, label=name)
+    if "pass_at" in found:
+        panels[0].set_xscale("log", base=2)
+        panels[0].set_xticks(ks, ks)
+    panels[0].set_title("pass@k (full) and maj@k (dashed)" if "pass_at" in found else "accuracy", fontsize=10)
+    if levels:
+        panels[1].set_title("accuracy by difficulty, sampled", fontsize=10)
+    for panel in panels:
+        panel.set_ylim(-0.03, 1.03)
+        panel.grid(alpha=0.3)
+    figure.legend(*panels[0].get_legend_handles_labels(), loc="outside lower center", ncols=3, fontsize=9)
+    save(figure, path)
+
+
+def bars(panel, labels: list[str], values, aside: float, color: str) -> None:
+    """A point with its interval over each label, a little to the side, so that models do not cover each other."""
+    heights, x = [value["accuracy"] for value in values], [place + aside for place in range(len(labels))]
+    low, high = zip(*(value["interval"] for value in values))
+    panel.vlines(x, low, high, color=color)
+    panel.plot(x, heights, "o", color=color, markersize=4)
+    panel.set_xticks(range(len(labels)), labels)
 
 
 def listing(parent: Path) -> str:

@@ -30,8 +30,8 @@ def pass_at_k(right: int, n: int, k: int) -> float:
 def majority(answers: list[str | None], right: list[bool]) -> bool:
     """Whether the answer given most often is right; of those given equally often, the one that was given first counts.
     None is no answer and has no vote. ['7', None, '8', '8', '7'] -> '7'"""
-    votes = Counter(answer for answer in answers if answer is not None)
-    return bool(votes) and right[answers.index(max(votes, key=votes.get))]  # Counter keeps the order, max takes the first
+    votes = Counter(answer for answer in answers if answer is not None)  # in the order in which they were given
+    return bool(votes) and right[answers.index(max(votes, key=votes.get))]  # the first of equals
 
 
 def maj_at_k(answers: list[str | None], right: list[bool], k: int) -> float:
