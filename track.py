@@ -10,7 +10,9 @@
 Plain files, written by plain functions: the first argument is the folder.
 """
 
+import importlib
 import json
+import os
 import platform
 import shutil
 import subprocess
@@ -64,6 +66,36 @@ def record_start(folder: Path, config, device: torch.device) -> None:
     (folder / "code").mkdir(exist_ok=True)
     for script in HERE.glob("*.py"):
         shutil.copy(script, folder / "code")
+
+
+class Tracker:
+    """Sends metrics on to a program that draws them: tensorboard (files in the run folder), trackio (a local database)
+    or wandb (files in the run folder; WANDB_MODE=online sends them to its server). 'none' does nothing."""
+
+    def __init__(self, kind: str):
+        """UserError if its package is missing."""
+        self.kind, self.writer = kind, None
+        try:
+            if kind != "none":
+                self.module = importlib.import_module({"tensorboard": "torch.utils.tensorboard"}.get(kind, kind))
+        except ImportError:
+            raise UserError(f"--tracker {kind}: the package is not installed: pip install {kind}") from None
+
+    def send(self, run: Path, config, metrics: dict) -> None:
+        if self.kind == "none":
+            return
+        if self.writer is None and self.kind == "tensorboard":
+            self.writer = self.module.SummaryWriter(run / "tensorboard")
+        elif self.writer is None:
+            local = dict(dir=run, mode=os.environ.get("WANDB_MODE", "offline")) if self.kind == "wandb" else {}
+            self.writer = self.module.init(project="grpo-basics", name=run.name, config=asdict(config), **local)
+        numbers = {key: value for key, value in metrics.items() if isinstance(value, (int, float)) and key != "step"}
+        if self.kind == "tensorboard":
+            for key, value in numbers.items():
+                self.writer.add_scalar(key, value, metrics["step"])
+            self.writer.flush()
+        else:
+            self.writer.log(numbers, step=metrics["step"])
 
 
 def is_run(folder: Path) -> bool:

@@ -75,6 +75,7 @@ class Config:
     eval_problems: int = HfArg(default=200, help="held-out problems to measure on, 0 for none")
     save_every: int = HfArg(default=20, help="steps between checkpoints")
     log_samples: int = HfArg(default=4, help="responses a step that samples.jsonl keeps")
+    tracker: Literal["none", "tensorboard", "trackio", "wandb"] = HfArg(default="none", help="send metrics there too")
     name: str = HfArg(default="", help="of the run; default: the task's, numbered")
     runs_dir: str = HfArg(default="runs", help="folder of the runs")
     resume: bool = HfArg(default=False, help="go on with run --name from its checkpoint, with its flags")
@@ -124,7 +125,7 @@ def main(config: Config) -> Path:
     # 0. set-up: the task, the policy, the optimizer and the run folder
     check(config)
     device = pick_device(config.device)
-    task = load_task(config.task, config.data_dir)
+    task, tracker = load_task(config.task, config.data_dir), track.Tracker(config.tracker)
     reward_device = device if config.reward_device == "auto" else pick_device(config.reward_device)
     reward = load_reward(config.reward or task.reward, reward_device, config.reward_workers, config.reward_timeout,
                          config.reward_missed)
@@ -238,6 +239,7 @@ def main(config: Config) -> Path:
             after = measure(config.temperature)
             metrics |= {"eval_accuracy": after["accuracy"], "eval_interval": after["interval"]}
         track.append(run / "metrics.jsonl", [metrics])
+        tracker.send(run, config, metrics)
         spread = weights.argsort(descending=True)[:: max(1, len(samples) // max(1, config.log_samples))]
         track.append(run / "samples.jsonl", [{"step": step, **samples[row], "weight": weights[row].item()}
                                              for row in spread[: config.log_samples].tolist()])
