@@ -55,6 +55,8 @@ class Task:
     plain: str = "{prompt}"
 
 
+PLAIN = Task("", [], [], [], "")  # a prompt and nothing around it but the chat template
+
 def digest(text: str) -> int:
     """The same number in every process, without a pattern in it: 8 bytes of SHA-256."""
     return int.from_bytes(hashlib.sha256(text.encode("utf-8", "surrogatepass")).digest()[:8], "big")

@@ -56,7 +56,7 @@ def test_each_tracker_is_told_in_its_own_words(calls, monkeypatch):
         tracker.send(run, config, {"step": 1, "reward": 0.5, "eval_interval": [0.1, 0.2]})
         tracker.send(run, config, {"step": 2, "reward": 0.6})
     both = [(1, {"reward": 0.5}), (2, {"reward": 0.6})]
-    assert [call for call in calls if call[0] == "start"][0][2].keys() == {"project", "name", "config"}
+    assert calls[0][2].keys() == {"project", "name", "config"}
     assert calls[1:3] == calls[4:6] == both and calls[3][2]["mode"] == "online"
     assert calls[6:] == [("start", (run / "tensorboard",), {}), both[0], "flush", both[1], "flush"]
 
