@@ -9,8 +9,8 @@ CELLS = json.loads((ROOT / "walkthrough.ipynb").read_text())["cells"]
 
 
 def test_the_cells_run_as_they_stand(base, monkeypatch):
-    """Without Jupyter, one after the other in one namespace. The base model of the tests hardly gets a sum right, so a 7
-    is right here."""
+    """Without Jupyter, one after the other in one namespace. The base model of the tests hardly gets a sum right, so
+    here a 7 is right."""
     monkeypatch.setitem(reward.REWARDS, "exact", lambda prompt, response, answer: float("7" in response))
     monkeypatch.setenv("MPLBACKEND", "agg")
     Path("models").mkdir()
