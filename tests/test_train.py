@@ -320,11 +320,11 @@ def test_scripts_work_as_commands(base, folders):
         assert shown.returncode == 0 and "python " + script in shown.stdout, shown.stderr
     trained = command(ROOT / "train.py", "--model", base, "--steps", 1, "--eval_problems", 10, "--name", "x")
     assert trained.returncode == 0, trained.stderr
-    assert "step    1  reward 0." in trained.stdout and "accuracy, greedy" in trained.stdout
+    assert "step    1  reward 0." in trained.stdout and "\nbefore  0." in trained.stdout
     assert "held-out problems" in trained.stdout and "runs/x" in trained.stdout
     evaluated = command(ROOT / "eval.py", "runs/x", "--limit", 30)
     assert evaluated.returncode == 0, evaluated.stderr
-    assert "30 test problems of add" in evaluated.stdout and evaluated.stdout.count("[") == 4
+    assert "30 test problems of add" in evaluated.stdout and evaluated.stdout.count("[") == 6
     scored = command(ROOT / "reward.py", "--reward", "exact - 0.5*length", "runs/x/samples.jsonl")
     assert scored.returncode == 0 and scored.stdout.split()[:3] == ["reward", "exact", "length"], scored.stderr
     sampled = command(ROOT / "sample.py", "runs/x", "48+27=", "--samples", 3)
