@@ -77,3 +77,15 @@ def test_what_is_linked_inside_the_page_is_there():
 def test_every_page_and_picture_that_is_shown_is_there():
     shown = set(re.findall(r"\]\(([^)#:]+)\)", README)) - {"docs/speed.md"}
     assert [path for path in sorted(shown) if not Path(ROOT / path).exists()] == []
+
+
+def test_the_change_of_a_reward_fits_rules_as_it_is():
+    """Its lines were once those of an older rules.py."""
+    change = README.partition("```diff\n")[2].partition("```")[0].splitlines()
+    removed = [line[1:] for line in change if line.startswith("-")]
+    rules = (ROOT / "rules.py").read_text()
+    assert len(removed) == 1 and removed[0] + "\n" in rules
+    kept = [line for line in change if not line.startswith("-")]
+    namespace = {}
+    exec(rules.replace(removed[0], "\n".join(line[1:] for line in kept)), namespace)
+    assert namespace["REWARDS"]["close"]("", "it is 77", "75") == 1 / 3
