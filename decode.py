@@ -69,7 +69,8 @@ def attend(
     """
     R, heads, _, size = query.shape
     groups, shared = key.shape[1], heads // key.shape[1]
-    if softcap is None and (query.device.type != "cpu" or groups > FEW_HEADS):
+    by_blocks = query.device.type == "cpu" and query.dtype == torch.float32 and groups <= FEW_HEADS
+    if softcap is None and not by_blocks:
         packed = query.view(R, groups, shared, size)
         out = scaled_dot_product_attention(packed, key, value, attn_mask=attention_mask, scale=scaling)
         return out.reshape(R, 1, heads, -1), None
@@ -78,7 +79,7 @@ def attend(
     scores = torch.bmm(spread, key.transpose(1, 2).flatten(2).transpose(1, 2))  # (R, heads, columns)
     if softcap is not None:
         scores = (scores / softcap).tanh() * softcap
-    shares = (scores + attention_mask[:, 0]).softmax(-1)
+    shares = (scores + attention_mask[:, 0]).softmax(-1, dtype=torch.float32).to(value.dtype)
     out = torch.bmm(shares, value.transpose(1, 2).flatten(2)).view(R, groups, shared, groups, -1)
     return out.diagonal(dim1=1, dim2=3).permute(0, 3, 1, 2).reshape(R, 1, heads, -1), None
 

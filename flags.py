@@ -4,6 +4,7 @@ Every script ends in `run_script(main, Config, __doc__)`. HfArgumentParser (tran
 """
 
 import argparse
+import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -71,6 +72,9 @@ def run_script(main: Callable, config_class: type, doc: str, fill: Callable | No
     try:
         config, named = parse(config_class, doc, None, fill, **positionals)
         main(config, **named)
+        sys.stdout.flush()
+    except BrokenPipeError:  # as in `... | head -1`: nobody reads on, not even what the flush at the end would write
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except UserError as error:
         print(f"{Path(sys.argv[0]).name}: error: {error}", file=sys.stderr)
         sys.exit(2)

@@ -144,13 +144,6 @@ def response_logprobs(
     return torch.where(inside, token_logprobs.gather(1, index), 0.0)
 
 
-def learning_rate(step: int, lr: float, warmup_steps: int, steps: int) -> float:
-    """Steps count from 1. Rises to `lr` over the warm-up, then falls in a straight line to a tenth at the last step."""
-    if step <= warmup_steps:
-        return lr * step / warmup_steps
-    return lr * (1 - 0.9 * (step - warmup_steps) / max(1, steps - warmup_steps))
-
-
 class Optimizer:
     """AdamW on float32 masters. bfloat16 weights keep 8 bits: nearly every update of an RL step is too small to change
     one, so updates are made on float32 copies and copied back. Float32 weights are their own masters.

@@ -19,6 +19,7 @@ from flags import UserError
 
 NUMBER = re.compile(r"(?<![0-9A-Za-z)])-?\$?[0-9]{1,3}(?:,[0-9]{3})+(?:\.[0-9]+)?(?![0-9])"  # -1,012.50
                     r"|(?:(?<![0-9A-Za-z)])-)?\$?(?:[0-9]+(?:\.[0-9]+)?|\.[0-9]+)")  # -7, 3.5, .5; in 8-5 it is 5
+STATED = re.compile(r"####|\banswer is:?", re.IGNORECASE)
 LETTER = re.compile(r"(?<![A-Za-z0-9])[A-E](?![A-Za-z0-9])")
 OPERATORS = {ast.Add: operator.add, ast.Sub: operator.sub, ast.Mult: operator.mul}
 
@@ -49,6 +50,17 @@ def last_number(text: str) -> str | None:
     return number if number == "0" else sign + number
 
 
+def last_letter(text: str) -> str | None:
+    """'Not (A), so the answer is (C).' -> 'C';  'Because' -> None"""
+    return (LETTER.findall(text) or [None])[-1]
+
+
+def last_expression(text: str) -> str | None:
+    """'<answer>(3 * 8) / 1</answer>' -> '(3 * 8) / 1';  '3 * 8' -> None"""
+    _, opened, inside = text.rpartition("</answer>")[0].rpartition("<answer>")
+    return " ".join(inside.split()) if opened else None
+
+
 def exact(prompt: str, response: str, answer: str) -> float:
     """1 if the final answer is the reference to the letter.
 
@@ -68,6 +80,18 @@ def number(prompt: str, response: str, answer: str) -> float:
     return float(found is not None and found == last_number(answer))
 
 
+def stated(prompt: str, response: str, answer: str) -> float:
+    """1 if the final answer says that it is one: a number that stands alone, or after "####" or "answer is", and last.
+
+    <think>hm</think>1,012 | 1012 -> 1
+    8 + 4 = 12. The answer is 12. | 12 -> 1
+    so it makes 12 | 12 -> 0
+    The answer is 12 apples | 12 -> 0
+    """
+    text = STATED.split(final_answer(response))[-1].strip().removesuffix(".")
+    return float(NUMBER.fullmatch(text) is not None and last_number(text) == last_number(answer))
+
+
 def choice(prompt: str, response: str, answer: str) -> float:
     """1 if the last letter A to E that stands alone in the final answer is the reference's.
 
@@ -75,8 +99,8 @@ def choice(prompt: str, response: str, answer: str) -> float:
     C, though B fits as well | C -> 0
     Because | B -> 0
     """
-    found = LETTER.findall(final_answer(response))
-    return float(bool(found) and found[-1:] == LETTER.findall(answer)[-1:])
+    found = last_letter(final_answer(response))
+    return float(found is not None and found == last_letter(answer))
 
 
 def countdown(prompt: str, response: str, answer: str) -> float:
@@ -87,9 +111,8 @@ def countdown(prompt: str, response: str, answer: str) -> float:
     <answer>24</answer> | 24 from 1 3 8 -> 0
     """
     target, _, numbers = answer.partition(" from ")
-    _, opened, inside = final_answer(response).rpartition("</answer>")[0].rpartition("<answer>")
-    text = " ".join(inside.split())
-    if not opened or not re.fullmatch("[0-9+*/() -]{1,200}", text):  # short: neither parsing nor the sum takes long
+    text = last_expression(final_answer(response)) or ""
+    if not re.fullmatch("[0-9+*/() -]{1,200}", text):  # short: neither parsing nor the sum takes long
         return 0.0
     used = []
 
@@ -139,8 +162,13 @@ def overlong(prompt: str, response: str, answer: str, length: int, limit: int) -
     return min(0.0, (4 * limit - 5 * length) / limit)
 
 
-REWARDS: dict[str, Callable] = {"exact": exact, "number": number, "choice": choice, "countdown": countdown,
-                                "format": formatted, "length": length, "overlong": overlong, "repetition": repetition}
+REWARDS: dict[str, Callable] = {"exact": exact, "number": number, "stated": stated, "choice": choice,
+                                "countdown": countdown, "format": formatted, "length": length, "overlong": overlong,
+                                "repetition": repetition}
+# what a final answer comes to by a rule, so that answers can be counted: of two that are equal both are right or none
+ANSWERS: dict[str, Callable] = {"number": last_number, "choice": last_letter, "countdown": last_expression}
+# a rule that tells right from wrong -> one that wants the form too, and one that takes the number wherever it stands
+STRICT_AND_LENIENT = {"exact": ("exact", "number"), "number": ("stated", "number")}
 
 
 def contains(text: str) -> Callable:

@@ -2,6 +2,9 @@
 
     python sample.py models/add "48+27="                      # a model folder, a run, or a Hugging Face name
     python sample.py runs/add "48+27=" --samples 8 --temperature 0.7
+    python sample.py runs/add                                 # held-out prompts of a run, before and after training
+    python sample.py runs/add --watch                         # the newest samples of a run, while it trains
+    python sample.py Qwen/Qwen2.5-0.5B-Instruct --chat        # a conversation
 
 `generate` is what train.py and eval.py call.
 """
@@ -10,6 +13,7 @@ import itertools
 from collections.abc import Callable
 from dataclasses import dataclass, fields
 from functools import partial
+from pathlib import Path
 from typing import Literal
 
 import torch
@@ -19,10 +23,11 @@ from tqdm import tqdm
 from transformers import PreTrainedModel
 from transformers.hf_argparser import HfArg
 
+import screen
 from decode import Decoding, one_query_attention
 from flags import UserError, run_script
 from policy import context_length, load_policy, pick_device, response_logprobs, stop_ids
-from tasks import Problem, Task, prompt_ids
+from tasks import PLAIN, Problem, Task, prompt_ids
 
 CHECK_EVERY = {"cuda": 16, "mps": 16, "cpu": 1}  # decode steps between looks at which rows have ended
 WIDTH = {"cuda": 64, "mps": 64, "cpu": 8}  # attention looks at a multiple of so many columns
@@ -177,24 +182,40 @@ def check_room(model: PreTrainedModel, prompts: list[list[int]], max_new_tokens:
 
 @dataclass(frozen=True)
 class Config:
-    samples: int = HfArg(default=4, help="responses to sample")
+    samples: int = HfArg(default=4, help="responses to sample to a prompt")
+    prompts: int = HfArg(default=3, help="without PROMPT: how many of a run's held-out prompts to show")
+    chat: bool = HfArg(default=False, help="a conversation: a line in, a response out (without a chat template, each "
+                       "line stands alone)")
+    watch: bool = HfArg(default=False, help="the newest samples of a run, while it trains")
     temperature: float = HfArg(default=1.0, help="0 takes the likeliest token, 1 samples from the model as it is")
     max_new_tokens: int = HfArg(default=256, help="tokens after which a response is cut")
     seed: int = HfArg(default=0, help="same seed, same responses")
     device: Literal["auto", "cuda", "mps", "cpu"] = HfArg(default="auto", help="auto: the first of these that is there")
 
 
-def main(config: Config, model: str, prompt: str) -> None:
-    policy, tokenizer = load_policy(model, pick_device(config.device))
-    ids = prompt_ids(Task("", [], [], [], ""), Problem(prompt, ""), tokenizer)
-    room = (context_length(policy) or len(ids) + config.max_new_tokens) - len(ids)
-    limit = max(1, min(config.max_new_tokens, room))
-    rollout = generate(policy, [ids], config.samples, limit, stop_ids(policy, tokenizer), [config.seed],
-                       config.temperature)
-    for text, finished in zip(rollout.responses(tokenizer), rollout.finished.tolist()):
-        print(text if finished else f"{text} [cut at {limit} tokens]")
+def main(config: Config, model: str, prompt: str | None = None) -> None:
+    if config.watch:
+        return screen.watch(Path(model))
+    device = pick_device(config.device)
+
+    def respond(policy, tokenizer, task: Task, prompt: str | list, samples: int, number: int) -> list[tuple]:
+        """Responses to a prompt, as long as the model has room for, each with a note on its end."""
+        ids = prompt_ids(task, Problem(prompt, ""), tokenizer)
+        room = (context_length(policy) or len(ids) + config.max_new_tokens) - len(ids)
+        limit = max(1, min(config.max_new_tokens, room))
+        rollout = generate(policy, [ids], samples, limit, stop_ids(policy, tokenizer), [config.seed + number],
+                           config.temperature)
+        ends = ["" if finished else f" [cut at {limit} tokens]" for finished in rollout.finished.tolist()]
+        return list(zip(rollout.responses(tokenizer), ends))
+
+    if config.chat:
+        screen.chat(*load_policy(model, device), respond)
+    elif prompt is None:
+        screen.before_and_after(Path(model), config.prompts, config.samples, device, respond)
+    else:
+        print("\n".join(map("".join, respond(*load_policy(model, device), PLAIN, prompt, config.samples, 0))))
 
 
 if __name__ == "__main__":
     run_script(main, Config, __doc__, model=dict(help="model folder, run folder or Hugging Face name"),
-               prompt=dict(help="the text to respond to"))
+               prompt=dict(nargs="?", help="the text to respond to; without it a run is shown beside its base model"))

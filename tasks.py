@@ -8,6 +8,7 @@
 A new task is a function that returns a Task, and one line in TASKS.
 """
 
+import dataclasses
 import hashlib
 import json
 import os
@@ -27,10 +28,12 @@ from flags import UserError
 
 @dataclass(frozen=True)
 class Problem:
-    """One question. `prompt` is text, or a list of chat messages {"role", "content"}; `answer` is the reference."""
+    """One question. `prompt` is text, or a list of chat messages {"role", "content"}; `answer` is the reference;
+    `difficulty` a label, where the task has one: eval.py measures the accuracy of each."""
 
     prompt: str | list
     answer: str
+    difficulty: str = dataclasses.field(default="", compare=False)
 
 
 @dataclass(frozen=True)
@@ -51,6 +54,8 @@ class Task:
     system: str = ""
     plain: str = "{prompt}"
 
+
+PLAIN = Task("", [], [], [], "")  # a prompt and nothing around it but the chat template
 
 def digest(text: str) -> int:
     """The same number in every process, without a pattern in it: 8 bytes of SHA-256."""
@@ -84,7 +89,8 @@ def stream(problems: list[Problem], start: int, count: int, seed: int) -> list[P
 
 def add(data_dir: str) -> Task:
     """"48+27=" -> "75", for all 8,100 pairs of two-digit numbers: 810 to test, 729 to validate, 6,561 to train."""
-    problems = [Problem(f"{a}+{b}=", str(a + b)) for a in range(10, 100) for b in range(10, 100)]
+    problems = [Problem(f"{a}+{b}=", str(a + b), f"carries {(a % 10 + b % 10 > 9) + (a + b > 99)}")
+                for a in range(10, 100) for b in range(10, 100)]
     test, rest = hold_out(problems, 0.1)
     validation, train = hold_out(rest, 0.1)
     system = "Add the two numbers. You may think inside <think></think> first; then write the sum and nothing else."
@@ -117,7 +123,8 @@ def countdown(data_dir: str) -> Task:
         if left[0] < 1000:
             *first, last = map(str, numbers)
             prompt = f"Use each of the numbers {', '.join(first)} and {last} exactly once to make {left[0]}."
-            problems[prompt] = Problem(prompt, f"{left[0]} from {' '.join(map(str, numbers))}")
+            problems[prompt] = Problem(prompt, f"{left[0]} from {' '.join(map(str, numbers))}",
+                                       f"numbers {len(numbers)}")
     test, rest = hold_out(list(problems.values()), 0.1)
     validation, train = hold_out(rest, 0.1)
     return Task("countdown", train, validation, test, "countdown", COUNTDOWN_SYSTEM, COUNTDOWN_PLAIN)
@@ -146,7 +153,8 @@ Answer:"""
 def gsm8k(data_dir: str) -> Task:
     """7,473 problems to train, of which 5 % are held out to validate, and 1,319 to test (arXiv 2110.14168)."""
     files = [fetch(Path(data_dir or "data/gsm8k"), name, GSM8K_SHA256[name]) for name in ("train.jsonl", "test.jsonl")]
-    train, test = ([Problem(line["question"], line["answer"].rpartition("####")[2].strip().replace(",", ""))
+    train, test = ([Problem(line["question"], line["answer"].rpartition("####")[2].strip().replace(",", ""),
+                             f"lines {len(line['answer'].strip().splitlines()) - 1}")  # of the worked solution
                     for line in read_jsonl(file, {"question": is_text, "answer": is_text})] for file in files)
     validation, train = hold_out(train, 0.05)
     return Task("gsm8k", train, validation, test, reward="number", system=GSM8K_SYSTEM, plain=GSM8K_PLAIN)
@@ -162,7 +170,7 @@ def load_task(name: str, data_dir: str = "") -> Task:
     if not name.endswith(".jsonl"):
         raise UserError(f"--task {name}: not one of {', '.join(TASKS)}, nor a .jsonl file")
     lines = read_jsonl(Path(name), {"prompt": is_prompt, "answer": is_answer})
-    problems = [Problem(line["prompt"], str(line["answer"])) for line in lines]
+    problems = [Problem(line["prompt"], str(line["answer"]), str(line.get("difficulty", ""))) for line in lines]
     test, rest = hold_out(problems, 0.1)
     validation, train = hold_out(rest, 0.1) if rest else ([], [])
     if not train:

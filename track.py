@@ -1,16 +1,18 @@
-"""The run folder: what a run leaves on disk, and the picture of it.
+"""The run folder: what a run leaves on disk.
 
     runs/<name>/config.json     every flag, versions, device, git commit
                 metrics.jsonl   one object a step; the README defines each key
                 samples.jsonl   a few responses a step, with rewards and weights
                 code/           the scripts as they ran
                 checkpoint/     the policy as a Hugging Face folder, and state.pt to go on from
-                curves.png      redrawn while it runs
+                curves.png      drawn by plot.py while it runs
 
 Plain files, written by plain functions: the first argument is the folder.
 """
 
+import importlib
 import json
+import os
 import platform
 import shutil
 import subprocess
@@ -24,7 +26,6 @@ import matplotlib
 import tokenizers
 import torch
 import transformers
-from matplotlib.figure import Figure
 from torch import Tensor
 from tqdm import tqdm
 
@@ -65,6 +66,36 @@ def record_start(folder: Path, config, device: torch.device) -> None:
     (folder / "code").mkdir(exist_ok=True)
     for script in HERE.glob("*.py"):
         shutil.copy(script, folder / "code")
+
+
+class Tracker:
+    """Sends metrics on to a program that draws them: tensorboard (files in the run folder), trackio (a local database)
+    or wandb (files in the run folder; WANDB_MODE=online sends them to its server). 'none' does nothing."""
+
+    def __init__(self, kind: str):
+        """UserError if its package is missing."""
+        self.kind, self.writer = kind, None
+        try:
+            if kind != "none":
+                self.module = importlib.import_module({"tensorboard": "torch.utils.tensorboard"}.get(kind, kind))
+        except ImportError:
+            raise UserError(f"--tracker {kind}: the package is not installed: pip install {kind}") from None
+
+    def send(self, run: Path, config, metrics: dict) -> None:
+        if self.kind == "none":
+            return
+        if self.writer is None and self.kind == "tensorboard":
+            self.writer = self.module.SummaryWriter(run / "tensorboard")
+        elif self.writer is None:
+            local = dict(dir=run, mode=os.environ.get("WANDB_MODE", "offline")) if self.kind == "wandb" else {}
+            self.writer = self.module.init(project="grpo-basics", name=run.name, config=asdict(config), **local)
+        numbers = {key: value for key, value in metrics.items() if isinstance(value, (int, float)) and key != "step"}
+        if self.kind == "tensorboard":
+            for key, value in numbers.items():
+                self.writer.add_scalar(key, value, metrics["step"])
+            self.writer.flush()
+        else:
+            self.writer.log(numbers, step=metrics["step"])
 
 
 def is_run(folder: Path) -> bool:
@@ -197,55 +228,7 @@ def shorten(text: str | list, limit: int = 300) -> str:
     return line if len(line) <= limit else f"{line[: limit - 3]}..."
 
 
-CURVES = {  # metric -> title of its panel
-    "reward": "reward (mean of the step's responses)",
-    "eval_accuracy": "accuracy on held-out problems, sampled",
-    "thinking": "share of responses that think",
-    "response_length": "response length (tokens)",
-    "entropy": "entropy (nats per token)",
-    "grad_norm": "gradient norm before clipping",
-}
-
-
-def draw(panel, steps: list[int], values: list[float], color: str) -> None:
-    """Each step thin, the mean of the steps around it thick."""
-    windows = [values[max(0, i - 3) : i + 4] for i in range(len(values))]
-    panel.plot(steps, values, color=color, alpha=0.35, linewidth=1)
-    panel.plot(steps, [sum(window) / len(window) for window in windows], color=color, linewidth=2)
-
-
-def plot(folder: Path) -> None:
-    """Draws curves.png from metrics.jsonl. The parts of a mixture get panels of their own; a true reward other than the
-    reward is drawn beside it."""
-    rows = read_rows(folder / "metrics.jsonl")
-    parts = {key: f"part of the reward: {key[7:]}" for key in rows[-1] if key.startswith("reward/")}
-    curves = CURVES | (parts if len(parts) > 1 else {})
-    if (folder / "before.json").exists():  # held-out accuracy starts where the base model stands
-        before = json.loads((folder / "before.json").read_text())["sampled"]
-        rows.insert(0, {"step": 0, "eval_accuracy": before["accuracy"], "eval_interval": before["interval"]})
-    height = -(-len(curves) // 3)
-    figure = Figure(figsize=(11, 2.75 * height), layout="constrained")
-    for panel, (metric, title) in zip(figure.subplots(height, 3).flat, curves.items()):
-        panel.set_title(title, fontsize=10)
-        panel.grid(alpha=0.3)
-        panel.set_xlabel("step", fontsize=9)
-        shown = [row for row in rows if metric in row]
-        steps, values = [row["step"] for row in shown], [row[metric] for row in shown]
-        if metric == "eval_accuracy" and shown:
-            low, high = zip(*(row["eval_interval"] for row in shown))
-            panel.fill_between(steps, low, high, color="C0", alpha=0.2, linewidth=0)
-            panel.plot(steps, values, "o-", color="C0", markersize=4)
-        else:
-            draw(panel, steps, values, "C0")
-        if metric in ("reward", "eval_accuracy", "thinking") and all(0 <= value <= 1 for value in values):
-            panel.set_ylim(-0.03, 1.03)
-        if metric == "reward" and (true := [row["true_reward"] for row in shown]) != values:
-            panel.set_title("reward (blue, left) and true reward (red, right)", fontsize=10)
-            right = panel.twinx()
-            draw(right, steps, true, "C3")
-            if all(0 <= value <= 1 for value in true):
-                right.set_ylim(-0.03, 1.03)
-    figure.suptitle(folder.name, fontsize=11)
-    aside = folder / "curves.part.png"
-    figure.savefig(aside, dpi=110)
-    aside.replace(folder / "curves.png")
+def align(rows: list[list[str]]) -> str:
+    """Columns for the screen, as wide as their widest cell: [["a", "b"], ["long", "c"]] -> 'a     b\\nlong  c'"""
+    widths = [max(map(len, column)) for column in zip(*rows)]
+    return "\n".join("  ".join(cell.ljust(width) for cell, width in zip(row, widths)).rstrip() for row in rows)

@@ -6,7 +6,6 @@
     python train.py --name add --resume                               # go on where a run stopped
 """
 
-import json
 import random
 import time
 from dataclasses import dataclass, replace
@@ -20,23 +19,15 @@ from transformers.hf_argparser import HfArg
 
 import pretrain
 import track
-from eval import evaluate, table
+from eval import evaluate, report
 from flags import UserError, run_script
 from loss import AGGREGATIONS, BASELINED, FILTERS, LOSSES, NORMALISERS, RECIPES, choose, k3
-from policy import (
-    Optimizer,
-    adapter_off,
-    add_adapter,
-    learning_rate,
-    load_policy,
-    pick_device,
-    save_policy,
-    stop_ids,
-)
+from plot import plot
+from policy import Optimizer, adapter_off, add_adapter, load_policy, pick_device, save_policy, stop_ids
 from reward import load_reward, score
 from sample import check_room, choose_sampler, generate_by_transformers, join
-from tasks import Problem, Task, digest, load_task, prompt_ids, stream
-from update import Learner, within_memory
+from tasks import digest, load_task, prompt_ids, stream
+from update import Learner, learning_rate, within_memory
 
 BASE = "models/add"
 
@@ -91,6 +82,7 @@ class Config:
     eval_problems: int = HfArg(default=200, help="held-out problems to measure on, 0 for none")
     save_every: int = HfArg(default=20, help="steps between checkpoints")
     log_samples: int = HfArg(default=4, help="responses a step that samples.jsonl keeps")
+    tracker: Literal["none", "tensorboard", "trackio", "wandb"] = HfArg(default="none", help="send metrics there too")
     name: str = HfArg(default="", help="of the run; default: the task's, numbered")
     runs_dir: str = HfArg(default="runs", help="folder of the runs")
     resume: bool = HfArg(default=False, help="go on with run --name from its checkpoint, with its flags")
@@ -140,7 +132,7 @@ def main(config: Config) -> Path:
     # 0. set-up: the task, the policy, the optimizer and the run folder
     check(config)
     device = pick_device(config.device)
-    task = load_task(config.task, config.data_dir)
+    task, tracker = load_task(config.task, config.data_dir), track.Tracker(config.tracker)
     reward_device = device if config.reward_device == "auto" else pick_device(config.reward_device)
     reward = load_reward(config.reward or task.reward, reward_device, config.reward_workers, config.reward_timeout,
                          config.reward_missed)
@@ -268,6 +260,7 @@ def main(config: Config) -> Path:
             after = measure(config.temperature)
             metrics |= {"eval_accuracy": after["accuracy"], "eval_interval": after["interval"]}
         track.append(run / "metrics.jsonl", [metrics])
+        tracker.send(run, config, metrics)
         spread = weights.argsort(descending=True)[:: max(1, len(samples) // max(1, config.log_samples))]
         track.append(run / "samples.jsonl", [{"step": step, **samples[row], "weight": weights[row].item()}
                                              for row in spread[: config.log_samples].tolist()])
@@ -280,7 +273,7 @@ def main(config: Config) -> Path:
                 torch.save({"optimizer": optimizer.state_dict(), "step": step, "drawn": drawn,
                             "torch_rng": torch.get_rng_state(), "python_rng": random.getstate()}, folder / "state.pt")
         if last or step % config.eval_every == 0:
-            track.plot(run)
+            plot(run)
         bar.set_postfix(reward=f"{metrics['reward']:.3f}", length=f"{metrics['response_length']:.1f}")
         tqdm.write(track.one_line(metrics))
 
@@ -290,17 +283,6 @@ def main(config: Config) -> Path:
     print(f"\n{run}/: curves.png, metrics.jsonl, samples.jsonl, checkpoint/ (a Hugging Face folder), config.json, code/"
           f"\n\n    python eval.py {run}      # on the test problems, which training has not touched")
     return run
-
-
-def report(run: Path, task: Task, problems: list[Problem]) -> None:
-    """Prints what training changed on held-out problems, and three of them in full."""
-    before, after = (json.loads((run / f"{when}.json").read_text()) for when in ("before", "after"))
-    print(f"\n{len(problems)} held-out problems of task {task.name}, 95 % Wilson intervals\n")
-    print(table({"before": before, "after": after}))
-    for i, problem in enumerate(problems[:3]):
-        print(f"\n{track.shorten(problem.prompt)}")
-        for label, column in (("before:", before), ("after: ", after)):
-            print(f"  {label} {track.shorten(column['sampled']['responses'][i])}")
 
 
 if __name__ == "__main__":

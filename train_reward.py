@@ -26,11 +26,11 @@ from tqdm import tqdm, trange
 from transformers.hf_argparser import HfArg
 
 import track
-from eval import wilson
 from flags import UserError, run_script
 from policy import Optimizer, load_policy, pick_device, save_policy, stop_ids
 from reward import RewardModel, load_reward, read_samples, score
 from sample import generate
+from stats import wilson
 from tasks import digest, hold_out, is_prompt, load_task, prompt_ids, read_jsonl, stream
 
 

@@ -195,3 +195,10 @@ def within_memory(work: Callable[[int], Result], size: int, flag: str, undo: Cal
         torch.cuda.empty_cache()
         size //= 2
         tqdm.write(f"out of memory: {flag} is {size} from here on")
+
+
+def learning_rate(step: int, lr: float, warmup_steps: int, steps: int) -> float:
+    """Steps count from 1. Rises to `lr` over the warm-up, then falls in a straight line to a tenth at the last step."""
+    if step <= warmup_steps:
+        return lr * step / warmup_steps
+    return lr * (1 - 0.9 * (step - warmup_steps) / max(1, steps - warmup_steps))

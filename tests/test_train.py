@@ -7,12 +7,13 @@ from pathlib import Path
 import pytest
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+import plot
 import policy
 import reward
 import track
 import train
 from flags import UserError, parse
-from policy import learning_rate
+from update import learning_rate
 
 ROOT = Path(__file__).parent.parent
 
@@ -151,12 +152,12 @@ def test_the_curves_show_the_parts_and_the_true_reward(monkeypatch, tmp_path):
         figures.append(figure)
         path.write_bytes(b"")
 
-    monkeypatch.setattr(track.Figure, "savefig", savefig)
-    row = dict.fromkeys(track.CURVES, 0.5) | {"eval_interval": [0.4, 0.6], "true_reward": 0.5}
+    monkeypatch.setattr(plot.Figure, "savefig", savefig)
+    row = dict.fromkeys(plot.CURVES, 0.5) | {"eval_interval": [0.4, 0.6], "true_reward": 0.5}
     for parts in ({}, {"true_reward": 0.2, "reward/exact": 0.3, "reward/length": 9.0}):
         rows = [{"step": step, **row, **parts} for step in (1, 2)]
         (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-        track.plot(tmp_path)
+        plot.plot(tmp_path)
     lines = [[list(line.get_ydata()) for axes in figure.axes for line in axes.lines] for figure in figures]
     assert [0.2, 0.2] not in lines[0] and [0.2, 0.2] in lines[1]
     titles = [[axes.get_title() for axes in figure.axes] for figure in figures]
@@ -319,11 +320,11 @@ def test_scripts_work_as_commands(base, folders):
         assert shown.returncode == 0 and "python " + script in shown.stdout, shown.stderr
     trained = command(ROOT / "train.py", "--model", base, "--steps", 1, "--eval_problems", 10, "--name", "x")
     assert trained.returncode == 0, trained.stderr
-    assert "step    1  reward 0." in trained.stdout and "accuracy, greedy" in trained.stdout
+    assert "step    1  reward 0." in trained.stdout and "\nbefore  0." in trained.stdout
     assert "held-out problems" in trained.stdout and "runs/x" in trained.stdout
     evaluated = command(ROOT / "eval.py", "runs/x", "--limit", 30)
     assert evaluated.returncode == 0, evaluated.stderr
-    assert "30 test problems of add" in evaluated.stdout and evaluated.stdout.count("[") == 4
+    assert "30 test problems of add" in evaluated.stdout and evaluated.stdout.count("[") == 6
     scored = command(ROOT / "reward.py", "--reward", "exact - 0.5*length", "runs/x/samples.jsonl")
     assert scored.returncode == 0 and scored.stdout.split()[:3] == ["reward", "exact", "length"], scored.stderr
     sampled = command(ROOT / "sample.py", "runs/x", "48+27=", "--samples", 3)
