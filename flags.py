@@ -4,6 +4,7 @@ Every script ends in `run_script(main, Config, __doc__)`. HfArgumentParser (tran
 """
 
 import argparse
+import errno
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -11,9 +12,25 @@ from typing import Any
 
 from transformers import HfArgumentParser
 
+DISK = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO}
+
 
 class UserError(Exception):
     """A mistake of the user's: one sentence with the flag, the value and the cure. run_script exits with 2 on it."""
+
+
+def first_line(error: Exception) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
+
+
+def need(config: Any, least: float, flags: str, most: float = 1e12) -> None:
+    """UserError unless each of the flags, named with spaces between, is a number from `least` to `most`."""
+    for flag in flags.split():
+        value = getattr(config, flag)
+        if not value >= least:  # nan too
+            raise UserError(f"--{flag} {value}: must be at least {least:g}")
+        if value > most:
+            raise UserError(f"--{flag} {value}: must be at most {most:g}")
 
 
 class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
@@ -67,10 +84,23 @@ def parse(
 
 
 def run_script(main: Callable, config_class: type, doc: str, fill: Callable | None = None, **positionals: dict) -> None:
-    """Parses sys.argv, calls main(config, **positionals) and turns a UserError into one line and exit status 2."""
+    """Parses sys.argv, calls main(config, **positionals) and turns a UserError into one line and exit status 2; so too
+    a disk or a memory that is full, which may show anywhere. Ctrl-C ends it without a traceback, with status 130."""
     try:
         config, named = parse(config_class, doc, None, fill, **positionals)
         main(config, **named)
+        return
     except UserError as error:
-        print(f"{Path(sys.argv[0]).name}: error: {error}", file=sys.stderr)
-        sys.exit(2)
+        message = str(error)
+    except OSError as error:
+        if error.errno not in DISK:
+            raise
+        message = f"{error.filename or 'a file'}: {error.strerror}: make room, or see who may write there"
+    except (MemoryError, RuntimeError) as error:  # torch knows several words for it
+        if isinstance(error, RuntimeError) and "memory" not in str(error):
+            raise
+        message = f"the memory does not suffice ({first_line(error)}): lower what is done at once, see --help"
+    except KeyboardInterrupt:
+        sys.exit(130)
+    print(f"{Path(sys.argv[0]).name}: error: {message}", file=sys.stderr)
+    sys.exit(2)

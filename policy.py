@@ -4,6 +4,7 @@ A policy is any causal language model that transformers loads. It stays in eval 
 policy that learns another one than the policy that sampled.
 """
 
+import math
 from collections.abc import Callable
 from pathlib import Path
 
@@ -12,7 +13,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging
 
-from flags import UserError
+from flags import UserError, first_line
 
 logging.disable_progress_bar()  # of loading and saving: they would tear the bar of the steps
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
@@ -56,10 +57,6 @@ def load_policy(
         raise UserError(f"--model {name}: its tokenizer has no end-of-text token (eos_token), responses could not end")
     model.config.use_cache = True
     return model.to(device).eval(), tokenizer
-
-
-def first_line(error: Exception) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
 def stop_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> list[int]:
@@ -177,9 +174,13 @@ class Optimizer:
         master.grad = gradient if master.grad is None else master.grad.add_(gradient)
         weight.grad = None
 
-    def step(self, lr: float, max_grad_norm: float) -> float:
-        """One AdamW step (arXiv 1711.05101) on the gradients collected. Returns their norm before clipping."""
+    def step(self, lr: float, max_grad_norm: float, loss: float = 0.0) -> float:
+        """One AdamW step (arXiv 1711.05101) on the gradients collected. Returns their norm before clipping; if that or
+        the loss is not finite, the gradients are dropped, and nan is returned."""
         norm = torch.nn.utils.clip_grad_norm_(self.masters, max_grad_norm)
+        if not math.isfinite(norm + loss):
+            self.adam.zero_grad()
+            return math.nan
         for group in self.adam.param_groups:
             group["lr"] = lr
         self.adam.step()

@@ -28,8 +28,8 @@ from tqdm import tqdm
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 from transformers.hf_argparser import HfArg
 
-from flags import UserError, run_script
-from policy import context_length, first_line, micro_batches, pick_device
+from flags import UserError, first_line, run_script
+from policy import context_length, micro_batches, pick_device
 from rules import OPERATORS, REWARDS, arithmetic, contains, matches
 from tasks import is_answer, is_prompt, read_jsonl
 from track import shorten

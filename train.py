@@ -19,8 +19,9 @@ from transformers.hf_argparser import HfArg
 
 import pretrain
 import track
+from checkpoint import find_checkpoint, leave, listening, load_state, lock, new_checkpoint, save_state
 from eval import evaluate, table
-from flags import UserError, run_script
+from flags import UserError, need, run_script
 from loss import AGGREGATIONS, BASELINED, FILTERS, LOSSES, NORMALISERS, RECIPES, choose, k3
 from policy import Optimizer, backward, learning_rate, load_policy, pick_device, rollout_logprobs, save_policy, stop_ids
 from reward import load_reward, score
@@ -101,19 +102,15 @@ def fill(given: dict) -> dict:
 
 def check(config: Config) -> None:
     """UserError for a value that cannot work."""
-    for flag in ("prompts_per_step", "group_size", "max_new_tokens", "resample_tries", "steps", "updates_per_rollout",
-                 "minibatches", "micro_batch_tokens", "eval_every", "save_every"):
-        if getattr(config, flag) < 1:
-            raise UserError(f"--{flag} {getattr(config, flag)}: must be at least 1")
-    for flag in ("temperature", "reward_timeout", "softmax_beta", "keep", "cispo_cap", "max_grad_norm"):
-        if not 0 < getattr(config, flag) < float("inf"):
-            raise UserError(f"--{flag} {getattr(config, flag)}: must be above 0")
-    for flag in ("reward_workers", "clip_low", "clip_high", "kl_beta", "lr", "warmup_steps", "weight_decay",
-                 "eval_problems", "log_samples", "seed"):
-        if not 0 <= getattr(config, flag) < float("inf"):
-            raise UserError(f"--{flag} {getattr(config, flag)}: must not be below 0")
-    if config.keep > 1:
-        raise UserError(f"--keep {config.keep}: a share, must be at most 1")
+    need(config, 1, "resample_tries steps micro_batch_tokens eval_every save_every")
+    need(config, 1, "prompts_per_step group_size max_new_tokens minibatches updates_per_rollout", most=1e6)
+    need(config, 0, "reward_workers", most=1e4)
+    need(config, 0, "clip_low clip_high kl_beta lr warmup_steps weight_decay eval_problems log_samples seed")
+    need(config, 1e-6, "reward_timeout softmax_beta cispo_cap max_grad_norm", most=1e9)
+    need(config, 1e-6, "keep", most=1)
+    need(config, 0.01, "temperature")  # logits divided by less overflow
+    if config.prompts_per_step * config.group_size > 1e6:
+        raise UserError(f"--group_size {config.group_size}: times --prompts_per_step is over a million, lower either")
     if config.group_size == 1 and config.normaliser in BASELINED:
         raise UserError(f"--group_size 1: --normaliser {config.normaliser} compares the responses of a group, "
                         "give at least 2")
@@ -130,7 +127,8 @@ def main(config: Config) -> Path:
                          config.reward_missed)
     truth = load_reward(config.true_reward or task.reward) if config.reward or config.true_reward else reward
     run = Path(config.runs_dir) / config.name
-    source = str(track.find_checkpoint(run)) if config.resume else config.model
+    held, checkpoint = (lock(run), find_checkpoint(run)) if config.resume else (None, None)  # None yet: from step 1
+    source = str(checkpoint or config.model)
     if source == BASE and not Path(BASE).exists():
         pretrain.main(pretrain.Config(output=BASE, device=config.device))
     policy, tokenizer = load_policy(source, device, config.dtype)
@@ -147,26 +145,22 @@ def main(config: Config) -> Path:
     def measure(temperature: float) -> dict:
         return evaluate(policy, tokenizer, task, held_out, temperature, config.max_new_tokens)
 
+    torch.manual_seed(config.seed)  # nothing of ours draws from these two, a reward of yours may
+    random.seed(config.seed)
+    done, drawn = load_state(checkpoint, optimizer) if checkpoint else (0, 0)
+    if done >= config.steps:
+        raise UserError(f"--resume: {run} has done its {config.steps} steps, give it more by --steps")
     if config.resume:
-        state = torch.load(Path(source) / "state.pt", weights_only=True, map_location="cpu")
-        optimizer.load_state_dict(state["optimizer"])
-        torch.set_rng_state(state["torch_rng"])
-        random.setstate(state["python_rng"])
-        first_step, drawn = state["step"] + 1, state["drawn"]
-        if first_step > config.steps:
-            raise UserError(f"--resume: {run} has done its {config.steps} steps, give it more by --steps")
-        track.rewind(run, state["step"])
+        track.rewind(run, done)
     else:
-        run, first_step, drawn = track.new_run(config.runs_dir, config.name, config.task), 1, 0
-        config = replace(config, name=run.name)
-        torch.manual_seed(config.seed)  # nothing of ours draws from these two, a reward of yours may
-        random.seed(config.seed)
-    track.record_start(run, replace(config, resume=False), device)
-    if held_out and not config.resume:
+        run, held = track.new_run(config.runs_dir, config.name, config.task)  # noqa: RUF059, held until main returns
+    config = replace(config, name=run.name, resume=False)
+    track.record_start(run, config, device)
+    if held_out and not done:
         track.write_json(run / "before.json", {"greedy": measure(0.0), "sampled": measure(config.temperature)})
 
-    bar = tqdm(range(first_step, config.steps + 1), initial=first_step - 1, total=config.steps, dynamic_ncols=True)
-    for step in bar:
+    steps, signals = range(done + 1, config.steps + 1), []  # signals: what has asked the run to end
+    for step in (bar := tqdm(listening(steps, signals), initial=done, total=config.steps, dynamic_ncols=True)):
         started, seconds_generate = time.perf_counter(), 0.0
         rollouts, samples = [], []
         for _ in range(config.resample_tries if config.filter == "resample" else 1):
@@ -216,7 +210,7 @@ def main(config: Config) -> Path:
             if len(batch):
                 update = backward(policy, rollout, batch, token_losses, then, start, weights.to(device),
                                   factors.to(device), *settings)
-                updates.append(update | {"grad_norm": optimizer.step(lr, config.max_grad_norm)})
+                updates.append(update | {"grad_norm": optimizer.step(lr, config.max_grad_norm, sum(update.values()))})
 
         # 6. repeat: record, evaluate, checkpoint, plot
         metrics = {
@@ -237,22 +231,21 @@ def main(config: Config) -> Path:
         if held_out and (last or step % config.eval_every == 0):
             after = measure(config.temperature)
             metrics |= {"eval_accuracy": after["accuracy"], "eval_interval": after["interval"]}
-        track.append(run / "metrics.jsonl", [metrics])
-        spread = weights.argsort(descending=True)[:: max(1, len(samples) // max(1, config.log_samples))]
-        track.append(run / "samples.jsonl", [{"step": step, **samples[row], "weight": weights[row].item()}
-                                             for row in spread[: config.log_samples].tolist()])
-        if last or step % config.save_every == 0:
-            if config.true_reward and track.watch(run, config.save_every):
-                with track.new_checkpoint(run, "best") as folder:
-                    save_policy(policy, tokenizer, folder)
-            with track.new_checkpoint(run) as folder:
-                save_policy(policy, tokenizer, folder)
-                torch.save({"optimizer": optimizer.state_dict(), "step": step, "drawn": drawn,
-                            "torch_rng": torch.get_rng_state(), "python_rng": random.getstate()}, folder / "state.pt")
-        if last or step % config.eval_every == 0:
-            track.plot(run)
         bar.set_postfix(reward=f"{metrics['reward']:.3f}", length=f"{metrics['response_length']:.1f}")
         tqdm.write(track.one_line(metrics))
+        track.record(run, metrics, samples, weights, config.log_samples)
+        asked, due = bool(signals), last or step % config.save_every == 0
+        if due and config.true_reward and track.watch(run, config.save_every):
+            with new_checkpoint(run, "best") as folder:
+                save_policy(policy, tokenizer, folder)
+        if due or asked:
+            with new_checkpoint(run) as folder:
+                save_policy(policy, tokenizer, folder)
+                save_state(folder, optimizer, step, drawn)
+        if last or asked or step % config.eval_every == 0:
+            track.plot(run)
+        if asked and not last:
+            leave(run, step, signals[0])
 
     if held_out and (run / "before.json").exists():
         track.write_json(run / "after.json", {"greedy": measure(0.0), "sampled": after})

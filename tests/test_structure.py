@@ -2,8 +2,8 @@ import ast
 from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
-ORDER = ["flags", "tasks", "loss", "track", "policy", "rules", "reward", "sample", "pretrain", "eval", "train_reward",
-         "train", "compare"]
+ORDER = ["flags", "tasks", "loss", "checkpoint", "track", "policy", "rules", "reward", "sample", "pretrain", "eval",
+         "train_reward", "train", "compare"]
 
 
 def test_imports_point_down():
