@@ -15,7 +15,7 @@ from transformers import PreTrainedModel
 from transformers.hf_argparser import HfArg
 
 import track
-from flags import UserError, run_script
+from flags import UserError, need, run_script
 from policy import load_policy, pick_device, stop_ids
 from reward import load_reward, score
 from sample import generate
@@ -105,6 +105,9 @@ class Config:
 
 
 def main(config: Config, models: list[str]) -> None:
+    need(config, 0, "limit max_new_tokens seed")
+    need(config, 1, "batch_size")
+    need(config, 0.01 if config.temperature else 0, "temperature")
     device = pick_device(config.device)
     for name in models:
         run = track.read_config(Path(name)) if track.is_run(Path(name)) else {}

@@ -12,7 +12,7 @@ from typing import Any
 
 from transformers import HfArgumentParser
 
-DISK = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO}
+DISK = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO, errno.ENAMETOOLONG}
 
 
 class UserError(Exception):
@@ -21,6 +21,19 @@ class UserError(Exception):
 
 def first_line(error: Exception) -> str:
     return (str(error).strip() or type(error).__name__).splitlines()[0]
+
+
+def named(error: Exception) -> str:
+    return f"{type(error).__name__}: {first_line(error)}"
+
+
+def is_text(text: str) -> bool:
+    """Whether it can be encoded: half a surrogate pair cannot, and so neither be tokenised nor printed."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def need(config: Any, least: float, flags: str, most: float = 1e12) -> None:
@@ -73,6 +86,9 @@ def parse(
     for name, options in positionals.items():
         parser.add_argument(name, **options)
     values = vars(parser.parse_args(argv))
+    for name, value in values.items():
+        if isinstance(value, str) and not is_text(value):
+            raise UserError(f"{name} {value!a}: is not UTF-8")
     named = {name: values.pop(name) for name in positionals}
     if fill:
         parser.argument_default = argparse.SUPPRESS
@@ -95,12 +111,12 @@ def run_script(main: Callable, config_class: type, doc: str, fill: Callable | No
     except OSError as error:
         if error.errno not in DISK:
             raise
-        message = f"{error.filename or 'a file'}: {error.strerror}: make room, or see who may write there"
+        message = f"{error.filename or 'a file'}: {error.strerror}: make room, or choose another place"
     except (MemoryError, RuntimeError) as error:  # torch knows several words for it
         if isinstance(error, RuntimeError) and "memory" not in str(error):
             raise
         message = f"the memory does not suffice ({first_line(error)}): lower what is done at once, see --help"
     except KeyboardInterrupt:
         sys.exit(130)
-    print(f"{Path(sys.argv[0]).name}: error: {message}", file=sys.stderr)
+    print(f"{Path(sys.argv[0]).name}: error: {' '.join(message.splitlines())}", file=sys.stderr)
     sys.exit(2)

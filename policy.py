@@ -9,13 +9,24 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
+from huggingface_hub.errors import StrictDataclassError
+from safetensors import SafetensorError
 from torch import Tensor
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    GenerationConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 from transformers.utils import logging
 
 from flags import UserError, first_line
 
 logging.disable_progress_bar()  # of loading and saving: they would tear the bar of the steps
+# what transformers, tokenizers and safetensors raise on files that are damaged or not theirs
+UNREADABLE = (OSError, ValueError, RuntimeError, LookupError, TypeError, AttributeError, ImportError, SafetensorError,
+              StrictDataclassError)
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
@@ -44,17 +55,25 @@ def load_policy(
     if dtype == "auto":
         dtype = "bfloat16" if device.type == "cuda" else "float32"
     try:
-        model = AutoModelForCausalLM.from_pretrained(name, dtype=DTYPES[dtype], use_safetensors=True)
-    except (OSError, ValueError) as error:
+        model, found = AutoModelForCausalLM.from_pretrained(
+            name, dtype=DTYPES[dtype], use_safetensors=True, trust_remote_code=False, output_loading_info=True)
+        if (Path(name) / "generation_config.json").is_file():  # a damaged one would be passed over, and its stop tokens
+            GenerationConfig.from_pretrained(name)
+    except UNREADABLE as error:
         raise UserError(f"--model {name}: cannot be loaded as a causal language model: {first_line(error)}") from None
+    if missing := sorted(found["missing_keys"]):  # transformers would fill them with random numbers
+        raise UserError(f"--model {name}: {len(missing)} of its weights are not in its files, {missing[0]} for one")
     if Path(name).is_dir() and not any(Path(name).glob("tokenizer*")):  # transformers would make an empty one
         raise UserError(f"--model {name}: there is no tokenizer in the folder, save the model's tokenizer there too")
     try:
-        tokenizer = AutoTokenizer.from_pretrained(name)
-    except (OSError, ValueError) as error:
+        tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=False)
+    except UNREADABLE as error:
         raise UserError(f"--model {name}: its tokenizer cannot be loaded: {first_line(error)}") from None
     if tokenizer.eos_token_id is None:
         raise UserError(f"--model {name}: its tokenizer has no end-of-text token (eos_token), responses could not end")
+    if tokenizer.eos_token_id >= (known := model.get_input_embeddings().num_embeddings):
+        raise UserError(f"--model {name}: its tokenizer ends by token {tokenizer.eos_token_id}, but the model knows "
+                        f"{known}: that tokenizer is another model's")
     model.config.use_cache = True
     return model.to(device).eval(), tokenizer
 

@@ -17,7 +17,7 @@ from torch.nn.utils.rnn import pad_sequence
 from transformers import Cache, DynamicCache, PreTrainedModel
 from transformers.hf_argparser import HfArg
 
-from flags import UserError, run_script
+from flags import UserError, need, run_script
 from policy import context_length, load_policy, pick_device, stop_ids
 from tasks import Problem, Task, prompt_ids
 
@@ -178,7 +178,7 @@ def draw(logits: Tensor, temperature: float, uniform: Tensor) -> tuple[Tensor, T
     block, fraction = pick(sums, uniform)  # (R,) among V / BLOCK sums, and where within the block
     members = block[:, None] * BLOCK + torch.arange(BLOCK, device=block.device)
     inside = torch.where(members < V, weights.gather(1, members.clamp(max=V - 1)), 0.0)
-    token = block * BLOCK + pick(inside, fraction)[0]
+    token = (block * BLOCK + pick(inside, fraction)[0]).clamp_(max=V - 1)  # beyond it only where weights are nan
     return token, (weights.gather(1, token[:, None])[:, 0] / sums.sum(-1)).log()
 
 
@@ -191,7 +191,7 @@ def pick(weights: Tensor, uniform: Tensor) -> tuple[Tensor, Tensor]:
     cumulative = weights.cumsum(1)
     total = cumulative[:, -1:]
     aim = torch.minimum(uniform[:, None] * total, total.nextafter(torch.zeros_like(total)))  # rounding may reach total
-    index = torch.searchsorted(cumulative, aim, right=True)
+    index = torch.searchsorted(cumulative, aim, right=True).clamp_(max=weights.shape[1] - 1)
     width = weights.gather(1, index)
     return index[:, 0], ((aim - cumulative.gather(1, index) + width) / width)[:, 0].clamp_(0, 1 - 2**-53)
 
@@ -216,6 +216,8 @@ def check_room(model: PreTrainedModel, prompts: list[list[int]], max_new_tokens:
     room, longest = context_length(model), max(map(len, prompts))
     if min(map(len, prompts)) == 0:
         raise UserError("a prompt is empty: the model needs at least one token to go on from")
+    if (highest := max(map(max, prompts))) >= (known := model.get_input_embeddings().num_embeddings):
+        raise UserError(f"a prompt has token {highest}, but the model knows {known}: its tokenizer is another model's")
     if room is not None and longest + max_new_tokens > room:
         raise UserError(f"a prompt of {longest} tokens and --max_new_tokens {max_new_tokens} do not fit into the "
                         f"model's context of {room}: lower the flag, or leave that prompt out")
@@ -231,6 +233,9 @@ class Config:
 
 
 def main(config: Config, model: str, prompt: str) -> None:
+    need(config, 1, "samples max_new_tokens", most=1e6)
+    need(config, 0, "seed")
+    need(config, 0.01 if config.temperature else 0, "temperature")
     policy, tokenizer = load_policy(model, pick_device(config.device))
     ids = prompt_ids(Task("", [], [], [], ""), Problem(prompt, ""), tokenizer)
     room = (context_length(policy) or len(ids) + config.max_new_tokens) - len(ids)

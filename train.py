@@ -104,8 +104,10 @@ def check(config: Config) -> None:
     """UserError for a value that cannot work."""
     need(config, 1, "resample_tries steps micro_batch_tokens eval_every save_every")
     need(config, 1, "prompts_per_step group_size max_new_tokens minibatches updates_per_rollout", most=1e6)
+    need(config, 0, "clip_low clip_high kl_beta warmup_steps eval_problems log_samples seed")
+    need(config, 0, "lr weight_decay", most=1)
     need(config, 0, "reward_workers", most=1e4)
-    need(config, 0, "clip_low clip_high kl_beta lr warmup_steps weight_decay eval_problems log_samples seed")
+    need(config, -1e9, "reward_missed", most=1e9)
     need(config, 1e-6, "reward_timeout softmax_beta cispo_cap max_grad_norm", most=1e9)
     need(config, 1e-6, "keep", most=1)
     need(config, 0.01, "temperature")  # logits divided by less overflow
