@@ -65,22 +65,23 @@ def write_json(path: Path, content: dict) -> None:
 def new_checkpoint(folder: Path, name: str = "checkpoint") -> Iterator[Path]:
     """A folder to write into, which takes the place of folder/name when the block has ended well and it is on the disk.
     The checkpoint before becomes checkpoint.old. The last file, checksums.json, has the SHA-256 of all the others."""
-    final, aside, old = (folder / f"{name}{state}" for state in ("", ".part", ".old"))
+    final, aside, old, gone = (folder / f"{name}{state}" for state in ("", ".part", ".old", ".old.part"))
     with writing(final):
-        shutil.rmtree(aside, ignore_errors=True)
+        for left in (aside, gone):  # by a crash
+            shutil.rmtree(left, ignore_errors=True)
         aside.mkdir()
         yield aside
         files = [path for path in sorted(aside.rglob("*")) if path.is_file()]
         for path in [*files, *folder.glob("*.jsonl")]:  # the steps up to here too
             sync(path)
         write_json(aside / "checksums.json", {path.relative_to(aside).as_posix(): checksum(path) for path in files})
+        if old.exists():
+            old.rename(gone)
         if final.exists():
-            shutil.rmtree(old, ignore_errors=True)
-            final.rename(old)
+            final.rename(old if name == "checkpoint" else gone)
         aside.rename(final)
         sync(folder)
-        if name != "checkpoint":
-            shutil.rmtree(old, ignore_errors=True)
+        shutil.rmtree(gone, ignore_errors=True)
 
 
 def checksum(path: Path) -> str:

@@ -107,7 +107,7 @@ class Config:
 def main(config: Config, models: list[str]) -> None:
     need(config, 0, "limit max_new_tokens seed")
     need(config, 1, "batch_size")
-    need(config, 0.01 if config.temperature else 0, "temperature")
+    need(config, 1e-4 if config.temperature else 0, "temperature")
     device = pick_device(config.device)
     for name in models:
         run = track.read_config(Path(name)) if track.is_run(Path(name)) else {}

@@ -235,7 +235,7 @@ class Config:
 def main(config: Config, model: str, prompt: str) -> None:
     need(config, 1, "samples max_new_tokens", most=1e6)
     need(config, 0, "seed")
-    need(config, 0.01 if config.temperature else 0, "temperature")
+    need(config, 1e-4 if config.temperature else 0, "temperature")
     policy, tokenizer = load_policy(model, pick_device(config.device))
     ids = prompt_ids(Task("", [], [], [], ""), Problem(prompt, ""), tokenizer)
     room = (context_length(policy) or len(ids) + config.max_new_tokens) - len(ids)

@@ -105,12 +105,10 @@ def check(config: Config) -> None:
     need(config, 1, "resample_tries steps micro_batch_tokens eval_every save_every")
     need(config, 1, "prompts_per_step group_size max_new_tokens minibatches updates_per_rollout", most=1e6)
     need(config, 0, "clip_low clip_high kl_beta warmup_steps eval_problems log_samples seed")
-    need(config, 0, "lr weight_decay", most=1)
+    need(config, 0, "lr weight_decay keep", most=1)
     need(config, 0, "reward_workers", most=1e4)
     need(config, -1e9, "reward_missed", most=1e9)
-    need(config, 1e-6, "reward_timeout softmax_beta cispo_cap max_grad_norm", most=1e9)
-    need(config, 1e-6, "keep", most=1)
-    need(config, 0.01, "temperature")  # logits divided by less overflow
+    need(config, 1e-4, "temperature reward_timeout softmax_beta cispo_cap max_grad_norm", most=1e9)
     if config.prompts_per_step * config.group_size > 1e6:
         raise UserError(f"--group_size {config.group_size}: times --prompts_per_step is over a million, lower either")
     if config.group_size == 1 and config.normaliser in BASELINED:
@@ -233,24 +231,25 @@ def main(config: Config) -> Path:
         if held_out and (last or step % config.eval_every == 0):
             after = measure(config.temperature)
             metrics |= {"eval_accuracy": after["accuracy"], "eval_interval": after["interval"]}
+            if last:
+                track.write_json(run / "after.json", {"greedy": measure(0.0), "sampled": after})
         bar.set_postfix(reward=f"{metrics['reward']:.3f}", length=f"{metrics['response_length']:.1f}")
         tqdm.write(track.one_line(metrics))
         track.record(run, metrics, samples, weights, config.log_samples)
         asked, due = bool(signals), last or step % config.save_every == 0
+        if last or asked or step % config.eval_every == 0:
+            track.plot(run)
         if due and config.true_reward and track.watch(run, config.save_every):
             with new_checkpoint(run, "best") as folder:
                 save_policy(policy, tokenizer, folder)
-        if due or asked:
+        if due or asked:  # comes last: a run whose last step is saved is done
             with new_checkpoint(run) as folder:
                 save_policy(policy, tokenizer, folder)
                 save_state(folder, optimizer, step, drawn)
-        if last or asked or step % config.eval_every == 0:
-            track.plot(run)
         if asked and not last:
             leave(run, step, signals[0])
 
     if held_out and (run / "before.json").exists():
-        track.write_json(run / "after.json", {"greedy": measure(0.0), "sampled": after})
         report(run, task, held_out)
     print(f"\n{run}/: curves.png, metrics.jsonl, samples.jsonl, checkpoint/ (a Hugging Face folder), config.json, code/"
           f"\n\n    python eval.py {run}      # on the test problems, which training has not touched")

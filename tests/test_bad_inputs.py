@@ -290,13 +290,13 @@ def test_model(outcome, world, script, name):
 EXPRESSIONS = [
     "", " ", "exakt", "1", "number +", "+", "number number", "number / 2", "number ** 2", "number % 2", "(", ")",
     "number)", "number; number", "lambda: 1", "__import__('os')", "os.system", "number.__class__", "[number]",
-    "number if 1 else 0", "not number", "number == 1", "number and exact", "1e999*number", "nan*number", "number(1)", "contains()",
-    "contains(1)", "contains('a', 'b')", "contains(text='a')", "regex('(')", "regex('[')", "regex('*')",
-    "regex('\\\\')", "model('')", "model('no/such')", "model('model')", "model('..')", "raw_model('problems.jsonl')", "model(number)",
-    "no_such_file.function", "sys.exit", "'number'", "f'{1}'", "number\x00", "n\u00fcmber", "-" * 5000 + "number",
-    "(" * 5000 + "number", "number" + "+number" * 20000, "length*1e308*1e308", "1e39*length - 1e39", "True*number",
-    "1j*number", "10**9*number", "...", "# number", "print(number)", "open('x')", "number@number", "number := 1",
-    "*number", "number,", "exec('1')",
+    "number if 1 else 0", "not number", "number == 1", "number and exact", "1e999*number", "nan*number", "number(1)",
+    "contains()", "contains(1)", "contains('a', 'b')", "contains(text='a')", "regex('(')", "regex('[')", "regex('*')",
+    "regex('\\\\')", "model('')", "model('no/such')", "model('model')", "model('..')", "raw_model('problems.jsonl')",
+    "model(number)", "no_such_file.function", "sys.exit", "'number'", "f'{1}'", "number\x00", "n\u00fcmber",
+    "-" * 5000 + "number", "(" * 5000 + "number", "number" + "+number" * 20000, "length*1e308*1e308",
+    "1e39*length - 1e39", "True*number", "1j*number", "10**9*number", "...", "# number", "print(number)", "open('x')",
+    "number@number", "number := 1", "*number", "number,", "exec('1')",
 ]
 
 

@@ -264,7 +264,7 @@ def test_flags_not_given_suit_the_task_and_given_ones_stay():
         (["--reward", "exakt"], "--reward exakt: not one of exact, number"),
         (["--group_size", "1"], "--group_size 1: --normaliser zscore compares"),
         (["--prompts_per_step", "0"], "--prompts_per_step 0: must be at least 1"),
-        (["--temperature", "nan"], "--temperature nan: must be at least 0.01"),
+        (["--temperature", "nan"], "--temperature nan: must be at least 0.0001"),
         (["--lr", "-1"], "--lr -1.0: must be at least 0"),
         (["--minibatches", "0"], "--minibatches 0: must be at least 1"),
         (["--filter", "top", "--keep", "1.5"], "--keep 1.5: must be at most 1"),
