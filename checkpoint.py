@@ -96,12 +96,13 @@ def checksum(path: Path) -> str:
 def flaw(checkpoint: Path) -> str | None:
     """The first file of a checkpoint that is missing or not what was written, and None if it is whole."""
     try:
-        for name, expected in json.loads((checkpoint / "checksums.json").read_text()).items():
+        sums = json.loads((checkpoint / "checksums.json").read_text())
+        for name, expected in {"state.pt": "", **sums}.items():
             if checksum(checkpoint / name) != expected:
                 return f"{checkpoint / name} is damaged"
     except OSError as error:
         return f"{error.filename} cannot be read ({error.strerror})"
-    except (ValueError, AttributeError):
+    except (ValueError, TypeError):
         return f"{checkpoint}/checksums.json is damaged"
     return None
 

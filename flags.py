@@ -12,7 +12,8 @@ from typing import Any
 
 from transformers import HfArgumentParser
 
-DISK = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO, errno.ENAMETOOLONG}
+DISK = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO, errno.ENAMETOOLONG,
+        errno.EISDIR, errno.ENOTDIR}
 
 
 class UserError(Exception):

@@ -287,6 +287,32 @@ def test_model(outcome, world, script, name):
     assert expected in sentence and (sentence != "" or not expected)
 
 
+RUN_FILES = ["config.json", "metrics.jsonl", "samples.jsonl", "lock", "checkpoint", "checkpoint/config.json",
+             "checkpoint/model.safetensors", "checkpoint/state.pt", "checkpoint/tokenizer.json",
+             "checkpoint/checksums.json"]
+
+
+@pytest.mark.parametrize("damage", DAMAGE)
+@pytest.mark.parametrize("file", RUN_FILES)
+def test_run_folder(outcome, world, file, damage):
+    """--resume of a run of one step, with one checkpoint."""
+    if not (world / "kept").exists():
+        outcome("train", "--name=run", "--runs_dir=kept", "--resample_tries=1")
+    shutil.rmtree(world / "given", ignore_errors=True)
+    shutil.copytree(world / "kept", world / "given")
+    path, change = world / "given" / "run" / file, DAMAGE[damage]
+    old = path.read_bytes() if path.is_file() else b""
+    shutil.rmtree(path) if path.is_dir() else path.unlink()
+    if change == "folder":
+        path.mkdir()
+    elif change:
+        path.write_bytes(change(old))
+    sentence = outcome("train", "--name=run", "--runs_dir=given", "--resume", "--steps=2")
+    works = {"checkpoint": damage == "missing", "samples.jsonl": damage != "a folder", "lock": damage != "a folder"}
+    assert (sentence == "") == works.get(file, False), sentence
+    assert sentence == "" or "given" in sentence
+
+
 EXPRESSIONS = [
     "", " ", "exakt", "1", "number +", "+", "number number", "number / 2", "number ** 2", "number % 2", "(", ")",
     "number)", "number; number", "lambda: 1", "__import__('os')", "os.system", "number.__class__", "[number]",

@@ -14,8 +14,8 @@ from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
 PINNED = Path(__file__).with_name("pinned.json")
-FLAGS = ["--model=untaught", "--device=cpu", "--steps=10", "--prompts_per_step=4", "--group_size=8", "--max_new_tokens=12",
-         "--eval_every=5", "--eval_problems=20", "--lr=1e-3", "--reward=exact + 0.1*length + contains('1')"]
+FLAGS = ["--device=cpu", "--steps=10", "--prompts_per_step=4", "--group_size=8", "--max_new_tokens=12", "--eval_every=5",
+         "--eval_problems=20", "--lr=1e-3", "--reward=exact + 0.1*length + contains('1')"]
 
 
 def first_ten(folder: Path) -> list[dict]:
@@ -31,7 +31,7 @@ def first_ten(folder: Path) -> list[dict]:
     torch.manual_seed(0)
     tokenizer = pretrain.make_tokenizer()
     save_policy(pretrain.make_model(tokenizer), tokenizer, folder / "untaught")
-    flags = [f"--runs_dir={folder}", *FLAGS[1:], f"--model={folder / 'untaught'}"]
+    flags = [f"--runs_dir={folder}", *FLAGS, f"--model={folder / 'untaught'}"]
     run = train.main(parse(train.Config, train.HELP, flags, train.fill)[0])
     return [{key: value for key, value in row.items() if not key.startswith("seconds")}
             for row in track.read_rows(run / "metrics.jsonl")]
