@@ -6,6 +6,7 @@
     python train.py --name add --resume                               # go on where a run stopped
 """
 
+import gc
 import json
 import random
 import time
@@ -112,8 +113,7 @@ def check(config: Config) -> None:
     if config.prompts_per_step * config.group_size > 1e6:
         raise UserError(f"--group_size {config.group_size}: times --prompts_per_step is over a million, lower either")
     if config.group_size == 1 and config.normaliser in BASELINED:
-        raise UserError(f"--group_size 1: --normaliser {config.normaliser} compares the responses of a group, "
-                        "give at least 2")
+        raise UserError(f"--group_size 1: --normaliser {config.normaliser} compares within a group, give at least 2")
 
 
 def main(config: Config) -> Path:
@@ -127,7 +127,7 @@ def main(config: Config) -> Path:
                          config.reward_missed)
     truth = load_reward(config.true_reward or task.reward) if config.reward or config.true_reward else reward
     run = Path(config.runs_dir) / config.name
-    held, checkpoint = (lock(run), find_checkpoint(run)) if config.resume else (None, None)  # None yet: from step 1
+    _held, checkpoint = (lock(run), find_checkpoint(run)) if config.resume else (None, None)  # None yet: from step 1
     source = str(checkpoint or config.model)
     if source == BASE and not Path(BASE).exists():
         pretrain.main(pretrain.Config(output=BASE, device=config.device))
@@ -150,10 +150,9 @@ def main(config: Config) -> Path:
     done, drawn = load_state(checkpoint, optimizer) if checkpoint else (0, 0)
     if done >= config.steps:
         raise UserError(f"--resume: {run} has done its {config.steps} steps, give it more by --steps")
-    if config.resume:
-        track.rewind(run, done)
-    else:
-        run, held = track.new_run(config.runs_dir, config.name, config.task)  # noqa: RUF059, held until main returns
+    if not config.resume:
+        run, _held = track.new_run(config.runs_dir, config.name, config.task)  # the lock: held until main returns
+    track.rewind(run, done)
     config = replace(config, name=run.name, resume=False)
     track.record_start(run, config, device)
     if held_out and not done:
@@ -239,6 +238,7 @@ def main(config: Config) -> Path:
         asked, due = bool(signals), last or step % config.save_every == 0
         if last or asked or step % config.eval_every == 0:
             track.plot(run)
+            gc.collect()  # a figure refers to itself: the memory would grow with each
         if due and config.true_reward and track.watch(run, config.save_every):
             with new_checkpoint(run, "best") as folder:
                 save_policy(policy, tokenizer, folder)

@@ -14,8 +14,8 @@ from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
 PINNED = Path(__file__).with_name("pinned.json")
-FLAGS = ["--device=cpu", "--steps=10", "--prompts_per_step=4", "--group_size=8", "--max_new_tokens=12", "--eval_every=5",
-         "--eval_problems=20", "--lr=1e-3", "--reward=exact + 0.1*length + contains('1')"]
+FLAGS = ["--device=cpu", "--steps=10", "--prompts_per_step=4", "--group_size=8", "--max_new_tokens=12",
+         "--eval_every=5", "--eval_problems=20", "--lr=1e-3", "--reward=exact + 0.1*length + contains('1')"]
 
 
 def first_ten(folder: Path) -> list[dict]:
