@@ -13,7 +13,7 @@ from typing import Any
 from transformers import HfArgumentParser
 
 DISK = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO, errno.ENAMETOOLONG,
-        errno.EISDIR, errno.ENOTDIR}
+        errno.EISDIR, errno.ENOTDIR, errno.EEXIST, errno.ENOTEMPTY}
 
 
 class UserError(Exception):

@@ -25,7 +25,7 @@ from policy import save_policy  # noqa: E402
 STEPS, EARLY = 2000, 200
 FLAGS = ["--model=untaught", "--device=cpu", "--prompts_per_step=1", "--group_size=2", "--max_new_tokens=2",
          f"--steps={STEPS}", "--eval_every=100",
-         "--eval_problems=2", "--log_samples=2", "--reward=length + 0.1*repetition", "--name=long"]
+         "--eval_problems=2", "--log_samples=2", "--reward=noise.noise", "--name=long"]
 
 
 def size() -> dict[str, int]:
@@ -37,6 +37,8 @@ def size() -> dict[str, int]:
 torch.manual_seed(0)
 tokenizer = pretrain.make_tokenizer()
 save_policy(pretrain.make_model(tokenizer), tokenizer, Path("untaught"))
+# never two rewards alike: each step is learnt from
+Path("noise.py").write_text("import random\ndef noise(prompt, response, answer): return random.random()\n")
 sizes = {}
 
 
@@ -55,5 +57,5 @@ for name, early in sizes[EARLY].items():
 print(f"seconds a step: {seconds[0]:.4f} around step {EARLY}, {seconds[1]:.4f} at the end (medians of 200)")
 print(f"samples.jsonl: {len(samples)} lines; run folder: {sum(path.is_file() for path in run.rglob('*'))} files")
 grown = [name for name, early in sizes[EARLY].items() if sizes[STEPS][name] > early * (1.03 if "MiB" in name else 1)]
-assert len(rows) == STEPS and len(samples) <= 2 * STEPS
+assert len(rows) == STEPS and all(row["updates"] == 1 for row in rows) and len(samples) <= 2 * STEPS
 sys.exit(f"grown: {', '.join(grown)}" if grown else 0)
