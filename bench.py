@@ -28,7 +28,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 from transformers.hf_argparser import HfArg
 
 import train
-from flags import UserError, run_script
+from flags import UserError, need, run_script
 from loss import choose
 from memory import SHAPES, cache_bytes, shape
 from policy import Optimizer, pick_device
@@ -170,6 +170,8 @@ def report(config: Config, model: PreTrainedModel, found: dict) -> str:
 
 def main(config: Config) -> None:
     """Everything in turn; the first round warms up and shows the memory."""
+    need(config, 1, "prompts_per_step group_size prompt_length max_new_tokens micro_batch_tokens repeats", most=1e6)
+    need(config, 0, "stop_prob", most=1)
     device = pick_device(config.device)
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     torch.manual_seed(0)

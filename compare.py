@@ -19,7 +19,7 @@ from tqdm import tqdm
 from transformers.hf_argparser import HfArg
 
 import track
-from flags import UserError, run_script
+from flags import UserError, need, run_script
 from loss import RECIPES
 
 HERE = Path(__file__).parent
@@ -122,6 +122,8 @@ def draw(results: dict[str, list[dict]], path: Path) -> None:
 
 
 def main(config: Config) -> None:
+    need(config, 1, "steps prompts_per_step minibatches")
+    need(config, 2, "seeds", most=1000)  # noise cannot be told from one
     pairs = [(name, seed) for seed in range(config.seeds) for name in RUNS]  # all recipes once, then again
     results = {name: [] for name in RUNS}
     for name, seed in tqdm(pairs):

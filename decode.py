@@ -132,7 +132,7 @@ def draw(logits: Tensor, temperature: float, uniform: Tensor) -> tuple[Tensor, T
     block, fraction = pick(sums, uniform)  # (R,) index of the block, and where within it
     members = block[:, None] * size + torch.arange(size, device=block.device)
     inside = torch.where(members < V, weights.gather(1, members.clamp(max=V - 1)), 0.0)
-    token = members[:, 0] + pick(inside, fraction)[0]
+    token = (members[:, 0] + pick(inside, fraction)[0]).clamp_(max=V - 1)  # beyond it only where weights are nan
     return token, (weights.gather(1, token[:, None])[:, 0] / sums.sum(-1)).log()
 
 
@@ -145,7 +145,7 @@ def pick(weights: Tensor, uniform: Tensor) -> tuple[Tensor, Tensor]:
     cumulative = weights.cumsum(1)
     total = cumulative[:, -1:]
     aim = torch.minimum(uniform[:, None] * total, total.nextafter(torch.zeros_like(total)))  # rounding may reach total
-    index = torch.searchsorted(cumulative, aim, right=True)
+    index = torch.searchsorted(cumulative, aim, right=True).clamp_(max=weights.shape[1] - 1)
     width = weights.gather(1, index)
     return index[:, 0], ((aim - cumulative.gather(1, index) + width) / width)[:, 0].clamp_(0, 1 - 2**-53)
 

@@ -11,7 +11,9 @@ for several models, or one that is no run.
 
 import json
 from collections import defaultdict
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Literal
 
@@ -21,32 +23,36 @@ from transformers import PreTrainedModel
 from transformers.hf_argparser import HfArg
 
 import track
-from flags import UserError, run_script
+from flags import UserError, need, run_script
 from plot import plot_evaluation
 from policy import load_policy, pick_device, stop_ids
 from reward import Reward, load_reward, score
 from rules import ANSWERS, STRICT_AND_LENIENT, final_answer, last_number
-from sample import generate
+from sample import choose_sampler
 from stats import bootstrap, maj_at_k, mcnemar, paired_difference, pass_at_k, wilson
 from tasks import Problem, Task, digest, load_task, prompt_ids
+from update import within_memory
 
 
 def respond(
     model: PreTrainedModel, tokenizer, task: Task, problems: list[Problem], temperature: float, max_new_tokens: int,
-    seed: int = 0, batch_size: int = 256, samples: int = 1, label: str = "evaluating",
+    seed: int = 0, batch_size: int = 256, samples: int = 1, label: str = "evaluating", sampler: Callable | None = None,
 ) -> list[list[dict]]:
     """-> for each problem its responses: prompt, answer, difficulty, response, length (tokens), finished, and right, by
     the task's own rule (whatever reward a run learns from).
 
     A problem's draws come from its own seed, so what it gets depends neither on batch_size (responses at once) nor on
-    which other problems there are."""
+    which other problems there are. sampler: None chooses."""
     rule, stop, groups = load_reward(task.reward), stop_ids(model, tokenizer), []
     bar = tqdm(total=len(problems), desc=label, leave=False, dynamic_ncols=True)
-    at_once = max(1, batch_size // samples)
+    at_once, kept = max(1, batch_size // samples), {}
+    sampler = sampler or choose_sampler(model, [prompt_ids(task, problem, tokenizer) for problem in problems[:8]],
+                                        max_new_tokens, stop)
     for batch in (problems[start : start + at_once] for start in range(0, len(problems), at_once)):
         seeds = [digest(f"{seed}/{problem.prompt}") for problem in batch]
-        rollout = generate(model, [prompt_ids(task, problem, tokenizer) for problem in batch], samples, max_new_tokens,
-                           stop, seeds, temperature)
+        prompts = [prompt_ids(task, problem, tokenizer) for problem in batch]
+        rollout, batch_size = within_memory(partial(sampler, model, prompts, samples, max_new_tokens, stop, seeds,
+                                                    temperature, kept=kept), batch_size, "--batch_size", kept.clear)
         rows = [{"prompt": problem.prompt, "answer": problem.answer, "difficulty": problem.difficulty}
                 for problem in batch for _ in range(samples)]
         columns = rollout.responses(tokenizer), rollout.response_lengths.tolist(), rollout.finished.tolist()
@@ -186,20 +192,11 @@ class Config:
     dtype: Literal["auto", "float32", "bfloat16"] = HfArg(default="auto", help="auto: bfloat16 on cuda, else float32")
 
 
-def the_one(flag: str, values: list, default):
-    """What all runs agree on. UserError if they do not: then they cannot be compared."""
-    if len(values := list(dict.fromkeys(values))) > 1:
-        raise UserError(f"--{flag}: the runs differ in it ({' and '.join(map(str, values))}), choose one for all")
-    return values[0] if values else default
-
-
 def settle(config: Config, runs: dict[str, dict]) -> tuple[Task, str, int]:
     """-> the task, the reward and max_new_tokens, which must be the same for all. UserError for a bad flag."""
-    for flag, least in (("limit", 0), ("samples", 1), ("max_new_tokens", 0), ("batch_size", 1)):
-        if getattr(config, flag) < least:
-            raise UserError(f"--{flag} {getattr(config, flag)}: must be at least {least}")
-    if not 0 < config.temperature < float("inf"):
-        raise UserError(f"--temperature {config.temperature:g}: must be above 0 (greedy is measured in any case)")
+    need(config, 0, "limit max_new_tokens seed")
+    need(config, 1, "samples batch_size", most=1e6)
+    need(config, 1e-4, "temperature", most=1e9)  # greedy is measured in any case
     agreed = {}
     for flag in ("task", "data_dir", "max_new_tokens", "reward"):
         values = {run[flag]: None for run in runs.values()} if not (flag == "reward" and config.task) else {}

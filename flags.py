@@ -4,6 +4,7 @@ Every script ends in `run_script(main, Config, __doc__)`. HfArgumentParser (tran
 """
 
 import argparse
+import errno
 import os
 import sys
 from collections.abc import Callable
@@ -12,9 +13,39 @@ from typing import Any
 
 from transformers import HfArgumentParser
 
+DISK = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO, errno.ENAMETOOLONG,
+        errno.EISDIR, errno.ENOTDIR, errno.EEXIST, errno.ENOTEMPTY}
+
 
 class UserError(Exception):
     """A mistake of the user's: one sentence with the flag, the value and the cure. run_script exits with 2 on it."""
+
+
+def first_line(error: Exception) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
+
+
+def named(error: Exception) -> str:
+    return f"{type(error).__name__}: {first_line(error)}"
+
+
+def is_text(text: str) -> bool:
+    """Whether it can be encoded: half a surrogate pair cannot, and so neither be tokenised nor printed."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
+def need(config: Any, least: float, flags: str, most: float = 1e12) -> None:
+    """UserError unless each of the flags, named with spaces between, is a number from `least` to `most`."""
+    for flag in flags.split():
+        value = getattr(config, flag)
+        if not value >= least:  # nan too
+            raise UserError(f"--{flag} {value}: must be at least {least:g}")
+        if value > most:
+            raise UserError(f"--{flag} {value}: must be at most {most:g}")
 
 
 class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
@@ -57,6 +88,9 @@ def parse(
     for name, options in positionals.items():
         parser.add_argument(name, **options)
     values = vars(parser.parse_args(argv))
+    for name, value in values.items():
+        if isinstance(value, str) and not is_text(value):
+            raise UserError(f"{name} {value!a}: is not UTF-8")
     named = {name: values.pop(name) for name in positionals}
     if fill:
         parser.argument_default = argparse.SUPPRESS
@@ -68,13 +102,27 @@ def parse(
 
 
 def run_script(main: Callable, config_class: type, doc: str, fill: Callable | None = None, **positionals: dict) -> None:
-    """Parses sys.argv, calls main(config, **positionals) and turns a UserError into one line and exit status 2."""
+    """Parses sys.argv, calls main(config, **positionals) and turns a UserError into one line and exit status 2; so too
+    a disk or a memory that is full, which may show anywhere. Ctrl-C ends it without a traceback, with status 130."""
     try:
         config, named = parse(config_class, doc, None, fill, **positionals)
         main(config, **named)
         sys.stdout.flush()
+        return
     except BrokenPipeError:  # as in `... | head -1`: nobody reads on, not even what the flush at the end would write
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return
     except UserError as error:
-        print(f"{Path(sys.argv[0]).name}: error: {error}", file=sys.stderr)
-        sys.exit(2)
+        message = str(error)
+    except OSError as error:
+        if error.errno not in DISK:
+            raise
+        message = f"{error.filename or 'a file'}: {error.strerror}: make room, or choose another place"
+    except (MemoryError, RuntimeError) as error:  # torch knows several words for it
+        if isinstance(error, RuntimeError) and "memory" not in str(error):
+            raise
+        message = f"the memory does not suffice ({first_line(error)}): lower what is done at once, see --help"
+    except KeyboardInterrupt:
+        sys.exit(130)
+    print(f"{Path(sys.argv[0]).name}: error: {' '.join(message.splitlines())}", file=sys.stderr)
+    sys.exit(2)

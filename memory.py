@@ -15,7 +15,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, Pre
 from transformers.hf_argparser import HfArg
 from transformers.pytorch_utils import Conv1D
 
-from flags import UserError, run_script
+from flags import UserError, need, run_script
 from policy import DTYPES, first_line, pick_device
 
 TINY = dict(model_type="llama", hidden_size=128, num_hidden_layers=4, num_attention_heads=4, num_key_value_heads=4,
@@ -157,6 +157,8 @@ def table(config, model: PreTrainedModel, device: torch.device, longest_prompt: 
 
 
 def main(config: Config, model: str) -> None:
+    need(config, 1, "prompts_per_step group_size max_new_tokens micro_batch_tokens longest_prompt")
+    need(config, 0, "lora_rank memory_gb")
     try:
         model_config = shape(model) if model in SHAPES else AutoConfig.from_pretrained(model)
     except (OSError, ValueError) as error:

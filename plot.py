@@ -7,6 +7,7 @@
 `plot` draws the curves.png of one run, while it trains.
 """
 
+import gc
 import json
 from dataclasses import dataclass
 from pathlib import Path
@@ -93,6 +94,7 @@ def save(figure: Figure, path: Path) -> None:
         aside.replace(path)
     except OSError as error:
         raise UserError(f"{path}: cannot be written: {error.strerror}") from None
+    gc.collect()  # a figure refers to itself: a long run would grow with each
 
 
 def families(runs: list[Path]) -> dict[str, list[Path]]:

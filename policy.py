@@ -4,19 +4,31 @@ A policy is any causal language model that transformers loads. It stays in eval 
 policy that learns another one than the policy that sampled.
 """
 
+import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 import torch
+from huggingface_hub.errors import StrictDataclassError
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    GenerationConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 from transformers.utils import logging
 
-from flags import UserError
+from flags import UserError, first_line
 
 logging.disable_progress_bar()  # of loading and saving: they would tear the bar of the steps
+# what transformers, tokenizers and safetensors raise on files that are damaged or not theirs
+UNREADABLE = (OSError, ValueError, RuntimeError, LookupError, TypeError, AttributeError, ImportError, SafetensorError,
+              StrictDataclassError)
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
@@ -45,23 +57,27 @@ def load_policy(
     if dtype == "auto":
         dtype = "bfloat16" if device.type == "cuda" else "float32"
     try:
-        model = AutoModelForCausalLM.from_pretrained(name, dtype=DTYPES[dtype], use_safetensors=True)
-    except (OSError, ValueError) as error:
+        model, found = AutoModelForCausalLM.from_pretrained(
+            name, dtype=DTYPES[dtype], use_safetensors=True, trust_remote_code=False, output_loading_info=True)
+        if (Path(name) / "generation_config.json").is_file():  # a damaged one would be passed over, and its stop tokens
+            GenerationConfig.from_pretrained(name)
+    except UNREADABLE as error:
         raise UserError(f"--model {name}: cannot be loaded as a causal language model: {first_line(error)}") from None
+    if missing := sorted(found["missing_keys"]):  # transformers would fill them with random numbers
+        raise UserError(f"--model {name}: {len(missing)} of its weights are not in its files, {missing[0]} for one")
     if Path(name).is_dir() and not any(Path(name).glob("tokenizer*")):  # transformers would make an empty one
         raise UserError(f"--model {name}: there is no tokenizer in the folder, save the model's tokenizer there too")
     try:
-        tokenizer = AutoTokenizer.from_pretrained(name)
-    except (OSError, ValueError) as error:
+        tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=False)
+    except UNREADABLE as error:
         raise UserError(f"--model {name}: its tokenizer cannot be loaded: {first_line(error)}") from None
     if tokenizer.eos_token_id is None:
         raise UserError(f"--model {name}: its tokenizer has no end-of-text token (eos_token), responses could not end")
+    if tokenizer.eos_token_id >= (known := model.get_input_embeddings().num_embeddings):
+        raise UserError(f"--model {name}: its tokenizer ends by token {tokenizer.eos_token_id}, but the model knows "
+                        f"{known}: that tokenizer is another model's")
     model.config.use_cache = True
     return model.to(device).eval(), tokenizer
-
-
-def first_line(error: Exception) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
 def stop_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> list[int]:
@@ -179,9 +195,13 @@ class Optimizer:
         for weight in (*self.weights, *self.masters):
             weight.grad = None
 
-    def step(self, lr: float, max_grad_norm: float) -> float:
-        """One AdamW step (arXiv 1711.05101) on the gradients collected. Returns their norm before clipping."""
+    def step(self, lr: float, max_grad_norm: float, loss: float = 0.0) -> float:
+        """One AdamW step (arXiv 1711.05101) on the gradients collected. Returns their norm before clipping; if that or
+        the loss is not finite, the gradients are dropped, and nan is returned."""
         norm = torch.nn.utils.clip_grad_norm_(self.masters, max_grad_norm)
+        if not math.isfinite(norm + loss):
+            self.drop()
+            return math.nan
         for group in self.adam.param_groups:
             group["lr"] = lr
         self.adam.step()

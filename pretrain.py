@@ -22,7 +22,7 @@ from tqdm import trange
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 from transformers.hf_argparser import HfArg
 
-from flags import UserError, run_script
+from flags import UserError, need, run_script
 from policy import pick_device, response_logprobs, save_policy
 from tasks import load_task
 
@@ -77,6 +77,9 @@ def hasty(a: int, b: int, mistakes: float, rng: random.Random) -> str:
 
 
 def main(config: Config) -> None:
+    need(config, 1, "steps batch_size", most=1e6)
+    need(config, 0, "worked_steps seed")
+    need(config, 0, "thinking mistakes lr", most=1)
     output = Path(config.output)
     if output.exists():
         raise UserError(f"--output {output}: is there already, delete it or choose another")
@@ -101,6 +104,8 @@ def main(config: Config) -> None:
         ids = torch.nn.utils.rnn.pad_sequence(ids, batch_first=True).to(device)
         logprobs = response_logprobs(model, ids, prompt_lengths, lengths)
         loss = -logprobs.sum() / (lengths - prompt_lengths).sum()
+        if not loss.isfinite():
+            raise UserError(f"--lr {config.lr}: the loss is {loss.item()} at step {step + 1}, lower it")
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         adam.step()

@@ -28,8 +28,8 @@ from tqdm import tqdm
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 from transformers.hf_argparser import HfArg
 
-from flags import UserError, run_script
-from policy import context_length, first_line, pick_device
+from flags import UserError, first_line, named, need, run_script
+from policy import UNREADABLE, context_length, pick_device
 from rules import OPERATORS, REWARDS, arithmetic, contains, matches
 from tasks import is_answer, is_prompt, read_jsonl
 from track import shorten
@@ -49,7 +49,7 @@ class RewardModel:
             self.tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=False)
             self.model = AutoModelForSequenceClassification.from_pretrained(
                 name, dtype=dtype, use_safetensors=True, trust_remote_code=False, **options)
-        except (OSError, ValueError) as error:
+        except UNREADABLE as error:
             raise UserError(f'model("{name}"): cannot be loaded as a reward model: {first_line(error)}') from None
         if self.model.config.num_labels != 1:
             raise UserError(f'model("{name}"): has {self.model.config.num_labels} outputs, a reward model has one; '
@@ -135,9 +135,9 @@ def load_reward(text: str, device: torch.device | str = "cpu", workers: int = 0,
 
     try:
         tree = ast.parse(text.strip(), mode="eval").body
-    except (SyntaxError, ValueError) as error:
-        raise UserError(f"--reward {text}: cannot be read: {first_line(error)}") from None
-    arithmetic(tree, leaf, OPERATORS)
+        arithmetic(tree, leaf, OPERATORS)
+    except (SyntaxError, ValueError, RecursionError, MemoryError) as error:
+        raise UserError(f"--reward {shorten(text)}: cannot be read: {first_line(error)}") from None
     if not parts:
         raise UserError(f"--reward {text}: nothing in it looks at the response")
     return Reward(tree, parts, workers, timeout, missed)
@@ -153,8 +153,7 @@ def own_function(module: str, name: str) -> Callable:
     try:
         spec.loader.exec_module(loaded)
     except Exception as error:  # the user's file may raise anything
-        raised = f"{type(error).__name__}: {first_line(error)}"
-        raise UserError(f"--reward {module}.{name}: {path} raised {raised}") from error
+        raise UserError(f"--reward {module}.{name}: {path} raised {named(error)}") from error
     if not callable(getattr(loaded, name, None)):
         raise UserError(f"--reward {module}.{name}: there is no function {name} in {path}")
     return getattr(loaded, name)
@@ -179,13 +178,16 @@ def score(reward: Reward, prompts: list, responses: list[str], answers: list[str
             return node.value
         return torch.tensor(parts[ast.unparse(node)], dtype=torch.float64)
 
-    return arithmetic(reward.tree, leaf, OPERATORS).tolist(), parts
+    totals = arithmetic(reward.tree, leaf, OPERATORS).tolist()
+    for total, response in zip(totals, responses):
+        if not abs(total) < 1e15:  # squares must fit into float32
+            raise UserError(f"--reward: {total:g} is too large a number (response: {shorten(response, 100)})")
+    return totals, parts
 
 
 def values_of(part: str, function: Callable, columns: dict[str, list], reward: Reward) -> list[float]:
     """One part's value of each row."""
-    prompts, responses, answers = columns["prompt"], columns["response"], columns["answer"]
-
+    prompts, responses, answers = (columns[name] for name in ("prompt", "response", "answer"))
     def sample(i: int) -> str:
         return f"(prompt: {shorten(prompts[i], 100)}; response: {shorten(responses[i], 100)})"
 
@@ -193,12 +195,10 @@ def values_of(part: str, function: Callable, columns: dict[str, list], reward: R
         try:
             return function()
         except Exception as error:  # the user's function may raise anything: the sample that did it must be named
-            raised = f"{type(error).__name__}: {first_line(error)}"
-            raise UserError(f"--reward {part}: raised {raised} {sample(i)}") from error
+            raise UserError(f"--reward {part}: raised {named(error)} {sample(i)}") from error
 
     def one(i: int):
-        more = {name: columns[name][i] for name in counted}
-        return call(i, lambda: function(prompts[i], responses[i], answers[i], **more))
+        return call(i, lambda: function(prompts[i], responses[i], answers[i], **{k: columns[k][i] for k in counted}))
 
     n, parameters = len(prompts), list(inspect.signature(function).parameters)
     counted = [name for name in ("length", "limit") if name in parameters]
@@ -264,6 +264,7 @@ class Config:
 
 
 def main(config: Config, file: str) -> None:
+    need(config, 1, "limit")
     reward = load_reward(config.reward, pick_device("auto"))
     prompts, responses, answers, lengths = read_samples(Path(file))
     totals, parts = score(reward, prompts, responses, answers, lengths, config.limit)
@@ -276,5 +277,4 @@ def main(config: Config, file: str) -> None:
 
 
 if __name__ == "__main__":
-    help = "a run's samples.jsonl, or other lines of prompt, response and answer (and length, where a part looks at it)"
-    run_script(main, Config, __doc__, file=dict(help=help))
+    run_script(main, Config, __doc__, file=dict(help="a run's samples.jsonl, or lines of prompt, response and answer"))

@@ -25,7 +25,7 @@ from transformers.hf_argparser import HfArg
 
 import screen
 from decode import Decoding, one_query_attention
-from flags import UserError, run_script
+from flags import UserError, need, run_script
 from policy import context_length, load_policy, pick_device, response_logprobs, stop_ids
 from tasks import PLAIN, Problem, Task, prompt_ids
 
@@ -152,19 +152,23 @@ def generate_by_transformers(
     return Rollout(*(getattr(joined, field.name)[rows] for field in fields(Rollout)))
 
 
-def choose_sampler(model: PreTrainedModel, prompts: list[list[int]], max_new_tokens: int, stop: list[int]) -> Callable:
+def choose_sampler(
+    model: PreTrainedModel, prompts: list[list[int]], max_new_tokens: int, stop: list[int], name: str = "fast"
+) -> Callable:
     """`generate` where its log-probs of a response to each prompt are those of a plain forward pass; else, with a line
     that says so, `generate_by_transformers`. (An architecture may have state that Slots does not hold, or attend in a
-    way of its own.)"""
+    way of its own.) That one too where `name` asks for it: 'generate'."""
+    if name == "generate":
+        return generate_by_transformers
     try:
-        rollout = generate(model, prompts, 1, max_new_tokens, stop, list(range(len(prompts))))
+        rollout = generate(model, prompts, 1, min(64, max_new_tokens), stop, list(range(len(prompts))))
         with torch.no_grad():
             plain = response_logprobs(model, rollout.ids, rollout.prompt_lengths, rollout.lengths)
         gap = ((rollout.logprobs - plain).abs().sum() / rollout.response_lengths.sum()).item()
         problem = f"log-probs are off by {gap:.2g} on average"
     except (RuntimeError, ValueError, TypeError, AttributeError, IndexError, KeyError, NotImplementedError) as error:
         gap, problem = float("inf"), f"{type(error).__name__}: {error}".splitlines()[0]
-    if gap <= (1e-3 if model.dtype == torch.float32 else 0.1):
+    if not gap > (1e-3 if model.dtype == torch.float32 else 0.1):  # nan is no reason: it is the model's own
         return generate
     tqdm.write(f"the fast sampler does not fit {type(model).__name__} ({problem}): model.generate samples instead")
     return generate_by_transformers
@@ -175,6 +179,8 @@ def check_room(model: PreTrainedModel, prompts: list[list[int]], max_new_tokens:
     room, longest = context_length(model), max(map(len, prompts))
     if min(map(len, prompts)) == 0:
         raise UserError("a prompt is empty: the model needs at least one token to go on from")
+    if (highest := max(map(max, prompts))) >= (known := model.get_input_embeddings().num_embeddings):
+        raise UserError(f"a prompt has token {highest}, but the model knows {known}: its tokenizer is another model's")
     if room is not None and longest + max_new_tokens > room:
         raise UserError(f"a prompt of {longest} tokens and --max_new_tokens {max_new_tokens} do not fit into the "
                         f"model's context of {room}: lower the flag, or leave that prompt out")
@@ -194,6 +200,9 @@ class Config:
 
 
 def main(config: Config, model: str, prompt: str | None = None) -> None:
+    need(config, 1, "samples prompts max_new_tokens", most=1e6)
+    need(config, 0, "seed")
+    need(config, 1e-4 if config.temperature else 0, "temperature")
     if config.watch:
         return screen.watch(Path(model))
     device = pick_device(config.device)
@@ -203,8 +212,9 @@ def main(config: Config, model: str, prompt: str | None = None) -> None:
         ids = prompt_ids(task, Problem(prompt, ""), tokenizer)
         room = (context_length(policy) or len(ids) + config.max_new_tokens) - len(ids)
         limit = max(1, min(config.max_new_tokens, room))
-        rollout = generate(policy, [ids], samples, limit, stop_ids(policy, tokenizer), [config.seed + number],
-                           config.temperature)
+        stop = stop_ids(policy, tokenizer)
+        sampler = choose_sampler(policy, [ids], min(16, limit), stop)
+        rollout = sampler(policy, [ids], samples, limit, stop, [config.seed + number], config.temperature)
         ends = ["" if finished else f" [cut at {limit} tokens]" for finished in rollout.finished.tolist()]
         return list(zip(rollout.responses(tokenizer), ends))
 

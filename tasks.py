@@ -11,6 +11,7 @@ A new task is a function that returns a Task, and one line in TASKS.
 import dataclasses
 import hashlib
 import json
+import math
 import os
 import random
 import urllib.request
@@ -184,7 +185,7 @@ def is_text(value) -> bool:
 
 
 def is_answer(value) -> bool:
-    return is_text(value) or isinstance(value, (int, float))
+    return is_text(value) or (isinstance(value, (int, float)) and math.isfinite(value))
 
 
 def is_prompt(value) -> bool:
@@ -211,6 +212,7 @@ def read_jsonl(path: Path, fields: dict[str, Callable[[Any], bool]]) -> list[dic
             continue
         try:
             row = json.loads(line)
+            json.dumps(row, ensure_ascii=False).encode()  # half a surrogate pair is no text
         except (ValueError, RecursionError) as error:
             raise UserError(f"{path}, line {number}: not JSON ({error})") from None
         if not isinstance(row, dict):

@@ -4,23 +4,25 @@
                 metrics.jsonl   one object a step; the README defines each key
                 samples.jsonl   a few responses a step, with rewards and weights
                 code/           the scripts as they ran
-                checkpoint/     the policy as a Hugging Face folder, and state.pt to go on from
+                checkpoint/     the policy as a Hugging Face folder, state.pt to go on from, and checksums.json
+                checkpoint.old/ the one before it
                 curves.png      drawn by plot.py while it runs
+                lock            held while a process is at work on the run
 
-Plain files, written by plain functions: the first argument is the folder.
+Plain files, written by plain functions: the first argument is the folder. checkpoint.py says how they stay whole.
 """
 
 import importlib
 import json
+import math
 import os
 import platform
 import shutil
 import subprocess
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
+from typing import TextIO
 
 import matplotlib
 import tokenizers
@@ -29,20 +31,25 @@ import transformers
 from torch import Tensor
 from tqdm import tqdm
 
+from checkpoint import lock, write_json, write_text, writing
 from flags import UserError
 
 HERE = Path(__file__).parent
 
 
-def new_run(parent: str, name: str, task: str) -> Path:
-    """Makes parent/name; without a name task, task-2, task-3 ... UserError if the name is taken."""
+def new_run(parent: str, name: str, task: str) -> tuple[Path, TextIO]:
+    """Makes parent/name and locks it; without a name task, task-2, task-3 ... UserError if the name is taken."""
+    if name != Path(name).name:
+        raise UserError(f"--name {name}: is not the name of a folder; --runs_dir says where it stands")
     stem = Path(task).stem
-    names = iter([name] if name else [stem, *(f"{stem}-{number}" for number in range(2, 10_000))])
+    names = [name] if name else [stem, *(f"{stem}-{number}" for number in range(2, 10_000))]
     for folder in (Path(parent) / name for name in names):
         try:
-            folder.mkdir(parents=True)
-            return folder
-        except FileExistsError:
+            folder.mkdir(parents=True, exist_ok=True)
+            left = {path.name for path in folder.iterdir()} - {"lock", "config.json.part"}  # of one killed at once
+            if not left:
+                return folder, lock(folder)
+        except (FileExistsError, UserError):  # a file has the name, or another process is about to begin there
             continue
         except OSError as error:
             raise UserError(f"--runs_dir {parent}: {folder} cannot be made: {error.strerror}") from None
@@ -106,59 +113,53 @@ def read_config(folder: Path) -> dict:
     """The flags of a run. UserError if `folder` holds none."""
     try:
         return json.loads((folder / "config.json").read_text())["config"]
-    except (OSError, ValueError, KeyError):
+    except (OSError, ValueError, KeyError, TypeError):
         raise UserError(f"{folder}: no run there (its config.json cannot be read)") from None
-
-
-def write_json(path: Path, content: dict) -> None:
-    """Whole or not at all."""
-    aside = path.with_name(path.name + ".part")
-    aside.write_text(json.dumps(content, indent=1) + "\n")
-    aside.replace(path)
 
 
 def append(path: Path, rows: list[dict]) -> None:
     """One JSON object a line, numbers in full, so that two runs can be compared to the last bit."""
-    with path.open("a") as file:
+    with writing(path), path.open("a") as file:
         file.writelines(json.dumps(row) + "\n" for row in rows)
 
 
 def read_rows(path: Path) -> list[dict]:
     """The whole lines of a .jsonl file, if it exists. One cut short by a crash can only be the last: it is left out."""
-    lines = path.read_text().split("\n")[:-1] if path.exists() else []
-    return [json.loads(line) for line in lines]
+    lines = path.read_text(errors="replace").split("\n")[:-1] if path.exists() else []
+    try:
+        return json.loads(f"[{','.join(lines)}]")  # all at once, so that thousands of rows share their keys
+    except ValueError:
+        for number, line in enumerate(lines, 1):
+            try:
+                json.loads(line)
+            except ValueError as error:
+                raise UserError(f"{path}, line {number}: is damaged ({error}): mend or delete that line") from None
+        raise
 
 
 def rewind(folder: Path, step: int) -> None:
     """Takes what was written after `step` out of metrics.jsonl and samples.jsonl: those steps are done again."""
-    for path in (folder / "metrics.jsonl", folder / "samples.jsonl"):
-        aside = path.with_name(path.name + ".part")
-        aside.write_text("".join(json.dumps(row) + "\n" for row in read_rows(path) if row["step"] <= step))
-        aside.replace(path)
+    kept = {path: [row for row in read_rows(path) if row["step"] <= step]
+            for path in (folder / "metrics.jsonl", folder / "samples.jsonl")}
+    if [row["step"] for row in kept[folder / "metrics.jsonl"]] != list(range(1, step + 1)):
+        raise UserError(f"{folder}/metrics.jsonl: does not have each of the steps 1 to {step}: put the file back, or "
+                        f"begin a new run with --model {folder}")
+    for path, rows in kept.items():
+        write_text(path, "".join(json.dumps(row) + "\n" for row in rows))
 
 
-@contextmanager
-def new_checkpoint(folder: Path, name: str = "checkpoint") -> Iterator[Path]:
-    """A folder to write into, which takes the place of folder/name only when the block has ended well."""
-    final, aside, old = (folder / f"{name}{state}" for state in ("", ".part", ".old"))
-    shutil.rmtree(aside, ignore_errors=True)
-    aside.mkdir()
-    yield aside
-    if final.exists():
-        shutil.rmtree(old, ignore_errors=True)
-        final.rename(old)
-    aside.rename(final)
-    shutil.rmtree(old, ignore_errors=True)
-
-
-def find_checkpoint(folder: Path) -> Path:
-    """folder/checkpoint; after a crash between two renames, the one before it. UserError if there is none."""
-    final, old = folder / "checkpoint", folder / "checkpoint.old"
-    if not final.exists() and old.exists():
-        old.rename(final)
-    if not (final / "state.pt").exists():
-        raise UserError(f"{folder}: no checkpoint to resume from")
-    return final
+def record(folder: Path, metrics: dict, samples: list[dict], weights: Tensor, most: int) -> None:
+    """Appends a step to metrics.jsonl, without what is not finite (it is no JSON), and at most `most` of its samples,
+    from best to worst, to samples.jsonl. weights: (B,). Then looks for trouble: UserError from `give_up`."""
+    append(folder / "metrics.jsonl", [{key: value for key, value in metrics.items()
+                                       if not isinstance(value, float) or math.isfinite(value)}])
+    spread = weights.argsort(descending=True)[:: max(1, len(samples) // max(1, most))][:most].tolist()
+    append(folder / "samples.jsonl", [{"step": metrics["step"], **samples[row], "weight": weights[row].item()}
+                                      for row in spread])
+    if metrics["step"] % WINDOW == 0:
+        warn_of_collapse(folder)
+    if metrics["skipped"] and [row["skipped"] > 0 for row in read_rows(folder / "metrics.jsonl")[-3:]] == [True] * 3:
+        give_up(folder, metrics["step"], samples, weights)
 
 
 def watch(folder: Path, every: int) -> bool:
@@ -174,6 +175,37 @@ def watch(folder: Path, every: int) -> bool:
                    f"{reward[-1]:.3f}, but the true reward has fallen from {true[best]:.3f} to {true[-1]:.3f}: the "
                    f"policy learns what the reward likes, not what is right. {folder}/best is the policy at its best")
     return best == len(blocks) - 1
+
+
+WINDOW = 10  # steps that are averaged to see a collapse
+
+
+def warn_of_collapse(folder: Path) -> None:
+    """Warns where the last 10 steps, for the first time, have under a twentieth of the entropy of the first 10, or a
+    reward below that of the best 10 by more than noise, a fifth, and half of what had been gained."""
+    rows = [row for row in read_rows(folder / "metrics.jsonl") if "entropy" in row]
+    blocks = [rows[start : start + WINDOW] for start in range(0, len(rows) - WINDOW + 1, WINDOW)]
+    entropy, reward = ([sum(row[key] for row in block) / WINDOW for block in blocks] for key in ("entropy", "reward"))
+    silent, fallen, best = [value < entropy[0] / 20 for value in entropy], [], 0
+    for i, value in enumerate(reward):
+        best = i if value > reward[best] else best
+        noise = math.sqrt(sum((row["reward"] - reward[best]) ** 2 for row in blocks[best]) / WINDOW)
+        limit = max(3 * noise, abs(reward[best]) / 5, (reward[best] - reward[0]) / 2)
+        fallen.append(reward[best] - value > limit)
+    if silent[-1:] == [True] and sum(silent) == 1:
+        tqdm.write(f"warning: the entropy has fallen from {entropy[0]:.3f} to {entropy[-1]:.3f} nats: the policy says "
+                   "nearly the same each time and finds nothing new; lower --lr, or hold it with --kl_beta 0.01")
+    if fallen[-1:] == [True] and sum(fallen) == 1:
+        tqdm.write(f"warning: the reward has fallen from {reward[best]:.3f} to {reward[-1]:.3f}: lower --lr, or hold "
+                   "the policy with --kl_beta 0.01")
+
+
+def give_up(folder: Path, step: int, samples: list[dict], weights: Tensor) -> None:
+    """Writes all samples of a step whose numbers have gone bad to bad-step.jsonl, and raises UserError."""
+    rows = [{"step": step, **sample, "weight": weight} for sample, weight in zip(samples, weights.tolist())]
+    write_text(folder / "bad-step.jsonl", "".join(json.dumps(row) + "\n" for row in rows))
+    raise UserError(f"step {step}: the third in a row with a loss, a gradient or log-probs that are not finite; those "
+                    f"updates were skipped. {folder}/bad-step.jsonl has the samples: --resume with a lower --lr")
 
 
 def describe(samples: list[dict], rewards: Tensor, weights: Tensor, lengths: Tensor, finished: Tensor) -> dict:
@@ -204,13 +236,15 @@ def describe(samples: list[dict], rewards: Tensor, weights: Tensor, lengths: Ten
 
 def summarise(updates: list[dict[str, float]]) -> dict[str, float]:
     """The optimizer steps of a step: means over them, but for ratio_max. The sampler is the learner in the first alone;
-    ratios say something from the second."""
+    ratios say something from the second. Those skipped for numbers that are not finite are counted, no more."""
+    made = [update for update in updates if math.isfinite(update["grad_norm"])]
+    counts, updates = {"updates": len(made), "skipped": len(updates) - len(made)}, made
     if not updates:
-        return {"updates": 0, "loss": 0.0, "grad_norm": 0.0}
+        return counts | {"loss": 0.0, "grad_norm": 0.0}
     means = {key: sum(update[key] for update in updates) / len(updates) for key in updates[0]}
     means |= {"sampler_gap": updates[0]["sampler_gap"], "ratio_max": max(update["ratio_max"] for update in updates)}
     hidden = ("ratio_mean", "ratio_max", "clip_share") if len(updates) == 1 else ()
-    return {"updates": len(updates)} | {key: value for key, value in means.items() if key not in hidden}
+    return counts | {key: value for key, value in means.items() if key not in hidden}
 
 
 def one_line(metrics: dict) -> str:
@@ -218,7 +252,10 @@ def one_line(metrics: dict) -> str:
     line = (f"step {metrics['step']:4d}  reward {metrics['reward']:.3f}  informative {metrics['informative']:.2f}  "
             f"thinking {metrics['thinking']:.2f}  length {metrics['response_length']:.1f}  "
             f"entropy {metrics['entropy']:.3f}  grad {metrics['grad_norm']:.2f}  {metrics['seconds']:.2f} s")
-    line += "" if metrics["updates"] else "  no response carries a weight: no update"
+    if metrics["skipped"]:
+        line += f"  {metrics['skipped']} updates skipped: their numbers are not finite"
+    elif not metrics["updates"]:
+        line += "  no response carries a weight: no update"
     return line + (f"  held-out accuracy {metrics['eval_accuracy']:.3f}" if "eval_accuracy" in metrics else "")
 
 

@@ -19,13 +19,15 @@ from transformers.hf_argparser import HfArg
 
 import pretrain
 import track
+from checkpoint import find_checkpoint, leave, listening, load_state, lock, new_checkpoint, save_state
 from eval import evaluate, report
-from flags import UserError, run_script
+from flags import UserError, need, run_script
 from loss import AGGREGATIONS, BASELINED, FILTERS, LOSSES, NORMALISERS, RECIPES, choose, k3
+from memory import table
 from plot import plot
 from policy import Optimizer, adapter_off, add_adapter, load_policy, pick_device, save_policy, stop_ids
 from reward import load_reward, score
-from sample import check_room, choose_sampler, generate_by_transformers, join
+from sample import check_room, choose_sampler, join
 from tasks import digest, load_task, prompt_ids, stream
 from update import Learner, learning_rate, within_memory
 
@@ -109,28 +111,24 @@ def fill(given: dict) -> dict:
 
 def check(config: Config) -> None:
     """UserError for a value that cannot work."""
-    for flag in ("prompts_per_step", "group_size", "max_new_tokens", "resample_tries", "steps", "updates_per_rollout",
-                 "minibatches", "micro_batch_tokens", "eval_every", "save_every"):
-        if getattr(config, flag) < 1:
-            raise UserError(f"--{flag} {getattr(config, flag)}: must be at least 1")
-    for flag in ("temperature", "reward_timeout", "softmax_beta", "keep", "cispo_cap", "max_grad_norm"):
-        if not 0 < getattr(config, flag) < float("inf"):
-            raise UserError(f"--{flag} {getattr(config, flag)}: must be above 0")
-    for flag in ("reward_workers", "rows_at_once", "lora_rank", "clip_low", "clip_high", "kl_beta", "lr",
-                 "warmup_steps", "weight_decay", "eval_problems", "log_samples", "seed"):
-        if not 0 <= getattr(config, flag) < float("inf"):
-            raise UserError(f"--{flag} {getattr(config, flag)}: must not be below 0")
-    if config.keep > 1:
-        raise UserError(f"--keep {config.keep}: a share, must be at most 1")
+    need(config, 1, "resample_tries steps micro_batch_tokens eval_every save_every")
+    need(config, 1, "prompts_per_step group_size max_new_tokens minibatches updates_per_rollout", most=1e6)
+    need(config, 0, "clip_low clip_high kl_beta warmup_steps eval_problems log_samples seed rows_at_once")
+    need(config, 0, "lr weight_decay keep", most=1)
+    need(config, 0, "reward_workers lora_rank", most=1e4)
+    need(config, -1e9, "reward_missed", most=1e9)
+    need(config, 1e-4, "temperature reward_timeout softmax_beta cispo_cap max_grad_norm", most=1e9)
+    if config.prompts_per_step * config.group_size > 1e6:
+        raise UserError(f"--group_size {config.group_size}: times --prompts_per_step is over a million, lower either")
     if config.group_size == 1 and config.normaliser in BASELINED:
-        raise UserError(f"--group_size 1: --normaliser {config.normaliser} compares the responses of a group, "
-                        "give at least 2")
+        raise UserError(f"--group_size 1: --normaliser {config.normaliser} compares within a group, give at least 2")
 
 
 def main(config: Config) -> Path:
     """Trains; returns the run folder."""
     # 0. set-up: the task, the policy, the optimizer and the run folder
     check(config)
+    P, G, N = config.prompts_per_step, config.group_size, config.max_new_tokens
     device = pick_device(config.device)
     task, tracker = load_task(config.task, config.data_dir), track.Tracker(config.tracker)
     reward_device = device if config.reward_device == "auto" else pick_device(config.reward_device)
@@ -138,7 +136,8 @@ def main(config: Config) -> Path:
                          config.reward_missed)
     truth = load_reward(config.true_reward or task.reward) if config.reward or config.true_reward else reward
     run = Path(config.runs_dir) / config.name
-    source = str(track.find_checkpoint(run)) if config.resume else config.model
+    _held, checkpoint = (lock(run), find_checkpoint(run)) if config.resume else (None, None)  # None yet: from step 1
+    source = str(checkpoint or config.model)
     if source == BASE and not Path(BASE).exists():
         pretrain.main(pretrain.Config(output=BASE, device=config.device))
     policy, tokenizer = load_policy(config.model if config.lora_rank else source, device, config.dtype)
@@ -147,71 +146,64 @@ def main(config: Config) -> Path:
     torch.manual_seed(config.seed)  # adapters start at random; nothing else of ours draws from these two, a reward may
     random.seed(config.seed)
     if config.lora_rank:
-        add_adapter(policy, config.lora_rank, Path(source) / "adapter" if config.resume else None)
+        add_adapter(policy, config.lora_rank, checkpoint and checkpoint / "adapter")
     optimizer, stop = Optimizer(policy, config.weight_decay, config.offload), stop_ids(policy, tokenizer)
     longest = sorted(task.train + task.validation, key=lambda problem: len(str(problem.prompt)))[-16:]
     longest = [prompt_ids(task, problem, tokenizer) for problem in longest]
-    check_room(policy, longest, config.max_new_tokens)
-    sampler = generate_by_transformers if config.sampler == "generate" else choose_sampler(
-        policy, longest[:8], min(64, config.max_new_tokens), stop)
+    check_room(policy, longest, N)
+    sampler = choose_sampler(policy, longest[:8], N, stop, config.sampler)
+    print(table(config, policy, device, max(map(len, longest))), end="")
     held_out = task.validation[: config.eval_problems]
     with_kl = config.kl_beta > 0 or config.log_kl  # the reference: what the run set out from, resumed or not
     learner = Learner(policy, config.temperature, config.gradient_checkpointing)
     reference = learner if with_kl and config.lora_rank else Learner(
         load_policy(config.model, device, config.dtype)[0], config.temperature) if with_kl else None
     normalise, select, aggregate, token_losses = choose(config)
-    rows_at_once, tokens = config.rows_at_once or config.prompts_per_step * config.group_size, config.micro_batch_tokens
-    kept: dict = {}  # the sampler's buffers
+    rows_at_once, tokens, kept = config.rows_at_once or P * G, config.micro_batch_tokens, {}  # kept: sampler's buffers
 
     def measure(temperature: float) -> dict:
-        return evaluate(policy, tokenizer, task, held_out, temperature, config.max_new_tokens)
+        return evaluate(policy, tokenizer, task, held_out, temperature, N, sampler=sampler)
 
-    if config.resume:
-        state = torch.load(Path(source) / "state.pt", weights_only=True, map_location="cpu")
-        optimizer.load_state_dict(state["optimizer"])
-        torch.set_rng_state(state["torch_rng"])
-        random.setstate(state["python_rng"])
-        first_step, drawn = state["step"] + 1, state["drawn"]
-        if first_step > config.steps:
-            raise UserError(f"--resume: {run} has done its {config.steps} steps, give it more by --steps")
-        track.rewind(run, state["step"])
-    else:
-        run, first_step, drawn = track.new_run(config.runs_dir, config.name, config.task), 1, 0
-        config = replace(config, name=run.name)
-    track.record_start(run, replace(config, resume=False), device)
-    if held_out and not config.resume:
+    done, drawn = load_state(checkpoint, optimizer) if checkpoint else (0, 0)
+    if done >= config.steps:
+        raise UserError(f"--resume: {run} has done its {config.steps} steps, give it more by --steps")
+    if not config.resume:
+        run, _held = track.new_run(config.runs_dir, config.name, config.task)  # the lock: held until main returns
+    track.rewind(run, done)
+    config = replace(config, name=run.name, resume=False)
+    track.record_start(run, config, device)
+    if held_out and not done:
         track.write_json(run / "before.json", {"greedy": measure(0.0), "sampled": measure(config.temperature)})
 
-    bar = tqdm(range(first_step, config.steps + 1), initial=first_step - 1, total=config.steps, dynamic_ncols=True)
-    for step in bar:
+    steps, signals = range(done + 1, config.steps + 1), []  # signals: what has asked the run to end
+    for step in (bar := tqdm(listening(steps, signals), initial=done, total=config.steps, dynamic_ncols=True)):
         started, seconds_generate = time.perf_counter(), 0.0
         rollouts, samples = [], []
         for _ in range(config.resample_tries if config.filter == "resample" else 1):
             # 1. prompts: take P problems from the task
-            problems = stream(task.train, drawn, config.prompts_per_step, config.seed)
+            problems = stream(task.train, drawn, P, config.seed)
             prompts = [prompt_ids(task, problem, tokenizer) for problem in problems]
             seeds = [digest(f"{config.seed}/{drawn + p}") for p in range(len(problems))]
             drawn += len(problems)
 
             # 2. generate: G responses to each, B = P * G rows
             began = time.perf_counter()
-            made, rows_at_once = within_memory(
-                partial(sampler, policy, prompts, config.group_size, config.max_new_tokens, stop, seeds,
-                        config.temperature, kept=kept), rows_at_once, "--rows_at_once", kept.clear)
+            work = partial(sampler, policy, prompts, G, N, stop, seeds, config.temperature, kept=kept)
+            made, rows_at_once = within_memory(work, rows_at_once, "--rows_at_once", kept.clear)
             rollouts.append(made)
             seconds_generate += time.perf_counter() - began
 
             # 3. reward: score every response
-            rows = [problem for problem in problems for _ in range(config.group_size)]
+            rows = [problem for problem in problems for _ in range(G)]
             columns = ([row.prompt for row in rows], made.responses(tokenizer), [row.answer for row in rows],
                        made.response_lengths.tolist())
-            values, parts = score(reward, *columns, config.max_new_tokens)
-            true_values = values if truth is reward else score(truth, *columns, config.max_new_tokens)[0]
+            values, parts = score(reward, *columns, N)
+            true_values = values if truth is reward else score(truth, *columns, N)[0]
             own_parts = [dict(zip(parts, row)) for row in zip(*parts.values())]
             names = "prompt", "response", "answer", "length", "reward", "parts", "true_reward"
             samples += [dict(zip(names, row)) for row in zip(*columns, values, own_parts, true_values)]
-            rewards = torch.tensor([sample["reward"] for sample in samples]).view(-1, config.group_size)  # (P, G)
-            if (rewards.amax(1) != rewards.amin(1)).sum() >= config.prompts_per_step:
+            rewards = torch.tensor([sample["reward"] for sample in samples]).view(-1, G)  # (P, G)
+            if (rewards.amax(1) != rewards.amin(1)).sum() >= P:
                 break
 
         # 4. weigh: how much each response should gain or lose
@@ -233,10 +225,10 @@ def main(config: Config) -> Path:
             factors[batch] = aggregate(lengths.cpu()[batch])
             batch = batch[trained[batch]].to(device)
             if len(batch):
-                update, tokens = within_memory(
-                    partial(learner.backward, rollout, batch, token_losses, then, start, weights.to(device),
-                            factors.to(device)), tokens, "--micro_batch_tokens", optimizer.drop)
-                updates.append(update | {"grad_norm": optimizer.step(lr, config.max_grad_norm)})
+                work = partial(learner.backward, rollout, batch, token_losses, then, start, weights.to(device),
+                               factors.to(device))
+                update, tokens = within_memory(work, tokens, "--micro_batch_tokens", optimizer.drop)
+                updates.append(update | {"grad_norm": optimizer.step(lr, config.max_grad_norm, sum(update.values()))})
 
         # 6. repeat: record, evaluate, checkpoint, plot
         metrics = {
@@ -245,6 +237,7 @@ def main(config: Config) -> Path:
             "entropy": -(rollout.logprobs.sum() / lengths.sum()).item(),
             "trained": trained.sum().item() / len(samples),
             **track.summarise(updates),
+            **({"kl": (k3(then, start).sum() / lengths.sum()).item()} if reference else {}),
             "lr": lr,
             "draws": len(rollouts),
             "drawn": drawn,
@@ -253,32 +246,30 @@ def main(config: Config) -> Path:
             "seconds_generate": seconds_generate,
             "seconds": time.perf_counter() - started,
         }
-        if reference:
-            metrics["kl"] = (k3(then, start).sum() / lengths.sum()).item()
         last = step == config.steps
         if held_out and (last or step % config.eval_every == 0):
             after = measure(config.temperature)
             metrics |= {"eval_accuracy": after["accuracy"], "eval_interval": after["interval"]}
-        track.append(run / "metrics.jsonl", [metrics])
-        tracker.send(run, config, metrics)
-        spread = weights.argsort(descending=True)[:: max(1, len(samples) // max(1, config.log_samples))]
-        track.append(run / "samples.jsonl", [{"step": step, **samples[row], "weight": weights[row].item()}
-                                             for row in spread[: config.log_samples].tolist()])
-        if last or step % config.save_every == 0:
-            if config.true_reward and track.watch(run, config.save_every):
-                with track.new_checkpoint(run, "best") as folder:
-                    save_policy(policy, tokenizer, folder)
-            with track.new_checkpoint(run) as folder:
-                save_policy(policy, tokenizer, folder)
-                torch.save({"optimizer": optimizer.state_dict(), "step": step, "drawn": drawn,
-                            "torch_rng": torch.get_rng_state(), "python_rng": random.getstate()}, folder / "state.pt")
-        if last or step % config.eval_every == 0:
-            plot(run)
+            if last:
+                track.write_json(run / "after.json", {"greedy": measure(0.0), "sampled": after})
         bar.set_postfix(reward=f"{metrics['reward']:.3f}", length=f"{metrics['response_length']:.1f}")
         tqdm.write(track.one_line(metrics))
+        track.record(run, metrics, samples, weights, config.log_samples)
+        tracker.send(run, config, metrics)
+        asked, due = bool(signals), last or step % config.save_every == 0
+        if last or asked or step % config.eval_every == 0:
+            plot(run)
+        if due and config.true_reward and track.watch(run, config.save_every):
+            with new_checkpoint(run, "best") as folder:
+                save_policy(policy, tokenizer, folder)
+        if due or asked:  # comes last: a run whose last step is saved is done
+            with new_checkpoint(run) as folder:
+                save_policy(policy, tokenizer, folder)
+                save_state(folder, optimizer, step, drawn)
+        if asked and not last:
+            leave(run, step, signals[0])
 
     if held_out and (run / "before.json").exists():
-        track.write_json(run / "after.json", {"greedy": measure(0.0), "sampled": after})
         report(run, task, held_out)
     print(f"\n{run}/: curves.png, metrics.jsonl, samples.jsonl, checkpoint/ (a Hugging Face folder), config.json, code/"
           f"\n\n    python eval.py {run}      # on the test problems, which training has not touched")

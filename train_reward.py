@@ -26,7 +26,7 @@ from tqdm import tqdm, trange
 from transformers.hf_argparser import HfArg
 
 import track
-from flags import UserError, run_script
+from flags import UserError, need, run_script
 from policy import Optimizer, load_policy, pick_device, save_policy, stop_ids
 from reward import RewardModel, load_reward, read_samples, score
 from sample import generate
@@ -124,6 +124,9 @@ def longer_wins(pairs: list[Pair]) -> float:
 
 def main(config: Config, source: str | None = None) -> Path:
     """Fits, measures, writes; returns the folder."""
+    need(config, 1, "prompts group_size max_new_tokens pairs_per_prompt epochs batch_size", most=1e6)
+    need(config, 0, "seed")
+    need(config, 0, "lr", most=1)
     output, device, started = Path(config.output), pick_device(config.device), time.perf_counter()
     if output.exists():
         raise UserError(f"--output {output}: is there already, delete it or choose another")
@@ -143,6 +146,8 @@ def main(config: Config, source: str | None = None) -> Path:
         batch = rng.sample(range(len(pairs)), min(config.batch_size, len(pairs)))
         chosen, rejected = judge.scores([rows[2 * i + k] for i in batch for k in (0, 1)]).view(-1, 2).unbind(1)
         loss = (-logsigmoid(chosen - rejected) + 0.01 * (chosen + rejected) ** 2).mean()
+        if not loss.isfinite():
+            raise UserError(f"--lr {lr}: the loss is {loss.item()} at step {step}, lower it")
         loss.backward()
         optimizer.step(lr * min(step / 10, 1 - 0.9 * step / steps), 1.0)
         bar.set_postfix(loss=f"{loss.item():.3f}")

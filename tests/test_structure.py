@@ -2,8 +2,8 @@ import ast
 from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
-ORDER = ["flags", "tasks", "loss", "stats", "track", "plot", "decode", "policy", "update", "memory", "rules", "reward",
-         "screen", "sample", "pretrain", "eval", "train_reward", "train", "compare", "bench"]
+ORDER = ["flags", "tasks", "loss", "stats", "checkpoint", "track", "plot", "decode", "policy", "update", "memory",
+         "rules", "reward", "screen", "sample", "pretrain", "eval", "train_reward", "train", "compare", "bench"]
 
 
 def test_imports_point_down():

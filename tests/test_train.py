@@ -12,6 +12,7 @@ import policy
 import reward
 import track
 import train
+from checkpoint import find_checkpoint, new_checkpoint
 from flags import UserError, parse
 from update import learning_rate
 
@@ -63,6 +64,7 @@ def test_a_run_leaves_everything_that_the_readme_says(base, monkeypatch):
         "curves.png",
         "before.json",
         "after.json",
+        "lock",
     }
     recorded = json.loads((folder / "config.json").read_text())
     assert recorded["config"]["group_size"] == 8 and recorded["config"]["name"] == "demo"
@@ -263,11 +265,11 @@ def test_flags_not_given_suit_the_task_and_given_ones_stay():
         (["--reward", "exakt"], "--reward exakt: not one of exact, number"),
         (["--group_size", "1"], "--group_size 1: --normaliser zscore compares"),
         (["--prompts_per_step", "0"], "--prompts_per_step 0: must be at least 1"),
-        (["--temperature", "nan"], "--temperature nan: must be above 0"),
-        (["--lr", "-1"], "--lr -1.0: must not be below 0"),
+        (["--temperature", "nan"], "--temperature nan: must be at least 0.0001"),
+        (["--lr", "-1"], "--lr -1.0: must be at least 0"),
         (["--minibatches", "0"], "--minibatches 0: must be at least 1"),
-        (["--filter", "top", "--keep", "1.5"], "--keep 1.5: a share, must be at most 1"),
-        (["--clip_low", "-0.1"], "--clip_low -0.1: must not be below 0"),
+        (["--filter", "top", "--keep", "1.5"], "--keep 1.5: must be at most 1"),
+        (["--clip_low", "-0.1"], "--clip_low -0.1: must be at least 0"),
         (["--recipe", "grop"], "argument --recipe: invalid choice: 'grop'"),
         (["--device", "tpu"], "argument --device: invalid choice: 'tpu'"),
         (["--model", "no/such/folder"], "--model no/such/folder: cannot be loaded"),
@@ -299,14 +301,14 @@ def test_a_name_that_is_taken_is_refused_and_kept(base):
 
 
 def test_a_crash_while_a_checkpoint_is_written_keeps_the_one_before(tmp_path):
-    with track.new_checkpoint(tmp_path) as folder:
+    with new_checkpoint(tmp_path) as folder:
         (folder / "state.pt").write_text("first")
-    with pytest.raises(ZeroDivisionError), track.new_checkpoint(tmp_path) as folder:
+    with pytest.raises(ZeroDivisionError), new_checkpoint(tmp_path) as folder:
         (folder / "state.pt").write_text("half")
         raise ZeroDivisionError
-    assert (track.find_checkpoint(tmp_path) / "state.pt").read_text() == "first"
+    assert (find_checkpoint(tmp_path) / "state.pt").read_text() == "first"
     (tmp_path / "checkpoint").rename(tmp_path / "checkpoint.old")  # as between the two renames
-    assert (track.find_checkpoint(tmp_path) / "state.pt").read_text() == "first"
+    assert (find_checkpoint(tmp_path) / "state.pt").read_text() == "first"
 
 
 def test_scripts_work_as_commands(base, folders):

@@ -187,7 +187,7 @@ def test_the_numbers_of_a_step_worked_out_by_hand():
 def test_the_updates_of_a_step_in_numbers():
     one = {"loss": 1.0, "sampler_gap": 1e-6, "ratio_mean": 1.0, "ratio_max": 1.5, "clip_share": 0.0, "grad_norm": 2.0}
     two = one | {"loss": 0.0, "sampler_gap": 0.5, "ratio_max": 1.1, "clip_share": 0.2, "grad_norm": 1.0}
-    assert track.summarise([one]) == {"updates": 1, "loss": 1.0, "sampler_gap": 1e-6, "grad_norm": 2.0}
-    assert track.summarise([one, two]) == {"updates": 2, "loss": 0.5, "sampler_gap": 1e-6, "ratio_mean": 1.0,
-                                           "ratio_max": 1.5, "clip_share": 0.1, "grad_norm": 1.5}
-    assert track.summarise([]) == {"updates": 0, "loss": 0.0, "grad_norm": 0.0}
+    assert track.summarise([one]) == {"updates": 1, "skipped": 0, "loss": 1.0, "sampler_gap": 1e-6, "grad_norm": 2.0}
+    assert track.summarise([one, two]) == {"updates": 2, "skipped": 0, "loss": 0.5, "sampler_gap": 1e-6,
+                                           "ratio_mean": 1.0, "ratio_max": 1.5, "clip_share": 0.1, "grad_norm": 1.5}
+    assert track.summarise([]) == {"updates": 0, "skipped": 0, "loss": 0.0, "grad_norm": 0.0}
