@@ -54,7 +54,7 @@ class Config:
     weights: Literal["natural", "all"] = HfArg(default="natural", help="all: none has weight 0, so none is skipped")
     only: Literal["both", "ours", "trl"] = HfArg(default="both", help="one alone, for its memory")
     micro_batch_tokens: int = HfArg(default=16384, help="ours; train.py's default")
-    micro_batch_rows: int = HfArg(default=0, help="TRL's; 0 takes the fastest of 16, 32, 64, 256 for the setting")
+    micro_batch_rows: int = HfArg(default=0, help="TRL's; 0 takes that of SETTINGS")
 
 
 def make_tokenizer(vocab: int) -> PreTrainedTokenizerFast:
