@@ -46,7 +46,7 @@ class Config:
     prompt_length: int = HfArg(default=6, help="tokens of a prompt")
     max_new_tokens: int = HfArg(default=64, help="tokens after which a response is cut")
     stop_prob: float = HfArg(default=0.0, help="share of the vocabulary that ends a response; 0: all have full length")
-    micro_batch_tokens: int = HfArg(default=16384, help="tokens in one forward pass of the update")
+    micro_batch_tokens: int = HfArg(default=4096, help="tokens in one forward pass of the update")
     repeats: int = HfArg(default=5, help="times that each is run; medians are shown")
     against: str = HfArg(default="", help="folder with another sample.py to run in turn")
     device: Literal["auto", "cuda", "cpu"] = HfArg(default="auto", help="auto: cuda if it is there")

@@ -44,24 +44,23 @@ def respond(
     A problem's draws come from its own seed, so what it gets depends neither on batch_size (responses at once) nor on
     which other problems there are. sampler: None chooses."""
     rule, stop, groups = load_reward(task.reward), stop_ids(model, tokenizer), []
-    bar = tqdm(total=len(problems), desc=label, leave=False, dynamic_ncols=True)
+    prompts = [prompt_ids(task, problem, tokenizer) for problem in problems]
+    sampler = sampler or choose_sampler(model, prompts[:8], max_new_tokens, stop)
     at_once, kept = max(1, batch_size // samples), {}
-    sampler = sampler or choose_sampler(model, [prompt_ids(task, problem, tokenizer) for problem in problems[:8]],
-                                        max_new_tokens, stop)
-    for batch in (problems[start : start + at_once] for start in range(0, len(problems), at_once)):
-        seeds = [digest(f"{seed}/{problem.prompt}") for problem in batch]
-        prompts = [prompt_ids(task, problem, tokenizer) for problem in batch]
-        rollout, batch_size = within_memory(partial(sampler, model, prompts, samples, max_new_tokens, stop, seeds,
-                                                    temperature, kept=kept), batch_size, "--batch_size", kept.clear)
-        rows = [{"prompt": problem.prompt, "answer": problem.answer, "difficulty": problem.difficulty}
-                for problem in batch for _ in range(samples)]
-        columns = rollout.responses(tokenizer), rollout.response_lengths.tolist(), rollout.finished.tolist()
-        values = score(rule, [row["prompt"] for row in rows], columns[0], [row["answer"] for row in rows])[0]
-        for row, *found, value in zip(rows, *columns, values):
-            row |= dict(zip(("response", "length", "finished"), found)) | {"right": value == 1}
-        groups += [rows[start : start + samples] for start in range(0, len(rows), samples)]
-        bar.update(len(batch))
-    bar.close()
+    with tqdm(total=len(problems), desc=label, leave=False, dynamic_ncols=True) as bar:
+        for part in (slice(start, start + at_once) for start in range(0, len(problems), at_once)):
+            batch = problems[part]
+            seeds = [digest(f"{seed}/{problem.prompt}") for problem in batch]
+            work = partial(sampler, model, prompts[part], samples, max_new_tokens, stop, seeds, temperature, kept=kept)
+            rollout, batch_size = within_memory(work, batch_size, "--batch_size", kept.clear)
+            rows = [{"prompt": problem.prompt, "answer": problem.answer, "difficulty": problem.difficulty}
+                    for problem in batch for _ in range(samples)]
+            columns = rollout.responses(tokenizer), rollout.response_lengths.tolist(), rollout.finished.tolist()
+            values = score(rule, [row["prompt"] for row in rows], columns[0], [row["answer"] for row in rows])[0]
+            for row, *found, value in zip(rows, *columns, values):
+                row |= dict(zip(("response", "length", "finished"), found)) | {"right": value == 1}
+            groups += [rows[start : start + samples] for start in range(0, len(rows), samples)]
+            bar.update(len(batch))
     return groups
 
 

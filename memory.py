@@ -39,7 +39,7 @@ class Config:  # those flags of train.py that memory depends on, with the same d
     group_size: int = HfArg(default=16, help="G, responses sampled to each prompt")
     max_new_tokens: int = HfArg(default=512, help="tokens after which a response is cut")
     rows_at_once: int = HfArg(default=0, help="responses sampled at once, the others wait; 0 for all")
-    micro_batch_tokens: int = HfArg(default=16384, help="tokens in one forward pass of the update")
+    micro_batch_tokens: int = HfArg(default=4096, help="tokens in one forward pass of the update")
     lora_rank: int = HfArg(default=0, help="train adapters of this rank alone, 0 trains all weights")
     offload: bool = HfArg(default=False, help="keep the optimizer in the host's memory")
     gradient_checkpointing: bool = HfArg(default=False, help="keep the layers' inputs alone, and run them twice")

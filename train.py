@@ -75,7 +75,7 @@ class Config:
     warmup_steps: int = HfArg(default=10, help="steps over which the rate rises; then it falls to a tenth")
     weight_decay: float = HfArg(default=0.0, help="of AdamW")
     max_grad_norm: float = HfArg(default=1.0, help="longer gradients are scaled down to this norm")
-    micro_batch_tokens: int = HfArg(default=16384, help="tokens in one forward pass: memory only, same gradient")
+    micro_batch_tokens: int = HfArg(default=4096, help="tokens in one forward pass: memory only, same gradient")
     lora_rank: int = HfArg(default=0, help="trains adapters of this rank alone (needs peft), 0 for all weights")
     offload: bool = HfArg(default=False, help="keeps float32 weights and Adam's moments in the host's memory")
     gradient_checkpointing: bool = HfArg(default=False, help="runs layers again on the way back: slower, less memory")

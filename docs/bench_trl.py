@@ -53,7 +53,7 @@ class Config:
     stop_prob: float = HfArg(default=0.0, help="share of the vocabulary that ends a response: random lengths")
     weights: Literal["natural", "all"] = HfArg(default="natural", help="all: none has weight 0, so none is skipped")
     only: Literal["both", "ours", "trl"] = HfArg(default="both", help="one alone, for its memory")
-    micro_batch_tokens: int = HfArg(default=16384, help="ours; train.py's default")
+    micro_batch_tokens: int = HfArg(default=4096, help="ours; train.py's default")
     micro_batch_rows: int = HfArg(default=0, help="TRL's; 0 takes that of SETTINGS")
 
 
