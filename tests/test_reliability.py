@@ -10,6 +10,7 @@ import shutil
 import signal
 import subprocess
 import sys
+from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -78,22 +79,24 @@ def test_killed_at_20_moments_a_run_comes_out_the_same(untaught):
         return answer["status"] == signal.SIGKILL, answer["events"]
 
     _, events = train("straight")
-    straight, rng, killed, name = left(Path("runs/straight")), random.Random(0), 0, "run-0"
-    while killed < MOMENTS:
+    straight, rng, killed, name = left(Path("runs/straight")), random.Random(0), [], "run-0"
+    while len(killed) < MOMENTS:
         for phase in rng.sample(list(events), len(events)):
-            if killed == MOMENTS:
+            if len(killed) == MOMENTS:
                 break
             died, _ = train(name, phase, rng.randrange(events[phase] // (1 if phase == "plot" else 2)))
             if not died:
                 break
-            killed += 1
+            killed.append(phase)
             assert_whole(Path("runs") / name)
         if died:
             train(name)
         assert left(Path("runs") / name) == straight, name
-        name = f"run-{killed}"
+        name = f"run-{len(killed)}"
     server.stdin.close()
     assert server.wait() == 0
+    print("killed in", dict(Counter(killed)))
+    assert set(killed) == set(events)
 
 
 def config(*flags):
