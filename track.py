@@ -150,8 +150,8 @@ WINDOW = 10  # steps that are averaged to see a collapse
 
 
 def warn_of_collapse(folder: Path) -> None:
-    """Warns where the last 10 steps, for the first time, have under a twentieth of the entropy of the first 10 though they
-    are not nearly all right, or a reward below that of the best 10 by more than noise, a fifth, and half of the gain."""
+    """Warns where the last 10 steps, for the first time, have under a twentieth of the entropy of the first 10, though
+    under 0.9 right, or a reward below that of the best 10 by more than noise, a fifth, and half of the gain."""
     rows = [row for row in read_rows(folder / "metrics.jsonl") if "entropy" in row]
     blocks = [rows[start : start + WINDOW] for start in range(0, len(rows) - WINDOW + 1, WINDOW)]
     entropy, reward, right = ([sum(row[key] for row in block) / WINDOW for block in blocks]
