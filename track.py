@@ -181,12 +181,14 @@ WINDOW = 10  # steps that are averaged to see a collapse
 
 
 def warn_of_collapse(folder: Path) -> None:
-    """Warns where the last 10 steps, for the first time, have under a twentieth of the entropy of the first 10, or a
-    reward below that of the best 10 by more than noise, a fifth, and half of what had been gained."""
+    """Warns where the last 10 steps, for the first time, have under a twentieth of the entropy of the first 10, though
+    under 0.9 right, or a reward below that of the best 10 by more than noise, a fifth, and half of the gain."""
     rows = [row for row in read_rows(folder / "metrics.jsonl") if "entropy" in row]
     blocks = [rows[start : start + WINDOW] for start in range(0, len(rows) - WINDOW + 1, WINDOW)]
-    entropy, reward = ([sum(row[key] for row in block) / WINDOW for block in blocks] for key in ("entropy", "reward"))
-    silent, fallen, best = [value < entropy[0] / 20 for value in entropy], [], 0
+    entropy, reward, right = ([sum(row[key] for row in block) / WINDOW for block in blocks]
+                              for key in ("entropy", "reward", "accuracy"))
+    silent = [value < entropy[0] / 20 and share < 0.9 for value, share in zip(entropy, right)]
+    fallen, best = [], 0
     for i, value in enumerate(reward):
         best = i if value > reward[best] else best
         noise = math.sqrt(sum((row["reward"] - reward[best]) ** 2 for row in blocks[best]) / WINDOW)

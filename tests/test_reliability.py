@@ -10,6 +10,7 @@ import shutil
 import signal
 import subprocess
 import sys
+from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -78,22 +79,24 @@ def test_killed_at_20_moments_a_run_comes_out_the_same(untaught):
         return answer["status"] == signal.SIGKILL, answer["events"]
 
     _, events = train("straight")
-    straight, rng, killed, name = left(Path("runs/straight")), random.Random(0), 0, "run-0"
-    while killed < MOMENTS:
+    straight, rng, killed, name = left(Path("runs/straight")), random.Random(0), [], "run-0"
+    while len(killed) < MOMENTS:
         for phase in rng.sample(list(events), len(events)):
-            if killed == MOMENTS:
+            if len(killed) == MOMENTS:
                 break
             died, _ = train(name, phase, rng.randrange(events[phase] // (1 if phase == "plot" else 2)))
             if not died:
                 break
-            killed += 1
+            killed.append(phase)
             assert_whole(Path("runs") / name)
         if died:
             train(name)
         assert left(Path("runs") / name) == straight, name
-        name = f"run-{killed}"
+        name = f"run-{len(killed)}"
     server.stdin.close()
     assert server.wait() == 0
+    print("killed in", dict(Counter(killed)))
+    assert set(killed) == set(events)
 
 
 def config(*flags):
@@ -229,8 +232,8 @@ def test_after_three_bad_steps_in_a_row_the_run_stops_and_keeps_their_samples(un
     assert set(samples[0]) >= {"prompt", "response", "reward", "weight"}
 
 
-def rows_of(entropies, rewards):
-    return [{"step": step + 1, "entropy": entropy, "reward": reward}
+def rows_of(entropies, rewards, accuracy=0.5):
+    return [{"step": step + 1, "entropy": entropy, "reward": reward, "accuracy": accuracy}
             for step, (entropy, reward) in enumerate(zip(entropies, rewards))]
 
 
@@ -246,10 +249,11 @@ def test_a_collapse_is_reported_once_as_it_happens(tmp_path, capsys):
     assert "entropy has fallen from 1.000 to 0.040" in said[3] and "--kl_beta" in said[3] and "reward" not in said[3]
     assert "reward has fallen from 0.850 to 0.250" in said[4] and "entropy" not in said[4]
     noise = random.Random(0)
-    rows = rows_of([1.0] * 2000, [noise.gauss(0.5, 0.1) for _ in range(2000)])
-    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    track.warn_of_collapse(tmp_path)
-    assert capsys.readouterr().out == ""
+    for rows in (rows_of([1.0] * 2000, [noise.gauss(0.5, 0.1) for _ in range(2000)]),  # noise is no collapse,
+                 rows_of([1.0] * 10 + [0.01] * 10, [0.3] * 10 + [0.98] * 10, accuracy=0.98)):  # nor is having learnt it
+        (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+        track.warn_of_collapse(tmp_path)
+        assert capsys.readouterr().out == ""
 
 
 def test_two_processes_cannot_work_on_one_run_and_a_lock_dies_with_its_process(tmp_path):
