@@ -17,6 +17,7 @@ from transformers.pytorch_utils import Conv1D
 
 from flags import UserError, need, run_script
 from policy import DTYPES, first_line, pick_device
+from update import TILE
 
 TINY = dict(model_type="llama", hidden_size=128, num_hidden_layers=4, num_attention_heads=4, num_key_value_heads=4,
             intermediate_size=352, vocab_size=100, max_position_embeddings=1024, bos_token_id=None, eos_token_id=None)
@@ -28,7 +29,6 @@ SHAPES = {
     "qwen2.5-0.5b": QWEN | dict(hidden_size=896, num_hidden_layers=24, num_attention_heads=14, intermediate_size=4864),
     "qwen2.5-1.5b": QWEN | dict(hidden_size=1536, num_hidden_layers=28, num_attention_heads=12, intermediate_size=8960),
 }
-TILE = 512  # tokens whose logits the update holds at once
 CURES = (("micro_batch_tokens", 4096), ("micro_batch_tokens", 2048), ("gradient_checkpointing", True),
          ("rows_at_once", 64), ("offload", True), ("lora_rank", 16))  # what costs least first
 
@@ -105,7 +105,7 @@ def estimate(flags: Config, model: PreTrainedModel, kept: float, longest_prompt:
         "sampling: logits": at_once * config.vocab_size * (4 + bytes_each),
         f"update: gradients{host}": 4 * trained,
         "update: activations": tokens * kept,
-        "update: logits": min(TILE, tokens) * config.vocab_size * (8 + bytes_each) + head * (4 + bytes_each),
+        "update: logits": min(TILE["cuda"], tokens) * config.vocab_size * (8 + bytes_each) + head * (4 + bytes_each),
     }
 
 
@@ -160,7 +160,7 @@ def main(config: Config, model: str) -> None:
     need(config, 1, "prompts_per_step group_size max_new_tokens micro_batch_tokens longest_prompt")
     need(config, 0, "lora_rank memory_gb")
     try:
-        model_config = shape(model) if model in SHAPES else AutoConfig.from_pretrained(model)
+        model_config = shape(model) if model in SHAPES else AutoConfig.from_pretrained(model, trust_remote_code=False)
     except (OSError, ValueError) as error:
         raise UserError(f"{model}: neither one of {', '.join(SHAPES)} nor a model with a config.json: "
                         f"{first_line(error)}") from None

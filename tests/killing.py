@@ -13,19 +13,16 @@ import signal
 import sys
 
 import checkpoint
+import plot
 import policy
 import sample
 import track
 import train
+import update
 
-try:
-    from plot import plot
-except ImportError:
-    from track import plot
-
-PHASES = {"generation": [sample.generate], "update": [policy.backward, policy.Optimizer.step],
+PHASES = {"generation": [sample.generate], "update": [update.Learner.backward, policy.Optimizer.step],
           "metrics": [track.record],
-          "checkpoint": [checkpoint.new_checkpoint, policy.save_policy, checkpoint.save_state], "plot": [plot]}
+          "checkpoint": [checkpoint.new_checkpoint, policy.save_policy, checkpoint.save_state], "plot": [plot.plot]}
 PHASE_OF = {inspect.unwrap(function).__code__: phase for phase, functions in PHASES.items() for function in functions}
 
 

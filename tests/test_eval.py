@@ -125,7 +125,7 @@ def test_models_that_cannot_be_compared(base, run_of):
         ({}, [one, other], r"--max_new_tokens: the runs differ in it \(8, 6\), give one for all"),
         ({}, [base], "--task: none of the models is a run"),
         (dict(samples=0), [one], "--samples 0: must be at least 1"),
-        (dict(temperature=0.0), [one], "--temperature 0: must be above 0"),
+        (dict(temperature=0.0), [one], "--temperature 0.0: must be at least 0.0001"),
         (dict(output=str(Path(one) / "config.json"), limit=1), [one], "--output .* cannot be written to"),
     ]:
         with pytest.raises(UserError, match=message):

@@ -17,13 +17,13 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-import policy
 import pretrain
 import track
 import train
 from checkpoint import checksum, flaw, lock
 from flags import UserError, parse
 from policy import load_policy, save_policy
+from update import Learner
 
 ROOT = Path(__file__).parent.parent
 MOMENTS = 20
@@ -196,21 +196,21 @@ def bad_numbers(where: str, steps: list[int], monkeypatch) -> None:
     """From here on the loss, the gradient, the sampler's or the learner's log-probs hold a nan in the given steps."""
     count = []
 
-    def backward(model, rollout, *rest, backward=train.backward):
+    def backward(learner, rollout, *rest, backward=Learner.backward):
         count.append(0)
         bad = len(count) in steps
         if bad and where == "sampled":
             rollout.logprobs[0, 0] = math.nan
         with monkeypatch.context() as patch:
             if bad and where == "learner":
-                real = policy.response_logprobs
-                patch.setattr(policy, "response_logprobs", lambda *row: real(*row) * math.nan)
-            update = backward(model, rollout, *rest)
+                real = Learner.read_off
+                patch.setattr(Learner, "read_off", lambda *row: real(*row) * math.nan)
+            update = backward(learner, rollout, *rest)
         if bad and where == "gradient":
-            model.lm_head.weight.grad[3, 3] = math.inf
+            learner.model.lm_head.weight.grad[3, 3] = math.inf
         return update | ({"loss": math.inf} if bad and where == "loss" else {})
 
-    monkeypatch.setattr(train, "backward", backward)
+    monkeypatch.setattr(Learner, "backward", backward)
 
 
 @pytest.mark.parametrize("where", ["loss", "gradient", "sampled", "learner"])
@@ -278,7 +278,7 @@ FORBIDDEN = {"eval", "exec", "compile", "os.system", "os.popen", "pickle.load", 
 
 def test_nothing_in_the_sources_executes_what_was_downloaded_or_generated():
     """No eval, exec, shell or pickle of others; torch.load with weights_only; from_pretrained without code of the hub,
-    weights from safetensors alone. The one import of a file is of --reward module.function, a file of the user's."""
+    weights from safetensors alone. Files imported are the user's own: --reward module.function, bench.py --against."""
     loads, pretrained = 0, 0
     for path in ROOT.glob("*.py"):
         tree = ast.parse(path.read_text())
@@ -293,8 +293,8 @@ def test_nothing_in_the_sources_executes_what_was_downloaded_or_generated():
                 assert flags["trust_remote_code"] == "False", path.name
                 assert "Model" not in name or flags["use_safetensors"] == "True", path.name
             if name.endswith("exec_module"):
-                assert path.name == "reward.py"
-    assert (loads, pretrained) == (1, 4)
+                assert path.name in ("reward.py", "bench.py")
+    assert (loads, pretrained) == (1, 5)
 
 
 class Bomb:

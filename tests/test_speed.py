@@ -130,8 +130,8 @@ def test_out_of_memory_halves_the_batch_and_counts_nothing_twice(base, monkeypat
     rows = track.read_rows(train.main(parse_train(*flags, "starved")) / "metrics.jsonl")
     said = capsys.readouterr().out
     assert said.count("out of memory") == 3
-    assert "--rows_at_once is 128" in said and "--micro_batch_tokens is 8192" in said
-    assert [row["rows_at_once"] for row in rows] == [128, 128] and rows[0]["micro_batch_tokens"] == 8192
+    assert "--rows_at_once is 128" in said and "--micro_batch_tokens is 2048" in said
+    assert [row["rows_at_once"] for row in rows] == [128, 128] and rows[0]["micro_batch_tokens"] == 2048
     for key in ("reward", "loss", "grad_norm", "entropy"):
         assert [row[key] for row in rows] == pytest.approx([row[key] for row in plain], rel=1e-5)
 
