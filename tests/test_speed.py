@@ -1,6 +1,7 @@
 """What makes sampling and the update cheap changes no number, and is really done."""
 
 import copy
+import sys
 
 import pytest
 import tiny
@@ -192,9 +193,10 @@ def test_offloaded_masters_make_the_same_steps(load):
 
 
 def test_adapters_need_peft_and_say_so(load, monkeypatch):
-    monkeypatch.setitem(__import__("sys").modules, "peft", None)
+    model, _ = load("llama")  # first: transformers looks for peft once
+    monkeypatch.setitem(sys.modules, "peft", None)
     with pytest.raises(UserError, match="--lora_rank 4: needs the package peft, install it by: pip install peft"):
-        add_adapter(load("llama")[0], 4)
+        add_adapter(model, 4)
 
 
 def test_a_run_of_adapters_learns_resumes_and_saves_both_forms(base, monkeypatch):
