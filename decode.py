@@ -58,8 +58,8 @@ class Slots(Cache):
 
 
 def attend(
-    module: torch.nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor, scaling: float,
-    softcap: float | None = None, **kwargs,
+    module: torch.nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor,
+    scaling: float | None = None, softcap: float | None = None, **kwargs,
 ) -> tuple[Tensor, None]:
     """Attention of one query a row: (R, heads, 1, size), keys and values (R, groups, columns, size) as Slots has them.
 
@@ -68,6 +68,7 @@ def attend(
     other groups' keys come out as 0. That is more arithmetic, but it reads keys and values as they lie: twice as fast.
     """
     R, heads, _, size = query.shape
+    scaling = size**-0.5 if scaling is None else scaling
     groups, shared = key.shape[1], heads // key.shape[1]
     by_blocks = query.device.type == "cpu" and query.dtype == torch.float32 and groups <= FEW_HEADS
     if softcap is None and not by_blocks:
@@ -84,14 +85,20 @@ def attend(
     return out.diagonal(dim1=1, dim2=3).permute(0, 3, 1, 2).reshape(R, 1, heads, -1), None
 
 
+def attend_as_sdpa(*inputs, softcap: float | None = None, **options) -> tuple[Tensor, None]:
+    """`attend` for a model that runs by transformers' sdpa, which leaves soft-capping out."""
+    return attend(*inputs, **options)
+
+
 AttentionInterface.register("slots", attend)
+AttentionInterface.register("slots_sdpa", attend_as_sdpa)
 
 
 @contextmanager
 def one_query_attention(model: PreTrainedModel) -> Iterator[None]:
     """The model attends by `attend` within the block. (Architectures without that choice keep their own.)"""
     before = model.config._attn_implementation
-    model.set_attn_implementation("slots")
+    model.set_attn_implementation("slots_sdpa" if before == "sdpa" else "slots")
     try:
         yield
     finally:
