@@ -87,7 +87,7 @@ def test_gradients_do_not_depend_on_the_micro_batch_size(load, architecture):
     whole = plain_gradient(model, rollout, weights)
     for tokens in (1, 20, 50, 10**6):
         torch.testing.assert_close(gradient(model, rollout, weights, tokens), whole, rtol=0,
-                                   atol=1e-6 * whole.abs().max().item())
+                                   atol=2e-6 * whole.abs().max().item())
 
 
 def test_the_stop_token_is_trained_on_even_where_pad_equals_eos(load):
