@@ -14,44 +14,54 @@ from torch.nn.functional import scaled_dot_product_attention
 from torch.nn.utils.rnn import pad_sequence
 from transformers import AttentionInterface, Cache, DynamicCache, PreTrainedModel
 
-FEW_HEADS = 8  # of keys and values: up to here `attend` multiplies the heads of a row at once
-
 
 class Slots(Cache):
-    """Keys and values of the rows being decoded: two tensors (R, columns, heads, head size) a layer, written in place.
-    Column c holds a row's token at position c, so that a row's numbers do not depend on its neighbours."""
+    """Keys and values of the rows being decoded: two tensors (R, heads, columns, head size) a layer, written in place.
+    Column c holds a row's token at position c, so that a row's numbers do not depend on its neighbours.
 
-    def __init__(self, rows: int, columns: int):
+    fixed: all rows and columns are there from the start, and stay where they are, as recorded steps want it. Else there
+    are just the columns that are looked at, side by side in memory: a CPU reads them three times as fast as those of a
+    wider tensor, which pays for copying them when they become more.
+    """
+
+    def __init__(self, rows: int, columns: int, fixed: bool):
         super().__init__(layers=[])
-        self.rows, self.columns, self.stores = rows, columns, None
+        self.rows, self.columns, self.fixed, self.stores = rows, columns, fixed, None
 
     def prefill(self, prompts: DynamicCache) -> None:
         """Takes the keys and values of P prompts, for `admit` to copy; what the slots held is forgotten."""
-        self.prompts = [part.transpose(1, 2) for layer in prompts.layers for part in (layer.keys, layer.values)]
-        if self.stores is None:
-            self.stores = [part.new_zeros(self.rows, self.columns, *part.shape[2:]) for part in self.prompts]
+        self.prompts = [part for layer in prompts.layers for part in (layer.keys, layer.values)]
+        if not (self.stores and self.fixed):
+            self.stores = [part.new_zeros(self.rows, part.shape[1], self.columns if self.fixed else 0, part.shape[3])
+                           for part in self.prompts]
+
+    def move(self, slots: Tensor | slice, filled: int) -> None:
+        """`slots` (indices) come to the front, the others are gone; the first `filled` columns are looked at."""
+        for i, store in enumerate(self.stores):
+            moved = store[slots, :, :filled]
+            if self.fixed:
+                store[: len(moved), :, :filled] = moved
+            else:
+                room = store.new_zeros(*moved.shape[:2], filled - moved.shape[2], moved.shape[3])
+                self.stores[i] = torch.cat([moved, room], 2)
 
     def admit(self, slots: Tensor, prompts: Tensor) -> None:
         """Copies the keys and values of `prompts` (indices) into `slots` (indices)."""
         for store, prompt in zip(self.stores, self.prompts):
-            store[slots, : prompt.shape[1]] = prompt[prompts]
-
-    def keep(self, slots: Tensor, filled: int) -> None:
-        """Moves `slots` (indices) to the front. Only the first `filled` columns are copied."""
-        for store in self.stores:
-            store[: len(slots), :filled] = store[slots, :filled]
+            width = min(prompt.shape[2], store.shape[2])
+            store[slots, :, :width] = prompt[prompts, :, :width]
 
     def at(self, positions: Tensor, filled: int) -> "Slots":
         """The next token of the first R rows goes to its position, (R,); the first `filled` columns are looked at."""
-        self.filled, self.used = filled, len(positions)
-        self.places = torch.arange(len(positions), device=positions.device) * self.columns + positions
+        self.positions, self.filled, self.each = positions, filled, torch.arange(len(positions), device=positions.device)
         return self
 
     def update(self, keys: Tensor, values: Tensor, layer: int, *args, **kwargs) -> list[Tensor]:
         """Called by each attention layer with the newest keys and values, (R, heads, 1, head size)."""
-        for store, new in zip(self.stores[2 * layer :], (keys, values)):
-            store.flatten(0, 1).index_copy_(0, self.places, new[:, :, 0])
-        return [store[: self.used, : self.filled].transpose(1, 2) for store in self.stores[2 * layer : 2 * layer + 2]]
+        stores = self.stores[2 * layer : 2 * layer + 2]
+        for store, new in zip(stores, (keys, values)):
+            store[self.each, :, self.positions] = new[:, :, 0]
+        return [store[: len(self.each), :, : self.filled] for store in stores]
 
     def get_seq_length(self, layer: int = 0) -> int:
         return self.filled - 1
@@ -63,26 +73,20 @@ def attend(
 ) -> tuple[Tensor, None]:
     """Attention of one query a row: (R, heads, 1, size), keys and values (R, groups, columns, size) as Slots has them.
 
-    The heads that share keys and values are several queries of one attention, so that nothing is repeated. On a CPU few
-    groups are multiplied at once: the query of a group fills its own part of a row of zeros, and the products with the
-    other groups' keys come out as 0. That is more arithmetic, but it reads keys and values as they lie: twice as fast.
+    The heads that share keys and values are several queries of one attention, so that nothing is repeated. On a CPU two
+    plain products are the fastest; they also serve where scores are soft-capped, which sdpa cannot.
     """
     R, heads, _, size = query.shape
-    scaling = size**-0.5 if scaling is None else scaling
-    groups, shared = key.shape[1], heads // key.shape[1]
-    by_blocks = query.device.type == "cpu" and query.dtype == torch.float32 and groups <= FEW_HEADS
-    if softcap is None and not by_blocks:
-        packed = query.view(R, groups, shared, size)
-        out = scaled_dot_product_attention(packed, key, value, attn_mask=attention_mask, scale=scaling)
+    groups, scaling = key.shape[1], size**-0.5 if scaling is None else scaling
+    query = query.view(R, groups, heads // groups, size)
+    if softcap is None and query.device.type != "cpu":
+        out = scaled_dot_product_attention(query, key, value, attn_mask=attention_mask, scale=scaling)
         return out.reshape(R, 1, heads, -1), None
-    own = torch.eye(groups, dtype=query.dtype, device=query.device).view(groups, 1, groups, 1)
-    spread = (query.view(R, groups, shared, 1, size) * (own * scaling)).view(R, heads, groups * size)
-    scores = torch.bmm(spread, key.transpose(1, 2).flatten(2).transpose(1, 2))  # (R, heads, columns)
+    scores = torch.bmm((query * scaling).flatten(0, 1), key.flatten(0, 1).transpose(1, 2)).view(R, groups, -1, key.shape[2])
     if softcap is not None:
         scores = (scores / softcap).tanh() * softcap
-    shares = (scores + attention_mask[:, 0]).softmax(-1, dtype=torch.float32).to(value.dtype)
-    out = torch.bmm(shares, value.transpose(1, 2).flatten(2)).view(R, groups, shared, groups, -1)
-    return out.diagonal(dim1=1, dim2=3).permute(0, 3, 1, 2).reshape(R, 1, heads, -1), None
+    shares = (scores + attention_mask).softmax(-1, dtype=torch.float32).to(value.dtype)
+    return torch.bmm(shares.flatten(0, 1), value.flatten(0, 1)).view(R, 1, heads, -1), None
 
 
 def attend_as_sdpa(*inputs, softcap: float | None = None, **options) -> tuple[Tensor, None]:
@@ -195,7 +199,8 @@ class Decoding:
         self.logprobs, self.draws = zeros(B + 1, N, dtype=torch.float32), zeros(B + 1, N, dtype=precise)
         self.finished, self.rows = zeros(B + 1, dtype=torch.bool), zeros(slots)  # rows: what each slot works on, or B
         self.ends = zeros(model.config.get_text_config().vocab_size, dtype=torch.bool)  # the stop tokens
-        self.slots, self.steps = Slots(slots, columns), Steps(model.device)
+        self.steps = Steps(model.device)
+        self.slots = Slots(slots, columns, fixed=self.steps.record is not None)
 
     def begin(self, model: PreTrainedModel, prompts: list[list[int]], group_size: int, stop: list[int], draws: Tensor):
         """Runs each prompt once, without its last token: that one is fed by the first decode step, so that every token

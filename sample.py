@@ -30,7 +30,7 @@ from policy import context_length, load_policy, pick_device, response_logprobs, 
 from tasks import PLAIN, Problem, Task, prompt_ids
 
 CHECK_EVERY = {"cuda": 16, "mps": 16, "cpu": 1}  # decode steps between looks at which rows have ended
-WIDTH = {"cuda": 64, "mps": 64, "cpu": 8}  # attention looks at a multiple of so many columns
+WIDTH = {"cuda": 64, "mps": 64, "cpu": 16}  # attention looks at a multiple of so many columns
 
 
 @dataclass
@@ -99,22 +99,25 @@ def generate(
     with one_query_attention(model):
         for step in itertools.count():
             if step % every == 0:  # looking at what has ended makes a GPU wait
-                rows = work.rows[:used]
+                rows, began = work.rows[:used], waiting
                 free = (rows == B).nonzero()[:, 0]
-                begin = torch.arange(waiting, min(B, waiting + len(free)), device=rows.device)
-                rows[free[: len(begin)]] = begin
-                work.slots.admit(free[: len(begin)], begin // group_size)
-                waiting += len(begin)
-                working = used - len(free) + len(begin)
+                waiting = min(B, waiting + len(free))
+                rows[free[: waiting - began]] = torch.arange(began, waiting, device=rows.device)
+                working = used - len(free) + waiting - began
                 if working == 0:
                     break
+                left = None
                 if used - working >= used / 4:  # dropping slots copies the cache, so not for each that is free
                     left = (rows == B).to(torch.uint8).argsort(stable=True)[: -(-working // unit) * unit]
                     used = len(left)
-                    work.rows[:used] = rows[left]
-                    work.slots.keep(left, filled)
-                reach = int(work.lengths[work.rows[:used]].max()) + every
-                filled = min(-(-reach // width) * width, columns)
+                    rows = work.rows[:used] = rows[left]
+                reach = int(work.lengths[rows].max()) + every
+                filled, before = min(-(-reach // width) * width, columns), filled
+                if left is not None or filled != before:
+                    work.slots.move(slice(None) if left is None else left, filled)
+                if waiting > began:
+                    new = ((rows >= began) & (rows < B)).nonzero()[:, 0]
+                    work.slots.admit(new, rows[new] // group_size)
             work.steps((used, filled), partial(work.step, model, used, filled, temperature))
     lengths, prompt_lengths = work.lengths[:B], work.prompt_lengths[:B]
     longest = int((lengths - prompt_lengths).max())
