@@ -53,7 +53,8 @@ class Slots(Cache):
 
     def at(self, positions: Tensor, filled: int) -> "Slots":
         """The next token of the first R rows goes to its position, (R,); the first `filled` columns are looked at."""
-        self.positions, self.filled, self.each = positions, filled, torch.arange(len(positions), device=positions.device)
+        self.positions, self.filled = positions, filled
+        self.each = torch.arange(len(positions), device=positions.device)
         return self
 
     def update(self, keys: Tensor, values: Tensor, layer: int, *args, **kwargs) -> list[Tensor]:
@@ -82,7 +83,7 @@ def attend(
     if softcap is None and query.device.type != "cpu":
         out = scaled_dot_product_attention(query, key, value, attn_mask=attention_mask, scale=scaling)
         return out.reshape(R, 1, heads, -1), None
-    scores = torch.bmm((query * scaling).flatten(0, 1), key.flatten(0, 1).transpose(1, 2)).view(R, groups, -1, key.shape[2])
+    scores = torch.bmm((query * scaling).flatten(0, 1), key.flatten(0, 1).mT).view(*query.shape[:3], -1)
     if softcap is not None:
         scores = (scores / softcap).tanh() * softcap
     shares = (scores + attention_mask).softmax(-1, dtype=torch.float32).to(value.dtype)

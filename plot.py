@@ -30,7 +30,8 @@ CURVES = {  # metric -> title of its panel
 
 def read_metrics(folder: Path) -> list[dict]:
     """The rows of metrics.jsonl, and before them, as step 0, the held-out accuracy that the run set out from."""
-    rows = read_rows(folder / "metrics.jsonl")
+    drawn = {"step", "true_reward", "eval_interval", *CURVES}
+    rows = read_rows(folder / "metrics.jsonl", lambda key: key in drawn or key.startswith("reward/"))
     if (folder / "before.json").exists():
         before = json.loads((folder / "before.json").read_text())["sampled"]
         rows.insert(0, {"step": 0, "eval_accuracy": before["accuracy"], "eval_interval": before["interval"]})
@@ -44,9 +45,10 @@ def smooth(values: list[float]) -> list[float]:
 
 
 def draw(panel, steps: list[int], values: list[float], color: str) -> None:
-    """Each step thin, the mean of the steps around it thick."""
-    panel.plot(steps, values, color=color, alpha=0.35, linewidth=1)
-    panel.plot(steps, smooth(values), color=color, linewidth=2)
+    """Each step thin, the mean of the steps around it thick; of a long run some 500 steps, for which there is room."""
+    every = slice(None, None, 1 + len(steps) // 500)
+    panel.plot(steps[every], values[every], color=color, alpha=0.35, linewidth=1)
+    panel.plot(steps[every], smooth(values)[every], color=color, linewidth=2)
 
 
 def panels(figure: Figure, curves: dict[str, str]):

@@ -121,6 +121,8 @@ def generate(
             work.steps((used, filled), partial(work.step, model, used, filled, temperature))
     lengths, prompt_lengths = work.lengths[:B], work.prompt_lengths[:B]
     longest = int((lengths - prompt_lengths).max())
+    if not work.slots.fixed:
+        kept.clear()  # nothing is replayed from there: the memory is the update's until then
     return Rollout(work.ids[:B, : int(lengths.max())].clone(), prompt_lengths.clone(), lengths.clone(),
                    work.logprobs[:B, :longest].clone(), work.finished[:B].clone())
 

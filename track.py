@@ -19,7 +19,9 @@ import os
 import platform
 import shutil
 import subprocess
+import sys
 import time
+from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 from typing import TextIO
@@ -123,18 +125,22 @@ def append(path: Path, rows: list[dict]) -> None:
         file.writelines(json.dumps(row) + "\n" for row in rows)
 
 
-def read_rows(path: Path) -> list[dict]:
-    """The whole lines of a .jsonl file, if it exists. One cut short by a crash can only be the last: it is left out."""
-    lines = path.read_text(errors="replace").split("\n")[:-1] if path.exists() else []
-    try:
-        return json.loads(f"[{','.join(lines)}]")  # all at once, so that thousands of rows share their keys
-    except ValueError:
-        for number, line in enumerate(lines, 1):
-            try:
-                json.loads(line)
-            except ValueError as error:
-                raise UserError(f"{path}, line {number}: is damaged ({error}): mend or delete that line") from None
-        raise
+def read_rows(path: Path, wanted: Callable[[str], bool] = lambda key: True) -> list[dict]:
+    """The whole lines of a .jsonl file, if it exists, and of each the keys that are wanted. One cut short by a crash
+    can only be the last: it is left out. A long run reads its own metrics again and again, and must not grow with them:
+    so line by line, and rows share their keys."""
+    rows = []
+    if path.exists():
+        with path.open(errors="replace") as file:
+            for number, line in enumerate(file, 1):
+                if not line.endswith("\n"):
+                    break
+                try:
+                    row = json.loads(line)
+                except ValueError as error:
+                    raise UserError(f"{path}, line {number}: is damaged ({error}): mend or delete that line") from None
+                rows.append({sys.intern(key): value for key, value in row.items() if wanted(key)})
+    return rows
 
 
 def rewind(folder: Path, step: int) -> None:
@@ -165,7 +171,7 @@ def record(folder: Path, metrics: dict, samples: list[dict], weights: Tensor, mo
 def watch(folder: Path, every: int) -> bool:
     """Whether the mean true reward of the last `every` steps is the best so far. Warns where the two have parted: the
     reward has risen since the true one was at its best, while the true one has fallen by more than 0.05."""
-    rows = read_rows(folder / "metrics.jsonl")
+    rows = read_rows(folder / "metrics.jsonl", {"step", "reward", "true_reward"}.__contains__)
     blocks = [rows[start : start + every] for start in range(0, len(rows), every)]
     reward, true = ([sum(row[key] for row in block) / len(block) for block in blocks]
                     for key in ("reward", "true_reward"))
@@ -183,7 +189,8 @@ WINDOW = 10  # steps that are averaged to see a collapse
 def warn_of_collapse(folder: Path) -> None:
     """Warns where the last 10 steps, for the first time, have under a twentieth of the entropy of the first 10, though
     under 0.9 right, or a reward below that of the best 10 by more than noise, a fifth, and half of the gain."""
-    rows = [row for row in read_rows(folder / "metrics.jsonl") if "entropy" in row]
+    rows = read_rows(folder / "metrics.jsonl", {"entropy", "reward", "accuracy"}.__contains__)
+    rows = [row for row in rows if "entropy" in row]
     blocks = [rows[start : start + WINDOW] for start in range(0, len(rows) - WINDOW + 1, WINDOW)]
     entropy, reward, right = ([sum(row[key] for row in block) / WINDOW for block in blocks]
                               for key in ("entropy", "reward", "accuracy"))

@@ -24,7 +24,7 @@ from policy import save_policy  # noqa: E402
 
 STEPS, EARLY = 2000, 200
 FLAGS = ["--model=untaught", "--device=cpu", "--prompts_per_step=1", "--group_size=2", "--max_new_tokens=2",
-         f"--steps={STEPS}", "--eval_every=100",
+         f"--steps={STEPS}", "--eval_every=40",
          "--eval_problems=2", "--log_samples=2", "--reward=noise.noise", "--name=long"]
 
 
