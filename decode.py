@@ -53,16 +53,18 @@ class Slots(Cache):
 
     def at(self, positions: Tensor, filled: int) -> "Slots":
         """The next token of the first R rows goes to its position, (R,); the first `filled` columns are looked at."""
-        self.positions, self.filled = positions, filled
-        self.each = torch.arange(len(positions), device=positions.device)
+        self.positions, self.filled, self.places = positions, filled, {}
         return self
 
     def update(self, keys: Tensor, values: Tensor, layer: int, *args, **kwargs) -> list[Tensor]:
         """Called by each attention layer with the newest keys and values, (R, heads, 1, head size)."""
-        stores = self.stores[2 * layer : 2 * layer + 2]
+        stores, (R, heads) = self.stores[2 * layer : 2 * layer + 2], keys.shape[:2]
+        if heads not in self.places:  # of the new ones in a table of (R * heads * columns, head size)
+            heads_before = torch.arange(R * heads, device=keys.device).view(R, heads)
+            self.places[heads] = (heads_before * stores[0].shape[2] + self.positions[:, None]).flatten()
         for store, new in zip(stores, (keys, values)):
-            store[self.each, :, self.positions] = new[:, :, 0]
-        return [store[: len(self.each), :, : self.filled] for store in stores]
+            store.flatten(0, 2).index_copy_(0, self.places[heads], new.flatten(0, 2))
+        return [store[:R, :, : self.filled] for store in stores]
 
     def get_seq_length(self, layer: int = 0) -> int:
         return self.filled - 1

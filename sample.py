@@ -86,10 +86,10 @@ def generate(
     B, N, kind = len(prompts) * group_size, max_new_tokens, model.device.type
     width, every, kept = WIDTH[kind], CHECK_EVERY[kind], {} if kept is None else kept
     columns, used = -(-(max(map(len, prompts)) + N) // width) * width, min(B, max_rows)
-    size = B, used, columns, N, temperature
-    if size not in kept:
+    size = B, used, N, temperature, *(weight.data_ptr() for weight in model.parameters())  # recorded steps read there
+    if size not in kept or kept[size].slots.columns < columns:
         kept.clear()
-        kept[size] = Decoding(model, *size[:4])
+        kept[size] = Decoding(model, B, used, columns, N)
     work: Decoding = kept[size]
     generators = [torch.Generator().manual_seed(seed) for seed in seeds]
     draws = torch.cat([torch.rand(group_size, N, dtype=torch.float64, generator=each) for each in generators])

@@ -135,7 +135,15 @@ def test_a_signal_ends_the_step_saves_and_says_how_to_go_on(untaught, capsys, nu
     assert left(train.main(config("--name=told", "--resume", "--runs_dir=my runs"))) == left(straight)
 
 
-def test_a_second_signal_does_not_wait(untaught):
+@pytest.fixture
+def heeded():
+    """SIGINT raises KeyboardInterrupt, also where a shell has started the tests in the background, which ignores it."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+def test_a_second_signal_does_not_wait(untaught, heeded):
     Path("mine.py").write_text("import os, signal\ndef twice(prompt, response, answer):\n"
                                "    os.kill(os.getpid(), signal.SIGINT)\n    return 0.0\n")
     with pytest.raises(KeyboardInterrupt):

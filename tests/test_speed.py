@@ -89,24 +89,55 @@ def test_gradient_checkpointing_changes_no_gradient(load, architecture):
     assert ((flat_gradient(model) - plain).norm() / plain.norm()).item() < 3e-6
 
 
-def test_a_recorded_step_is_replayed_and_does_the_same(load, monkeypatch):
-    """CUDA's recording played by a stand-in that runs the step again: what is replayed must read nothing but tensors
-    that stay where they are, from one call to the next."""
-    model, _ = load("llama")
-    plain = [generate(model, PROMPTS, 4, 20, STOP, seeds, max_rows=7) for seeds in ([1, 2, 3], [4, 5, 6])]
-    recorded, replayed = [], []
+def record_by_stand_in(monkeypatch):
+    """CUDA's recording played by running the step again: what is replayed must read nothing but tensors that stay where
+    they are. -> [steps recorded, steps replayed]"""
+    counts = [0, 0]
 
     class Recorded(decode.Steps):
         def __init__(self, device):
             super().__init__(device)
-            self.record = lambda step: recorded.append(1) or (lambda: replayed.append(1) or step())
+            self.record = self.stand_in
+
+        def stand_in(self, step):
+            def replay():
+                counts[1] += 1
+                step()
+
+            counts[0] += 1
+            return replay
 
     monkeypatch.setattr(decode, "Steps", Recorded)
-    kept = {}
+    return counts
+
+
+def test_a_recorded_step_is_replayed_and_does_the_same(load, monkeypatch):
+    model, _ = load("llama")
+    plain = [generate(model, PROMPTS, 4, 20, STOP, seeds, max_rows=7) for seeds in ([1, 2, 3], [4, 5, 6])]
+    counts, kept = record_by_stand_in(monkeypatch), {}
     for expected, seeds in zip(plain, ([1, 2, 3], [4, 5, 6])):
         again = generate(model, PROMPTS, 4, 20, STOP, seeds, max_rows=7, kept=kept)
-        assert torch.equal(again.ids, expected.ids) and torch.equal(again.logprobs, expected.logprobs)
-    assert len(kept) == 1 and 0 < len(recorded) < len(replayed)
+        assert torch.equal(again.ids, expected.ids)
+        torch.testing.assert_close(again.logprobs, expected.logprobs, atol=1e-5, rtol=0)
+    assert len(kept) == 1 and 0 < counts[0] < counts[1]
+
+
+def test_steps_are_recorded_again_only_where_something_has_moved(load, monkeypatch):
+    """They were once recorded again for each batch with another longest prompt, and never when weights had moved."""
+    record_by_stand_in(monkeypatch)
+    model, kept = copy.deepcopy(load("llama")[0]), {}
+
+    def sample(prompts):
+        generate(model, prompts, 4, 20, [], list(range(len(prompts))), kept=kept)
+        [work] = kept.values()
+        return work.steps
+
+    first = sample(PROMPTS)
+    assert sample([prompt[:3] for prompt in PROMPTS]) is first  # shorter: there is room
+    longer = sample([[5] * 40] * 3)
+    assert longer is not first and sample(PROMPTS) is longer
+    model.load_state_dict({name: weight.clone() for name, weight in model.state_dict().items()}, assign=True)
+    assert sample(PROMPTS) is not longer
 
 
 def out_of_memory(times, function):
