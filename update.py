@@ -36,16 +36,21 @@ class Learner:
             with warnings.catch_warnings(action="ignore", category=FutureWarning):  # it is about to get another name
                 model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
             self.layers = [layer for layer in model.modules() if getattr(layer, "gradient_checkpointing", False)]
-        linear, cap = model.get_output_embeddings(), getattr(model.config, "final_logit_softcapping", None)
-        self.head = (lambda hidden: (linear(hidden) / cap).tanh() * cap) if cap else linear
+        self.linear, self.cap = model.get_output_embeddings(), getattr(model.config, "final_logit_softcapping", None)
         self.body = lambda ids, **inputs: model.base_model(ids, **inputs).last_hidden_state
-        self.head_weights = [weight for weight in linear.parameters() if weight.requires_grad]
         ids = torch.arange(4, device=model.device)[None]
         with torch.no_grad():
             expected, got = model(ids, use_cache=False).logits, self.head(self.body(ids, use_cache=False))
-        if got.shape != expected.shape or (got - expected).abs().max() > 0.01 * expected.abs().max():
-            self.head, self.head_weights = lambda logits: logits, []
+        plain = type(self.linear) is torch.nn.Linear and got.shape == expected.shape
+        if not plain or (got - expected).abs().max() > 0.01 * expected.abs().max():
+            self.linear = self.cap = None
             self.body = lambda ids, **inputs: model(ids, **inputs).logits
+        self.head_weights = [weight for weight in self.linear.parameters() if weight.requires_grad] if self.linear else []
+
+    def head(self, states: Tensor) -> Tensor:
+        """(..., hidden size) -> (..., V) logits"""
+        logits = self.linear(states) if self.linear else states
+        return (logits / self.cap).tanh() * self.cap if self.cap else logits
 
     def states(self, ids: Tensor, prompt_lengths: Tensor, lengths: Tensor) -> Tensor:
         """(R, T) ids padded on the right, (R,), (R,) -> (R, N, hidden size): what response tokens are predicted from.
@@ -84,23 +89,36 @@ class Learner:
         inputs = states.detach()
         gradients = [torch.zeros_like(inputs), *(torch.zeros_like(w, dtype=torch.float32) for w in self.head_weights)]
         for part in (slice(start, start + size) for start in range(0, len(tokens), size)):
-            with torch.set_grad_enabled(slopes is not None):
-                tile = inputs[part].requires_grad_(slopes is not None)
-                logits = self.head(tile)
-            scaled = logits.detach().float()
-            scaled = (scaled if self.temperature == 1 else scaled / self.temperature).log_softmax(-1)
-            logprobs[part] = scaled.gather(1, tokens[part, None])[:, 0]
-            if slopes is not None:
-                slope = slopes[part, None] / self.temperature
-                scaled.exp_().mul_(-slope).scatter_add_(1, tokens[part, None], slope)  # d loss / d logits
-                inner = [tile, *self.head_weights]
-                gradients[0][part], *more = torch.autograd.grad(logits, inner, scaled.to(logits.dtype))
-                for total, one in zip(gradients[1:], more):
-                    total += one
+            with torch.no_grad():
+                logits = self.head(inputs[part])
+                shares = logits.float()
+                shares = (shares if self.temperature == 1 else shares / self.temperature).log_softmax(-1)
+                logprobs[part] = shares.gather(1, tokens[part, None])[:, 0]
+                if slopes is not None:
+                    slope = slopes[part, None] / self.temperature
+                    shares.exp_().mul_(-slope).scatter_add_(1, tokens[part, None], slope)  # d loss / d logits
+                    if self.cap:
+                        shares.mul_(1 - (logits.float() / self.cap).square())
+                    self.pull_back(shares.to(logits.dtype), inputs[part], gradients[0][part], gradients[1:])
         if slopes is not None:
             roots = [states, *self.head_weights]
             torch.autograd.backward(roots, [gradient.to(root.dtype) for root, gradient in zip(roots, gradients)])
         return logprobs
+
+    def pull_back(self, slopes: Tensor, tile: Tensor, to_states: Tensor, to_weights: list[Tensor]) -> None:
+        """(K, V) d loss / d product, (K, hidden size) states -> written: d loss / d states; added: / d head weights."""
+        if self.linear is None:
+            to_states.copy_(slopes)
+            return
+        torch.mm(slopes, self.linear.weight, out=to_states)
+        for total in to_weights:
+            if total.dim() == 1:  # the bias
+                total += slopes.sum(0)
+            elif total.dtype == tile.dtype:
+                total.addmm_(slopes.T, tile)
+            else:
+                total += slopes.T @ tile
+
 
     @torch.no_grad()
     def logprobs(self, rollout, micro_batch_tokens: int) -> Tensor:
