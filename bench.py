@@ -9,9 +9,10 @@ Weights are random, so nothing is downloaded. What is compared runs in turn. Sec
 OMP_NUM_THREADS=1: a thread that waits for another counts too), wall seconds on a GPU. All numbers go to bench.json.
 """
 
-import importlib.util
+import importlib
 import json
 import resource
+import sys
 import time
 from collections import defaultdict
 from collections.abc import Callable
@@ -112,10 +113,14 @@ def others(config: Config, arguments: tuple) -> dict[str, Callable]:
 
     if not config.against:
         return {"model.generate": theirs}
-    if not (path := Path(config.against) / "sample.py").exists():
+    scripts = {path.stem for path in Path(config.against).glob("*.py")}
+    if "sample" not in scripts:
         raise UserError(f"--against {config.against}: there is no sample.py in that folder")
-    spec = importlib.util.spec_from_file_location("against", path)
-    spec.loader.exec_module(module := importlib.util.module_from_spec(spec))
+    ours = {name: sys.modules.pop(name) for name in scripts & set(sys.modules)}  # theirs imports its own neighbours
+    sys.path.insert(0, config.against)
+    module = importlib.import_module("sample")
+    sys.path.pop(0)
+    sys.modules.update(ours)
     return {"model.generate": theirs, "against": partial(module.generate, *arguments)}
 
 

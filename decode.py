@@ -7,6 +7,7 @@ CUDA a step can be recorded as a graph and replayed: a small model spends most o
 import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -72,16 +73,18 @@ class Slots(Cache):
 
 def attend(
     module: torch.nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor,
-    scaling: float | None = None, softcap: float | None = None, **kwargs,
+    scaling: float | None = None, softcap: float | None = None, capping: bool = True, **kwargs,
 ) -> tuple[Tensor, None]:
     """Attention of one query a row: (R, heads, 1, size), keys and values (R, groups, columns, size) as Slots has them.
 
     The heads that share keys and values are several queries of one attention, so that nothing is repeated. On a CPU two
     plain products are the fastest; they also serve where scores are soft-capped, which sdpa cannot.
+    capping: False leaves soft-capping out, as transformers' sdpa does
     """
     R, heads, _, size = query.shape
     groups, scaling = key.shape[1], size**-0.5 if scaling is None else scaling
     query = query.view(R, groups, heads // groups, size)
+    softcap = softcap if capping else None
     if softcap is None and query.device.type != "cpu":
         out = scaled_dot_product_attention(query, key, value, attn_mask=attention_mask, scale=scaling)
         return out.reshape(R, 1, heads, -1), None
@@ -92,20 +95,12 @@ def attend(
     return torch.bmm(shares.flatten(0, 1), value.flatten(0, 1)).view(R, 1, heads, -1), None
 
 
-def attend_as_sdpa(*inputs, softcap: float | None = None, **options) -> tuple[Tensor, None]:
-    """`attend` for a model that runs by transformers' sdpa, which leaves soft-capping out."""
-    return attend(*inputs, **options)
-
-
-AttentionInterface.register("slots", attend)
-AttentionInterface.register("slots_sdpa", attend_as_sdpa)
-
-
 @contextmanager
 def one_query_attention(model: PreTrainedModel) -> Iterator[None]:
     """The model attends by `attend` within the block. (Architectures without that choice keep their own.)"""
     before = model.config._attn_implementation
-    model.set_attn_implementation("slots_sdpa" if before == "sdpa" else "slots")
+    AttentionInterface.register("slots", partial(attend, capping=before != "sdpa"))
+    model.set_attn_implementation("slots")
     try:
         yield
     finally:

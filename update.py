@@ -45,39 +45,45 @@ class Learner:
         if not plain or (got - expected).abs().max() > 0.01 * expected.abs().max():
             self.linear = self.cap = None
             self.body = lambda ids, **inputs: model(ids, **inputs).logits
-        self.head_weights = [weight for weight in self.linear.parameters() if weight.requires_grad] if self.linear else []
+        own = self.linear.parameters() if self.linear else ()
+        self.head_weights = [weight for weight in own if weight.requires_grad]
 
     def head(self, states: Tensor) -> Tensor:
         """(..., hidden size) -> (..., V) logits"""
         logits = self.linear(states) if self.linear else states
         return (logits / self.cap).tanh() * self.cap if self.cap else logits
 
-    def states(self, ids: Tensor, prompt_lengths: Tensor, lengths: Tensor) -> Tensor:
-        """(R, T) ids padded on the right, (R,), (R,) -> (R, N, hidden size): what response tokens are predicted from.
+    def states(self, rollout, rows: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """(R,) indices into the rollout -> (K, hidden size) what these rows' K response tokens are predicted from, (K,)
+        those tokens, (R, N) bool: which place of which row has one.
 
-        Past a row's end the states are of no use. No mask is needed where a row is run whole: attention is causal, and
-        padding stands after everything that it could be seen from.
+        No mask is needed where a row is run whole: attention is causal, and padding stands after everything that it
+        could be seen from.
         """
+        ids, prompt_lengths, lengths = rollout.rows(rows)
         last = prompt_lengths - 1  # position of a prompt's last token, from which the response begins
-        places = last[:, None] + torch.arange(int((lengths - prompt_lengths).max()), device=ids.device)
-        places = places.clamp(max=ids.shape[1] - 1)  # (R, N)
+        places = last[:, None] + torch.arange(int((lengths - prompt_lengths).max()), device=ids.device)  # (R, N)
+        inside = places + 1 < lengths[:, None]  # from lengths, not from pad ids: pad may equal EOS, which is trained on
+        tokens = ids.gather(1, (places + 1).clamp(max=ids.shape[1] - 1))[inside]
+        places = places.clamp(max=ids.shape[1] - 1)
         columns = torch.arange(max(1, int(last.max())), device=ids.device)  # of prompts, their last tokens left out
-        inside = columns < last[:, None]
-        prompts, member = ids[:, : len(columns)].masked_fill(~inside, -1).unique(dim=0, return_inverse=True)
+        within = columns < last[:, None]
+        prompts, member = ids[:, : len(columns)].masked_fill(~within, -1).unique(dim=0, return_inverse=True)
         if (len(ids) - len(prompts)) * len(columns) < SPARED * ids.numel() or self.layers:
             for layer in self.layers:  # they recompute only in train mode: they alone, for dropout must stay off
                 layer.training = True
             states = self.body(ids, use_cache=False)
             for layer in self.layers:
                 layer.training = False
-            return states.gather(1, places[:, :, None].expand(-1, -1, states.shape[2]))
+            return states.gather(1, places[:, :, None].expand(-1, -1, states.shape[2]))[inside], tokens, inside
         cache = DynamicCache()
         self.body(prompts.clamp(min=0), past_key_values=cache, use_cache=True)
         for layer in cache.layers:  # a prompt's keys and values for each of its rows: their gradients add up
             layer.keys, layer.values = layer.keys[member], layer.values[member]
-        keys = torch.cat([columns.where(inside, -1), places], 1)  # (R, prompt + N) positions, -1 for no key
-        return self.body(ids.gather(1, places), position_ids=places, past_key_values=cache, use_cache=True,
-                         attention_mask=attention_masks(self.model, places, keys))
+        keys = torch.cat([columns.where(within, -1), places], 1)  # (R, prompt + N) positions, -1 for no key
+        states = self.body(ids.gather(1, places), position_ids=places, past_key_values=cache, use_cache=True,
+                           attention_mask=attention_masks(self.model, places, keys))
+        return states[inside], tokens, inside
 
     def read_off(self, states: Tensor, tokens: Tensor, slopes: Tensor | None = None) -> Tensor:
         """(K, hidden size) states, (K,) tokens -> (K,) float32 log-probs of the tokens, in tiles.
@@ -86,8 +92,8 @@ class Learner:
         the body: one softmax and three matrix products a tile, and nothing is kept.
         """
         logprobs, size = torch.empty(len(tokens), device=states.device), TILE[states.device.type]
-        inputs = states.detach()
-        gradients = [torch.zeros_like(inputs), *(torch.zeros_like(w, dtype=torch.float32) for w in self.head_weights)]
+        inputs, roots = states.detach(), [] if slopes is None else [states, *self.head_weights]
+        gradients = [torch.zeros_like(root, dtype=None if root is states else torch.float32) for root in roots]
         for part in (slice(start, start + size) for start in range(0, len(tokens), size)):
             with torch.no_grad():
                 logits = self.head(inputs[part])
@@ -100,8 +106,7 @@ class Learner:
                     if self.cap:
                         shares.mul_(1 - (logits.float() / self.cap).square())
                     self.pull_back(shares.to(logits.dtype), inputs[part], gradients[0][part], gradients[1:])
-        if slopes is not None:
-            roots = [states, *self.head_weights]
+        if roots:
             torch.autograd.backward(roots, [gradient.to(root.dtype) for root, gradient in zip(roots, gradients)])
         return logprobs
 
@@ -119,16 +124,13 @@ class Learner:
             else:
                 total += slopes.T @ tile
 
-
     @torch.no_grad()
     def logprobs(self, rollout, micro_batch_tokens: int) -> Tensor:
         """(B, N) log-probs of all responses of a rollout, 0 past a row's end."""
         logprobs = torch.zeros_like(rollout.logprobs)
         for rows in micro_batches(rollout.lengths.cpu(), micro_batch_tokens):
-            ids, prompt_lengths, lengths = rollout.rows(rows)
-            tokens, inside = response_tokens(ids, prompt_lengths, lengths)
-            part = self.read_off(self.states(ids, prompt_lengths, lengths)[inside], tokens[inside])
-            logprobs[rows.to(logprobs.device), : tokens.shape[1]] = spread(part, inside)
+            states, tokens, inside = self.states(rollout, rows)
+            logprobs[rows.to(logprobs.device), : inside.shape[1]] = spread(self.read_off(states, tokens), inside)
         return logprobs
 
     def backward(self, rollout, rows: Tensor, token_losses: Callable, then: Tensor, start: Tensor, weights: Tensor,
@@ -151,14 +153,12 @@ class Learner:
         loss, gaps, ratios, clips = 0.0, [], [], []
         for micro in micro_batches(rollout.lengths[rows].cpu(), micro_batch_tokens):
             index = rows[micro.to(rows.device)]
-            ids, prompt_lengths, lengths = rollout.rows(index)
-            tokens, inside = response_tokens(ids, prompt_lengths, lengths)
-            part = index, slice(tokens.shape[1])
-            states = self.states(ids, prompt_lengths, lengths)[inside]
+            states, tokens, inside = self.states(rollout, index)
+            part = index, slice(inside.shape[1])
             slope = slopes(then[part])
             if not torch.equal(slope, slopes(then[part] - 1)):  # it depends on the log-probs, so they come first
-                slope = slopes(spread(self.read_off(states, tokens[inside]), inside))
-            now = spread(self.read_off(states, tokens[inside], slope[inside]), inside)
+                slope = slopes(spread(self.read_off(states, tokens), inside))
+            now = spread(self.read_off(states, tokens, slope[inside]), inside)
             micro_loss, clipped = losses(now)
             loss += micro_loss.item()
             gaps.append((now - rollout.logprobs[part])[inside].abs())
@@ -167,14 +167,6 @@ class Learner:
         ratio = torch.cat(ratios)
         return {"loss": loss, "sampler_gap": torch.cat(gaps).max().item(), "ratio_mean": ratio.mean().item(),
                 "ratio_max": ratio.max().item(), "clip_share": torch.cat(clips).mean().item()}
-
-
-def response_tokens(ids: Tensor, prompt_lengths: Tensor, lengths: Tensor) -> tuple[Tensor, Tensor]:
-    """(R, T) ids, (R,), (R,) -> (R, N) tokens of the responses from the left, (R, N) bool: which of them are there.
-
-    From lengths, not from pad ids: pad may equal EOS, and EOS must be trained on."""
-    places = prompt_lengths[:, None] + torch.arange(int((lengths - prompt_lengths).max()), device=ids.device)
-    return ids.gather(1, places.clamp(max=ids.shape[1] - 1)), places < lengths[:, None]
 
 
 def spread(values: Tensor, inside: Tensor) -> Tensor:

@@ -41,7 +41,8 @@ def test_a_prompt_run_once_for_its_group_has_the_gradient_of_whole_rows(load, ar
 def test_rows_of_weight_0_are_not_run(base, monkeypatch):
     """The rows that the update's forward passes see are those with a weight: `trained` of all."""
     seen, states = [], Learner.states
-    monkeypatch.setattr(Learner, "states", lambda self, ids, *rest: seen.append(len(ids)) or states(self, ids, *rest))
+    monkeypatch.setattr(Learner, "states", lambda self, rollout, rows: seen.append(len(rows)) or states(
+        self, rollout, rows))
     config = parse_train("--model", base, "--steps", 2, "--eval_problems", 0, "--prompts_per_step", 8)
     rows = track.read_rows(train.main(config) / "metrics.jsonl")
     assert sum(seen) == sum(round(row["trained"] * 128) for row in rows) < 256
