@@ -165,7 +165,7 @@ class Steps:
 
     def __init__(self, device: torch.device):
         self.record = self.graph if device.type == "cuda" else None
-        self.replays, self.pool = {}, None  # pool: memory that all graphs share, for they run one after the other
+        self.replays, self.pool = {}, None  # pool: memory that all graphs share, for they run in turn
 
     def __call__(self, key: tuple, step: Callable[[], None]) -> None:
         if key in self.replays:

@@ -222,3 +222,10 @@ class Optimizer:
         with torch.no_grad():
             for master, saved in zip(copies, state["masters"], strict=True):
                 master.copy_(saved)
+
+
+def learning_rate(step: int, lr: float, warmup_steps: int, steps: int) -> float:
+    """Steps count from 1. Rises to `lr` over the warm-up, then falls in a straight line to a tenth at the last step."""
+    if step <= warmup_steps:
+        return lr * step / warmup_steps
+    return lr * (1 - 0.9 * (step - warmup_steps) / max(1, steps - warmup_steps))

@@ -91,9 +91,9 @@ def generate(
         kept.clear()
         kept[size] = Decoding(model, B, used, columns, N)
     work: Decoding = kept[size]
-    generators = [torch.Generator().manual_seed(seed) for seed in seeds]
-    draws = torch.cat([torch.rand(group_size, N, dtype=torch.float64, generator=each) for each in generators])
-    work.begin(model, prompts, group_size, stop, draws)
+    own = [torch.Generator().manual_seed(seed) for seed in seeds]
+    work.begin(model, prompts, group_size, stop, torch.cat([
+        torch.rand(group_size, N, dtype=torch.float64, generator=generator) for generator in own]))
     unit = max(1, used // 8) if kind == "cuda" else 1  # few numbers of slots, few graphs
     waiting = filled = 0  # waiting: the first row that has not begun; filled: columns that attention looks at
     with one_query_attention(model):

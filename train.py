@@ -25,11 +25,11 @@ from flags import UserError, need, run_script
 from loss import AGGREGATIONS, BASELINED, FILTERS, LOSSES, NORMALISERS, RECIPES, choose, k3
 from memory import table
 from plot import plot
-from policy import Optimizer, adapter_off, add_adapter, load_policy, pick_device, save_policy, stop_ids
+from policy import Optimizer, adapter_off, add_adapter, learning_rate, load_policy, pick_device, save_policy, stop_ids
 from reward import load_reward, score
 from sample import check_room, choose_sampler, join
 from tasks import digest, load_task, prompt_ids, stream
-from update import Learner, learning_rate, within_memory
+from update import Learner, within_memory
 
 BASE = "models/add"
 

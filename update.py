@@ -26,8 +26,8 @@ class Learner:
 
     temperature: the sampler's, so that the distribution is the one that was sampled from
     gradient_checkpointing: keeps the input of each layer alone, and runs the layer again on the way back
-    Where head(body(ids)) are not the model's own logits (it may scale them in its own way), the body is the whole model
-    and the head does nothing: right as well, but all logits of a micro-batch are held at once.
+    Where head(body(ids)) are not the model's own logits (it may scale them in its own way, or have a bias), the body is
+    the whole model and the head does nothing: right as well, but all logits of a micro-batch are held at once.
     """
 
     def __init__(self, model: PreTrainedModel, temperature: float = 1.0, gradient_checkpointing: bool = False):
@@ -41,12 +41,10 @@ class Learner:
         ids = torch.arange(4, device=model.device)[None]
         with torch.no_grad():
             expected, got = model(ids, use_cache=False).logits, self.head(self.body(ids, use_cache=False))
-        plain = type(self.linear) is torch.nn.Linear and got.shape == expected.shape
+        plain = type(self.linear) is torch.nn.Linear and self.linear.bias is None and got.shape == expected.shape
         if not plain or (got - expected).abs().max() > 0.01 * expected.abs().max():
             self.linear = self.cap = None
             self.body = lambda ids, **inputs: model(ids, **inputs).logits
-        own = self.linear.parameters() if self.linear else ()
-        self.head_weights = [weight for weight in own if weight.requires_grad]
 
     def head(self, states: Tensor) -> Tensor:
         """(..., hidden size) -> (..., V) logits"""
@@ -92,37 +90,29 @@ class Learner:
         the body: one softmax and three matrix products a tile, and nothing is kept.
         """
         logprobs, size = torch.empty(len(tokens), device=states.device), TILE[states.device.type]
-        inputs, roots = states.detach(), [] if slopes is None else [states, *self.head_weights]
-        gradients = [torch.zeros_like(root, dtype=None if root is states else torch.float32) for root in roots]
+        inputs, weight = states.detach(), self.linear.weight if self.linear else None
+        roots = [] if slopes is None else [states, weight] if self.linear and weight.requires_grad else [states]
+        gradients = [torch.zeros_like(root, dtype=torch.float32 if root is weight else None) for root in roots]
         for part in (slice(start, start + size) for start in range(0, len(tokens), size)):
             with torch.no_grad():
-                logits = self.head(inputs[part])
+                tile = inputs[part]
+                logits = self.head(tile)
                 shares = logits.float()
                 shares = (shares if self.temperature == 1 else shares / self.temperature).log_softmax(-1)
                 logprobs[part] = shares.gather(1, tokens[part, None])[:, 0]
-                if slopes is not None:
-                    slope = slopes[part, None] / self.temperature
-                    shares.exp_().mul_(-slope).scatter_add_(1, tokens[part, None], slope)  # d loss / d logits
-                    if self.cap:
-                        shares.mul_(1 - (logits.float() / self.cap).square())
-                    self.pull_back(shares.to(logits.dtype), inputs[part], gradients[0][part], gradients[1:])
+                if slopes is None:
+                    continue
+                slope = slopes[part, None] / self.temperature
+                shares.exp_().mul_(-slope).scatter_add_(1, tokens[part, None], slope)  # d loss / d logits
+                if self.cap:
+                    shares.mul_(1 - (logits.float() / self.cap).square())
+                slope = shares.to(tile.dtype)  # d loss / d product of the tile and the weight
+                gradients[0][part] = slope @ weight if self.linear else slope
+                for total in gradients[1:]:  # in float32, in place where the product is too
+                    total.addmm_(slope.T, tile) if tile.dtype == torch.float32 else total.add_(slope.T @ tile)
         if roots:
             torch.autograd.backward(roots, [gradient.to(root.dtype) for root, gradient in zip(roots, gradients)])
         return logprobs
-
-    def pull_back(self, slopes: Tensor, tile: Tensor, to_states: Tensor, to_weights: list[Tensor]) -> None:
-        """(K, V) d loss / d product, (K, hidden size) states -> written: d loss / d states; added: / d head weights."""
-        if self.linear is None:
-            to_states.copy_(slopes)
-            return
-        torch.mm(slopes, self.linear.weight, out=to_states)
-        for total in to_weights:
-            if total.dim() == 1:  # the bias
-                total += slopes.sum(0)
-            elif total.dtype == tile.dtype:
-                total.addmm_(slopes.T, tile)
-            else:
-                total += slopes.T @ tile
 
     @torch.no_grad()
     def logprobs(self, rollout, micro_batch_tokens: int) -> Tensor:
@@ -205,10 +195,3 @@ def within_memory(work: Callable[[int], Result], size: int, flag: str, undo: Cal
         torch.cuda.empty_cache()
         size //= 2
         tqdm.write(f"out of memory: {flag} is {size} from here on")
-
-
-def learning_rate(step: int, lr: float, warmup_steps: int, steps: int) -> float:
-    """Steps count from 1. Rises to `lr` over the warm-up, then falls in a straight line to a tenth at the last step."""
-    if step <= warmup_steps:
-        return lr * step / warmup_steps
-    return lr * (1 - 0.9 * (step - warmup_steps) / max(1, steps - warmup_steps))

@@ -50,25 +50,25 @@ def test_rows_of_weight_0_are_not_run(base, monkeypatch):
 
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 3e-6), (torch.bfloat16, 0.02)])
 def test_tiles_of_the_head_change_no_gradient(load, monkeypatch, dtype, tolerance):
-    """The head of this one is its embedding table too, and here it has a bias."""
-    model = copy.deepcopy(load("qwen2")[0])
-    model.lm_head.bias = torch.nn.Parameter(torch.linspace(-1, 1, model.lm_head.out_features))
-    model.to(dtype)
+    model = copy.deepcopy(load("qwen2")[0]).to(dtype)  # its head is its embedding table too
     rollout = generate(model, PROMPTS, 4, 12, STOP, [1, 2, 3])
     monkeypatch.setitem(update.TILE, "cpu", 5)
     tiles, whole = gradient(model, rollout, torch.ones(12), 10**6), plain_gradient(model, rollout, torch.ones(12))
-    assert len(Learner(model).head_weights) == 2 and model.lm_head.bias.grad.abs().sum() > 0
+    assert Learner(model).linear
     assert ((tiles - whole).norm() / whole.norm()).item() < tolerance
 
 
-def test_a_head_that_is_more_than_a_product_is_left_to_the_model(load):
+@pytest.mark.parametrize("more", ["halved", "bias"])
+def test_a_head_that_is_more_than_a_product_is_left_to_the_model(load, more):
     """Halving the logits behind the head's back: the body is then the whole model, and the numbers are still right."""
     model = copy.deepcopy(load("llama")[0])
-    model.lm_head.register_forward_hook(lambda module, args, logits: logits)  # no change
-    assert Learner(model).head_weights
-    model.register_forward_hook(lambda module, args, out: out.__setitem__("logits", out.logits / 2))
+    assert Learner(model).linear
+    if more == "halved":
+        model.register_forward_hook(lambda module, args, out: out.__setitem__("logits", out.logits / 2))
+    else:
+        model.lm_head.bias = torch.nn.Parameter(torch.linspace(-1, 1, model.lm_head.out_features))
     rollout = generate(model, PROMPTS, 4, 12, STOP, [1, 2, 3])
-    assert not Learner(model).head_weights
+    assert not Learner(model).linear
     ours, whole = gradient(model, rollout, torch.ones(12), 60), plain_gradient(model, rollout, torch.ones(12))
     assert ((ours - whole).norm() / whole.norm()).item() < 3e-6
 

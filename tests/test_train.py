@@ -14,7 +14,7 @@ import track
 import train
 from checkpoint import find_checkpoint, new_checkpoint
 from flags import UserError, parse
-from update import learning_rate
+from policy import learning_rate
 
 ROOT = Path(__file__).parent.parent
 
