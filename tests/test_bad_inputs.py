@@ -19,8 +19,11 @@ from safetensors.torch import load_file, save_file
 from tiny import make_folder
 from transformers import AutoModelForSequenceClassification
 
+import bench
 import compare
 import eval
+import memory
+import plot
 import pretrain
 import reward
 import sample
@@ -29,7 +32,7 @@ import train_reward
 from flags import run_script
 
 SCRIPTS = {"train": train, "eval": eval, "sample": sample, "reward": reward, "pretrain": pretrain,
-           "train_reward": train_reward, "compare": compare}
+           "train_reward": train_reward, "compare": compare, "bench": bench, "memory": memory, "plot": plot}
 NUMBERS = ["0", "-1", "1000000000000", "nan", "inf", "-inf", "", "many", "1.5", "1e-300", "1e300", "9" * 40]
 TEXTS = ["", " ", "no/such", "..", "x" * 300, "\udcff", "-", "$(touch pwned)", "a\nb"]
 
@@ -63,6 +66,9 @@ def world(tmp_path_factory):
                for response in ("2", "2 2")]
     for name, rows in (("problems", problems), ("samples", samples)):
         (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (folder / "run" / "code").mkdir(parents=True)
+    (folder / "run" / "config.json").write_text(json.dumps({"config": {"task": "add", "model": "model", "seed": 0}}))
+    (folder / "run" / "metrics.jsonl").write_text('{"step": 1, "reward": 0.5}\n')
     return folder
 
 
@@ -82,7 +88,7 @@ def outcome(world, monkeypatch, capsys):
 
     monkeypatch.setattr(train, "stream", stream)
     positional = {"eval": ["model"], "sample": ["model", "1 + 1 ="], "reward": ["samples.jsonl"],
-                  "train_reward": ["samples.jsonl"]}
+                  "train_reward": ["samples.jsonl"], "memory": ["tiny"], "plot": ["run"]}
     needed = {
         "train": ["--model=model", "--task=problems.jsonl", "--steps=1", "--eval_problems=0", "--prompts_per_step=1",
                   "--group_size=2", "--max_new_tokens=2", "--device=cpu", "--seed=1"],
@@ -93,6 +99,9 @@ def outcome(world, monkeypatch, capsys):
         "train_reward": ["--model=model", "--label=contains('2 2')", "--output=judge", "--epochs=1",
                          "--device=cpu"],
         "compare": [],
+        "bench": ["--prompts_per_step=1", "--group_size=2", "--max_new_tokens=2", "--repeats=1", "--device=cpu"],
+        "memory": ["--memory_gb=1"],
+        "plot": [],
     }
 
     def run(script, *words):
@@ -104,7 +113,8 @@ def outcome(world, monkeypatch, capsys):
         monkeypatch.setattr(sys, "argv", [f"{script}.py", *words])
         module = SCRIPTS[script]
         positionals = {"eval": dict(models=dict(nargs="+")), "sample": dict(model={}, prompt={}),
-                       "reward": dict(file={}), "train_reward": dict(source=dict(nargs="?"))}.get(script, {})
+                       "reward": dict(file={}), "train_reward": dict(source=dict(nargs="?")), "memory": dict(model={}),
+                       "plot": dict(runs=dict(nargs="*"))}.get(script, {})
         try:
             run_script(module.main, module.Config, "", getattr(module, "fill", None), **positionals)
             sentence = ""
