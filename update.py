@@ -17,7 +17,7 @@ from decode import attention_masks
 from flags import UserError
 
 TILE = {"cuda": 512, "mps": 512, "cpu": 128}  # tokens whose logits are held at once
-SPARED = 0.1  # prompts are run once for a group where that spares so large a share of the tokens
+SPARED = 0.05  # prompts are run once for a group where that spares so large a share of the tokens
 Result = TypeVar("Result")
 
 
