@@ -40,11 +40,11 @@ class Slots(Cache):
         """`slots` (indices) come to the front, the others are gone; the first `filled` columns are looked at."""
         for i, store in enumerate(self.stores):
             moved = store[slots, :, :filled]
-            if self.fixed:
-                store[: len(moved), :, :filled] = moved
-            else:
+            if not self.fixed:
                 room = store.new_zeros(*moved.shape[:2], filled - moved.shape[2], moved.shape[3])
                 self.stores[i] = torch.cat([moved, room], 2)
+            elif isinstance(slots, Tensor):
+                store[: len(moved), :, :filled] = moved
 
     def admit(self, slots: Tensor, prompts: Tensor) -> None:
         """Copies the keys and values of `prompts` (indices) into `slots` (indices)."""

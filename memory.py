@@ -105,7 +105,8 @@ def estimate(flags: Config, model: PreTrainedModel, kept: float, longest_prompt:
         "sampling: logits": at_once * config.vocab_size * (4 + bytes_each),
         f"update: gradients{host}": 4 * trained,
         "update: activations": tokens * kept,
-        "update: logits": min(TILE["cuda"], tokens) * config.vocab_size * (8 + bytes_each) + head * (4 + bytes_each),
+        "update: logits": min(TILE["cuda"], tokens) * config.vocab_size * (8 + 2 * bytes_each)
+                          + head * (4 + bytes_each),
     }
 
 

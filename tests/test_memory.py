@@ -76,7 +76,7 @@ def test_estimate_by_hand():
     """The tiny shape in bfloat16: 829,568 parameters; 2 x 4 rows, 10 + 30 tokens; 1,000 bytes kept of each."""
     model = AutoModelForCausalLM.from_config(shape("tiny"), dtype=torch.bfloat16)
     flags = dict(prompts_per_step=2, group_size=4, max_new_tokens=30, micro_batch_tokens=100)
-    logits = 100 * 100 * 10 + 128 * 100 * 6  # of 100 tokens; the head's gradient
+    logits = 100 * 100 * 12 + 128 * 100 * 6  # of 100 tokens; the head's gradient
     parts = estimate(Config(**flags), model, 1000, 10)
     assert parts == {
         "weights": 2 * 829_568, "optimizer": 12 * 829_568, "keys and values": 8 * 40 * 2048,
