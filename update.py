@@ -97,13 +97,14 @@ class Learner:
             with torch.no_grad():
                 tile = inputs[part]
                 logits = self.head(tile)
-                shares = logits.float()
-                shares = (shares if self.temperature == 1 else shares / self.temperature).log_softmax(-1)
-                logprobs[part] = shares.gather(1, tokens[part, None])[:, 0]
+                scaled = logits.float() if self.temperature == 1 else logits.float() / self.temperature
+                shares = scaled.softmax(-1)
+                log_sum = scaled.amax(-1) - shares.amax(-1).log()  # of exponentials, without taking V of them again
+                logprobs[part] = scaled.gather(1, tokens[part, None])[:, 0] - log_sum
                 if slopes is None:
                     continue
                 slope = slopes[part, None] / self.temperature
-                shares.exp_().mul_(-slope).scatter_add_(1, tokens[part, None], slope)  # d loss / d logits
+                shares.mul_(-slope).scatter_add_(1, tokens[part, None], slope)  # d loss / d logits
                 if self.cap:
                     shares.mul_(1 - (logits.float() / self.cap).square())
                 slope = shares.to(tile.dtype)  # d loss / d product of the tile and the weight
