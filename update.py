@@ -36,19 +36,19 @@ class Learner:
             with warnings.catch_warnings(action="ignore", category=FutureWarning):  # it is about to get another name
                 model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
             self.layers = [layer for layer in model.modules() if getattr(layer, "gradient_checkpointing", False)]
-        self.linear, self.cap = model.get_output_embeddings(), getattr(model.config, "final_logit_softcapping", None)
+        linear, self.cap = model.get_output_embeddings(), getattr(model.config, "final_logit_softcapping", None)
+        self.linear = linear if type(linear) is torch.nn.Linear and linear.bias is None else None
         self.body = lambda ids, **inputs: model.base_model(ids, **inputs).last_hidden_state
         ids = torch.arange(4, device=model.device)[None]
         with torch.no_grad():
-            expected, got = model(ids, use_cache=False).logits, self.head(self.body(ids, use_cache=False))
-        plain = type(self.linear) is torch.nn.Linear and self.linear.bias is None and got.shape == expected.shape
-        if not plain or (got - expected).abs().max() > 0.01 * expected.abs().max():
+            expected, got = model(ids, use_cache=False).logits[0], self.head(self.body(ids, use_cache=False)[0])
+        if got.shape != expected.shape or (got - expected).abs().max() > 0.01 * expected.abs().max():
             self.linear = self.cap = None
             self.body = lambda ids, **inputs: model(ids, **inputs).logits
 
-    def head(self, states: Tensor) -> Tensor:
-        """(..., hidden size) -> (..., V) logits"""
-        logits = self.linear(states) if self.linear else states
+    def head(self, states: Tensor, out: Tensor | None = None) -> Tensor:
+        """(K, hidden size) -> (K, V) logits, written into `out` where it is given"""
+        logits = torch.mm(states, self.linear.weight.T, out=out) if self.linear else states
         return (logits / self.cap).tanh() * self.cap if self.cap else logits
 
     def states(self, rollout, rows: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -89,16 +89,18 @@ class Learner:
         slopes: (K,) d loss / d log-prob. With them the gradient of the loss is formed on the way and sent back through
         the body: one softmax and three matrix products a tile, and nothing is kept.
         """
-        logprobs, size = torch.empty(len(tokens), device=states.device), TILE[states.device.type]
+        logprobs, size = torch.empty(len(tokens), device=states.device), min(len(tokens), TILE[states.device.type])
         inputs, weight = states.detach(), self.linear.weight if self.linear else None
         roots = [] if slopes is None else [states, weight] if self.linear and weight.requires_grad else [states]
         gradients = [torch.zeros_like(root, dtype=torch.float32 if root is weight else None) for root in roots]
+        V = len(weight) if self.linear else states.shape[1]  # below, room for a tile: a CPU is slow to get new memory
+        products, room = states.new_empty(size, V), torch.empty(size, V, device=states.device)
         for part in (slice(start, start + size) for start in range(0, len(tokens), size)):
             with torch.no_grad():
                 tile = inputs[part]
-                logits = self.head(tile)
+                logits = self.head(tile, out=products[: len(tile)])
                 scaled = logits.float() if self.temperature == 1 else logits.float() / self.temperature
-                shares = scaled.softmax(-1)
+                shares = torch.softmax(scaled, -1, out=room[: len(tile)])
                 log_sum = scaled.amax(-1) - shares.amax(-1).log()  # of exponentials, without taking V of them again
                 logprobs[part] = scaled.gather(1, tokens[part, None])[:, 0] - log_sum
                 if slopes is None:
