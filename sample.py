@@ -79,18 +79,18 @@ def generate(
     stop:     the token ids that end a response
     seeds:    (P,) a prompt's draws depend on its own seed alone, so its responses are the same in any company
     max_rows: rows decoded at once; the others wait for one to end, so a rollout may be larger than the memory
-    kept:     a dict of the caller's, in which buffers and recorded steps wait for the next call of the same size
+    kept:     a dict of the caller's: on CUDA, buffers and recorded steps wait in it for the next call of the same size
     UserError: a prompt is empty, or leaves no room for max_new_tokens in the model's context.
     """
     check_room(model, prompts, max_new_tokens)
     B, N, kind = len(prompts) * group_size, max_new_tokens, model.device.type
     width, every, kept = WIDTH[kind], CHECK_EVERY[kind], {} if kept is None else kept
     columns, used = -(-(max(map(len, prompts)) + N) // width) * width, min(B, max_rows)
-    size = B, used, N, temperature, *(weight.data_ptr() for weight in model.parameters())  # recorded steps read there
-    if size not in kept or kept[size].slots.columns < columns:
+    key = B, used, N, temperature, *(weight.data_ptr() for weight in model.parameters())  # recorded steps read there
+    if key not in kept or kept[key].slots.columns < columns:
         kept.clear()
-        kept[size] = Decoding(model, B, used, columns, N)
-    work: Decoding = kept[size]
+        kept[key] = Decoding(model, B, used, columns, N)
+    work: Decoding = kept[key]
     own = [torch.Generator().manual_seed(seed) for seed in seeds]
     work.begin(model, prompts, group_size, stop, torch.cat([
         torch.rand(group_size, N, dtype=torch.float64, generator=generator) for generator in own]))
@@ -106,15 +106,14 @@ def generate(
                 working = used - len(free) + waiting - began
                 if working == 0:
                     break
-                left = None
-                if used - working >= used / 4:  # dropping slots copies the cache, so not for each that is free
-                    left = (rows == B).to(torch.uint8).argsort(stable=True)[: -(-working // unit) * unit]
-                    used = len(left)
+                size, needed, left = (used, filled), -(-working // unit) * unit, slice(None)
+                if needed <= used * 3 / 4:  # dropping slots copies the cache, so not for each that is free
+                    left, used = (rows == B).to(torch.uint8).argsort(stable=True)[:needed], needed
                     rows = work.rows[:used] = rows[left]
                 reach = int(work.lengths[rows].max()) + every
-                filled, before = min(-(-reach // width) * width, columns), filled
-                if left is not None or filled != before:
-                    work.slots.move(slice(None) if left is None else left, filled)
+                filled = min(-(-reach // width) * width, columns)
+                if (used, filled) != size:
+                    work.slots.move(left, filled)
                 if waiting > began:
                     new = ((rows >= began) & (rows < B)).nonzero()[:, 0]
                     work.slots.admit(new, rows[new] // group_size)

@@ -136,10 +136,9 @@ def read_rows(path: Path, wanted: Callable[[str], bool] = lambda key: True) -> l
                 if not line.endswith("\n"):
                     break
                 try:
-                    row = json.loads(line)
-                except ValueError as error:
+                    rows.append({sys.intern(key): value for key, value in json.loads(line).items() if wanted(key)})
+                except (ValueError, AttributeError) as error:  # no JSON, or no object
                     raise UserError(f"{path}, line {number}: is damaged ({error}): mend or delete that line") from None
-                rows.append({sys.intern(key): value for key, value in row.items() if wanted(key)})
     return rows
 
 

@@ -151,6 +151,17 @@ def test_a_second_signal_does_not_wait(untaught, heeded):
     assert track.read_rows(Path("runs/told/metrics.jsonl")) == []
 
 
+@pytest.mark.parametrize("line", ['{"step": 2, "rew', "5", "[]", "\0\0"])
+def test_a_damaged_line_of_metrics_is_named(line):
+    """The second of three; the last one, cut short by a crash, is left out."""
+    path = Path("metrics.jsonl")
+    path.write_text('{"step": 1}\n{"step": 2')
+    assert track.read_rows(path) == [{"step": 1}]
+    path.write_text(f'{{"step": 1}}\n{line}\n{{"step": 3}}\n')
+    with pytest.raises(UserError, match=r"metrics.jsonl, line 2: is damaged"):
+        track.read_rows(path)
+
+
 DAMAGES = {"state.pt": lambda path: path.write_bytes(path.read_bytes()[:-100]),
            "model.safetensors": lambda path: flip(path, -7), "tokenizer.json": lambda path: path.unlink(),
            "checksums.json": lambda path: path.write_text(""), "config.json": lambda path: flip(path, 30)}
