@@ -1,266 +1,369 @@
-"""How good models are on the test split of a task, with 95 % intervals, and whether one is better than another.
+"""How good models are on the test problems of a task, and whether one is better than another.
 
-    python eval.py runs/add                                     # a run beside its base model, on the run's task
-    python eval.py runs/add --samples 16                        # and pass@k and maj@k, of 16 responses to each problem
-    python eval.py runs/add runs/add-2 runs/add-3               # a row each
+    python eval.py runs/add                             # a run beside its base model
+    python eval.py runs/add --samples 16                # also pass@k and maj@k, up to k = 16
+    python eval.py runs/add runs/add-2 runs/add-3       # several runs
     python eval.py Qwen/Qwen2.5-0.5B-Instruct --task gsm8k --limit 200
 
-Writes eval.json (all numbers), eval.png and responses.jsonl (every response) into the run's folder, or into runs/eval
-for several models, or one that is no run.
+Writes eval.json (all numbers), eval.png and responses.jsonl (every response) into the folder of the
+run; for several models, or a model that is no run, into runs/eval. Intervals are 95 % intervals.
 """
 
 import json
 from collections import defaultdict
-from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import partial
+from itertools import chain
 from pathlib import Path
+from statistics import fmean
 from typing import Literal
 
 import torch
 from tqdm import tqdm
-from transformers import PreTrainedModel
 from transformers.hf_argparser import HfArg
 
-import track
-from flags import UserError, need, run_script
-from plot import plot_evaluation
+import fast
+from fast.memory import halve_on_oom
+from lib.files import write_json, write_rows
+from lib.flags import UserError, align, check_range, run_script, shorten
+from lib.mixture import Mixture
+from lib.plots import plot_evaluation
+from lib.run import is_run, read_config
+from lib.stats import bootstrap, maj_at_k, mcnemar, paired_difference, pass_at_k, wilson
 from policy import load_policy, pick_device, stop_ids
-from reward import Reward, load_reward, score
-from rules import ANSWERS, STRICT_AND_LENIENT, final_answer, last_number
-from sample import choose_sampler
-from stats import bootstrap, maj_at_k, mcnemar, paired_difference, pass_at_k, wilson
-from tasks import Problem, Task, digest, load_task, prompt_ids
-from update import within_memory
+from reward import ANSWERS, STRICT_AND_LENIENT, final_answer, last_number, load_reward, score
+from sample import Sampling
+from tasks import Problem, Task, load_task, prompt_ids, stable_hash
+
+Groups = list[list[dict]]  # for each problem its responses, see `respond`
 
 
 def respond(
-    model: PreTrainedModel, tokenizer, task: Task, problems: list[Problem], temperature: float, max_new_tokens: int,
-    seed: int = 0, batch_size: int = 256, samples: int = 1, label: str = "evaluating", sampler: Callable | None = None,
-) -> list[list[dict]]:
-    """-> for each problem its responses: prompt, answer, difficulty, response, length (tokens), finished, and right, by
-    the task's own rule (whatever reward a run learns from).
+    forms: fast.Forms,
+    model,
+    tokenizer,
+    task: Task,
+    problems: list[Problem],
+    sampling: Sampling,
+    max_new_tokens: int,
+    seed: int = 0,
+    batch_size: int = 256,
+    samples: int = 1,
+    label: str = "evaluating",
+) -> Groups:
+    """-> a group of `samples` rows for each problem: prompt, answer, difficulty, response, length
+    (tokens), finished, and right by the task's own rule, whatever a run was rewarded for.
 
-    A problem's draws come from its own seed, so what it gets depends neither on batch_size (responses at once) nor on
-    which other problems there are. sampler: None chooses."""
-    rule, stop, groups = load_reward(task.reward), stop_ids(model, tokenizer), []
-    prompts = [prompt_ids(task, problem, tokenizer) for problem in problems]
-    sampler = sampler or choose_sampler(model, prompts[:8], max_new_tokens, stop)
-    at_once, kept = max(1, batch_size // samples), {}
-    with tqdm(total=len(problems), desc=label, leave=False, dynamic_ncols=True) as bar:
-        for part in (slice(start, start + at_once) for start in range(0, len(problems), at_once)):
-            batch = problems[part]
-            seeds = [digest(f"{seed}/{problem.prompt}") for problem in batch]
-            work = partial(sampler, model, prompts[part], samples, max_new_tokens, stop, seeds, temperature, kept=kept)
-            rollout, batch_size = within_memory(work, batch_size, "--batch_size", kept.clear)
-            rows = [{"prompt": problem.prompt, "answer": problem.answer, "difficulty": problem.difficulty}
-                    for problem in batch for _ in range(samples)]
-            columns = rollout.responses(tokenizer), rollout.response_lengths.tolist(), rollout.finished.tolist()
-            values = score(rule, [row["prompt"] for row in rows], columns[0], [row["answer"] for row in rows])[0]
-            for row, *found, value in zip(rows, *columns, values):
-                row |= dict(zip(("response", "length", "finished"), found)) | {"right": value == 1}
-            groups += [rows[start : start + samples] for start in range(0, len(rows), samples)]
-            bar.update(len(batch))
-    return groups
+    batch_size: responses sampled at a time. It changes no response, and neither do the other
+                problems: each problem has a seed of its own.
+    """
+    stop = stop_ids(model, tokenizer)
+    sizes = {"batch_size": batch_size}
+    buffers = {}
+    rows = []
+    count = max(1, batch_size // samples)
+    for start in tqdm(range(0, len(problems), count), label, leave=False):
+        batch = problems[start : start + count]
+        prompts = [prompt_ids(task, problem, tokenizer) for problem in batch]
+        seeds = [stable_hash(f"{seed}/{problem.prompt}") for problem in batch]
+        arguments = model, prompts, samples, max_new_tokens, stop, seeds, sampling
+        generate = partial(forms.generate, *arguments, buffers=buffers)
+        rollout = halve_on_oom(generate, sizes, "batch_size", undo=buffers.clear)
+
+        texts = rollout.responses(tokenizer)
+        lengths = rollout.response_lengths.tolist()
+        finished = rollout.finished.tolist()
+        for b, text in enumerate(texts):  # row b answers problem b // samples
+            row = asdict(batch[b // samples])
+            row |= {"response": text, "length": lengths[b], "finished": finished[b]}
+            rows.append(row)
+
+    values, _ = score_rows(rows, load_reward(task.reward), max_new_tokens)
+    for row, value in zip(rows, values):
+        row["right"] = value == 1
+    return [rows[start : start + samples] for start in range(0, len(rows), samples)]
 
 
-def accuracy(groups: list[list[dict]]) -> dict:
-    """Share of right responses and its 95 % interval: Wilson's for one response a problem, bootstrap over problems for
-    more, since responses to one problem are alike."""
-    n, shares = len(groups), [average(group, "right") for group in groups]
-    if all(len(group) == 1 for group in groups):
-        interval = wilson(round(sum(shares)), n)
-    else:
-        interval = bootstrap(torch.tensor(shares, dtype=torch.float64)[:, None])[0]
-    return {"accuracy": sum(shares) / n, "interval": interval, "n": n}
+def score_rows(rows: list[dict], reward: Mixture, max_new_tokens: int) -> tuple[list, dict]:
+    """-> the reward of each row, and its parts"""
+    columns = [[row[key] for row in rows] for key in ("prompt", "response", "answer", "length")]
+    return score(reward, *columns, max_new_tokens)
 
 
 def average(rows: list[dict], key: str) -> float:
-    return sum(row[key] for row in rows) / len(rows)
+    return fmean(row[key] for row in rows)
 
 
-def summarise(groups: list[list[dict]]) -> dict:
-    """accuracy (share that is right), interval (95 %), n (problems), thinking, finished (shares), response_length
-    (tokens)"""
-    rows = [row for group in groups for row in group]
-    thinking = sum("</think>" in row["response"] for row in rows) / len(rows)
-    return {**accuracy(groups), "thinking": thinking, "finished": average(rows, "finished"),
-            "response_length": average(rows, "length")}
+def bootstrapped(values: list[float]) -> dict:
+    """One value per problem -> mean, and its interval from problems that are drawn again."""
+    column = torch.tensor(values, dtype=torch.float64)[:, None]
+    return {"accuracy": fmean(values), "interval": bootstrap(column)[0]}
 
 
-def evaluate(model: PreTrainedModel, tokenizer, task: Task, problems: list[Problem], temperature: float,
-             max_new_tokens: int, **options) -> dict:
-    """One response to each problem: what `summarise` says of them, and the responses. options: those of `respond`"""
-    groups = respond(model, tokenizer, task, problems, temperature, max_new_tokens, **options)
-    return {**summarise(groups), "responses": [row["response"] for group in groups for row in group]}
+def accuracy(groups: Groups) -> dict:
+    """Share of right responses, its interval, and n, the number of problems.
+
+    Wilson's interval for one response per problem. For more the bootstrap over problems, because
+    the responses to one problem are alike.
+    """
+    n = len(groups)
+    shares = [average(group, "right") for group in groups]
+    found = bootstrapped(shares)
+    if len(groups[0]) == 1:
+        found["interval"] = wilson(round(sum(shares)), n)
+    return {**found, "n": n}
 
 
-def details(groups: list[list[dict]], rule: str, reward: Reward, max_new_tokens: int) -> dict:
-    """What eval.json says beyond `summarise`: the reward and its parts; accuracy by the strict and the lenient form of
-    the task's rule, where it has them, and by difficulty; pass@k and maj@k where there are several responses to a
-    problem. Adds the rewards to the rows."""
-    rows = [row for group in groups for row in group]
-    columns = [[row[key] for row in rows] for key in ("prompt", "response", "answer", "length")]
-    rewards, parts = score(reward, *columns, max_new_tokens)
-    for row, value, *values in zip(rows, rewards, *parts.values()):
-        row |= {"reward": value, "parts": dict(zip(parts, values))}
-    found = {"reward": average(rows, "reward"), "parts": {part: sum(v) / len(v) for part, v in parts.items()}}
-    if rule in STRICT_AND_LENIENT and all(last_number(answer) for answer in columns[2]):
+def summarise(groups: Groups) -> dict:
+    """accuracy, interval, n, thinking and finished (shares), response_length (tokens)"""
+    rows = list(chain(*groups))
+    return {
+        **accuracy(groups),
+        "thinking": fmean("</think>" in row["response"] for row in rows),
+        "finished": average(rows, "finished"),
+        "response_length": average(rows, "length"),
+    }
+
+
+def evaluate(*arguments, **options) -> dict:
+    """`summarise` for one response to each problem, and the responses. Arguments: see `respond`."""
+    groups = respond(*arguments, **options)
+    return {**summarise(groups), "responses": [group[0]["response"] for group in groups]}
+
+
+def details(groups: Groups, rule: str, reward: Mixture, max_new_tokens: int) -> dict:
+    """What eval.json has beyond `summarise`. Adds reward and parts to each row.
+
+    strict, lenient: accuracies by variants of the task's rule, if the answers are numbers
+    """
+    rows = list(chain(*groups))
+    rewards, parts = score_rows(rows, reward, max_new_tokens)
+    for i, row in enumerate(rows):
+        row["reward"] = rewards[i]
+        row["parts"] = {part: values[i] for part, values in parts.items()}
+    found = {"reward": fmean(rewards), "parts": {part: fmean(parts[part]) for part in parts}}
+
+    if rule in STRICT_AND_LENIENT and all(last_number(row["answer"]) for row in rows):
         for form, name in zip(("strict", "lenient"), STRICT_AND_LENIENT[rule]):
-            values = score(load_reward(name), *columns[:3])[0]
-            found[form] = values.count(1) / len(values)
+            values, _ = score_rows(rows, load_reward(name), max_new_tokens)
+            found[form] = fmean(value == 1 for value in values)
+    return {**found, **by_difficulty(groups), **at_k(groups, rule)}
+
+
+def by_difficulty(groups: Groups) -> dict:
+    """The accuracy at each difficulty, if there are several: "steps 2" comes before "steps 10"."""
     levels = defaultdict(list)
     for group in groups:
         levels[group[0]["difficulty"]].append(group)
-    if len(levels) > 1:
-        found["by_difficulty"] = {level: accuracy(levels[level]) for level in sorted(levels, key=lambda x: (len(x), x))}
-    if (samples := len(groups[0])) > 1:
-        ks = [2**i for i in range(samples.bit_length()) if 2**i < samples] + [samples]
-        answer = ANSWERS.get(rule, str)
-        votes = [[answer(final_answer(row["response"])) for row in group] for group in groups]
-        right = [[row["right"] for row in group] for group in groups]
-        values = torch.tensor([[pass_at_k(sum(r), samples, k) for k in ks] + [maj_at_k(v, r, k) for k in ks]
-                               for v, r in zip(votes, right)], dtype=torch.float64)
-        means = [{"accuracy": mean, "interval": interval}
-                 for mean, interval in zip(values.mean(0).tolist(), bootstrap(values))]
-        found |= {"pass_at": dict(zip(ks, means)), "maj_at": dict(zip(ks, means[len(ks) :]))}
-    return found
+    if len(levels) == 1:
+        return {}
+    order = sorted(levels, key=lambda level: (len(level), level))
+    return {"by_difficulty": {level: accuracy(levels[level]) for level in order}}
 
 
-def compare(before: dict[str, list], after: dict[str, list]) -> dict[str, dict]:
-    """{"greedy": groups, "sampled": groups} of two models on the same problems -> for each the difference, its 95 %
-    interval, and a verdict. Of greedy answers by McNemar's exact test; of sampled ones by whether 0 is in the interval,
-    bootstrapped over problems, so that what both models find hard does not count as noise."""
-    old, new = ([group[0]["right"] for group in each["greedy"]] for each in (before, after))
-    n, gained, lost = len(old), sum(b > a for a, b in zip(old, new)), sum(a > b for a, b in zip(old, new))
-    p, interval = mcnemar(gained, lost), paired_difference(gained, lost, n)
-    greedy = {"difference": (gained - lost) / n, "interval": interval, "gained": gained, "lost": lost, "p": p,
-              "verdict": "no difference seen" if p >= 0.05 else "better" if gained > lost else "worse"}
-    shares = [[average(group, "right") for group in each["sampled"]] for each in (before, after)]
-    differences = torch.tensor(shares[1], dtype=torch.float64) - torch.tensor(shares[0], dtype=torch.float64)
-    low, high = bootstrap(differences[:, None])[0]
-    sampled = {"difference": differences.mean().item(), "interval": (low, high),
-               "verdict": "better" if low > 0 else "worse" if high < 0 else "no difference seen"}
+def at_k(groups: Groups, rule: str) -> dict:
+    """pass@k (one of k is right) and maj@k (the majority of k is) for k = 1, 2, 4 ... samples."""
+    samples = len(groups[0])
+    if samples == 1:
+        return {}
+    normalise = ANSWERS.get(rule, str)
+    right = [[row["right"] for row in group] for group in groups]
+    votes = [[normalise(final_answer(row["response"])) for row in group] for group in groups]
+    pass_at = {}
+    maj_at = {}
+    for k in [2**i for i in range(20) if 2**i < samples] + [samples]:
+        pass_at[k] = bootstrapped([pass_at_k(sum(each), samples, k) for each in right])
+        maj_at[k] = bootstrapped([maj_at_k(*pair, k) for pair in zip(votes, right)])
+    return {"pass_at": pass_at, "maj_at": maj_at}
+
+
+def compare(before: dict[str, Groups], after: dict[str, Groups]) -> dict[str, dict]:
+    """Two models on the same problems, {"greedy": groups, "sampled": groups} each -> the difference
+    of their accuracies, its interval, and a verdict.
+
+    greedy:  by McNemar's exact test, from the problems that one of the two has right
+    sampled: by whether 0 is in the interval, bootstrapped over problems: what both models find
+             hard is no noise
+    """
+    change = {}  # of each problem's share of right responses
+    for kind in ("greedy", "sampled"):
+        pairs = zip(before[kind], after[kind])
+        change[kind] = [average(new, "right") - average(old, "right") for old, new in pairs]
+
+    gained = change["greedy"].count(1)
+    lost = change["greedy"].count(-1)
+    n = len(change["greedy"])
+    p = mcnemar(gained, lost)
+    greedy = {"difference": (gained - lost) / n, "interval": paired_difference(gained, lost, n)}
+    greedy |= {"gained": gained, "lost": lost, "p": p, "verdict": "no difference seen"}
+    if p < 0.05:
+        greedy["verdict"] = "better" if gained > lost else "worse"
+
+    low, high = bootstrapped(change["sampled"])["interval"]
+    sampled = {"difference": fmean(change["sampled"]), "interval": (low, high)}
+    sampled["verdict"] = "better" if low > 0 else "worse" if high < 0 else "no difference seen"
     return {"greedy": greedy, "sampled": sampled}
 
 
-def table(results: dict[str, dict[str, dict]]) -> str:
-    """{name: {"greedy": evaluation, "sampled": evaluation}} -> for the screen, a line each: accuracies; and below them
-    what else there is to say of the sampled responses."""
-    accuracies, rest = [], []
-    for name, found in results.items():
-        sampled = found["sampled"]
-        shown = {"greedy": found["greedy"], "sampled": sampled}
-        for kind in ("pass", "maj"):
-            shown |= {f"{kind}@{k}": value for k, value in list(sampled.get(f"{kind}_at", {}).items())[-1:]}
-        accuracies.append({"": name} | {title: "{:.3f} [{:.3f}, {:.3f}]".format(value["accuracy"], *value["interval"])
-                                        for title, value in shown.items()})
-        titles = "strict", "lenient", "thinking", "finished", "reward"
-        shares = {title: sampled[title] for title in titles if title in sampled}
-        shares |= sampled["parts"] if len(sampled.get("parts", {})) > 1 else {}
-        rest.append({"": name, "tokens": f"{sampled['response_length']:.1f}"}
-                    | {title: f"{value:.3f}" for title, value in shares.items()})
-    return "\n\n".join(track.align([list(rows[0]), *(list(row.values()) for row in rows)])
-                       for rows in (accuracies, rest))
+def results_table(results: dict[str, dict]) -> str:
+    """{name: {"greedy": evaluation, "sampled": evaluation}} -> a column per model: both accuracies,
+    and below them all other numbers of the sampled responses."""
+    columns = {}
+    for name, result in results.items():
+        columns[name] = number_texts({**result, **result["sampled"]})
+        del columns[name]["accuracy"]  # stands in the line "sampled"
+    lines = [["", *columns]]
+    for title in columns[name]:
+        lines.append([title, *(column[title] for column in columns.values())])
+    return align(lines)
 
 
-def report(run: Path, task: Task, problems: list[Problem]) -> None:
+def number_texts(numbers: dict, prefix: str = "") -> dict[str, str]:
+    """{"reward": 0.9, "pass_at": {2: {"accuracy": 0.5, "interval": (0.4, 0.6)}}}
+    -> {"reward": "0.900", "pass@2": "0.500 [0.400, 0.600]"}"""
+    texts = {}
+    for key, value in numbers.items():
+        title = f"{prefix}{key}".replace("_at ", "@")
+        if isinstance(value, float):
+            texts[title] = f"{value:.3f}"
+        elif isinstance(value, dict) and "interval" in value:
+            low, high = value["interval"]
+            texts[title] = f"{value['accuracy']:.3f} [{low:.3f}, {high:.3f}]"
+        elif isinstance(value, dict):
+            texts |= number_texts(value, f"{key} ")
+    return texts
+
+
+def print_comparison(pair: dict) -> None:
+    print(f"\n{pair['after']} against {pair['before']}, on the same problems:")
+    for kind in ("greedy", "sampled"):
+        found = pair[kind]
+        low, high = found["interval"]
+        difference = f"{found['difference']:+.3f} [{low:+.3f}, {high:+.3f}]"
+        print(f"    {kind:7}  {difference}  {found['verdict']}")
+    counts = "{gained} problems gained, {lost} lost; exact McNemar test: p = {p:.2g}"
+    print(f"    greedy:  {counts.format(**pair['greedy'])}")
+
+
+def report(run_folder: Path, task: Task, problems: list[Problem]) -> None:
     """Prints what training changed on held-out problems, and three of them in full."""
-    before, after = (json.loads((run / f"{when}.json").read_text()) for when in ("before", "after"))
+    results = {}
+    for when in ("before", "after"):
+        results[when] = json.loads((run_folder / f"{when}.json").read_text())
     print(f"\n{len(problems)} held-out problems of task {task.name}, 95 % Wilson intervals\n")
-    print(table({"before": before, "after": after}))
+    print(results_table(results))
     for i, problem in enumerate(problems[:3]):
-        print(f"\n{track.shorten(problem.prompt)}")
-        for label, column in (("before:", before), ("after: ", after)):
-            print(f"  {label} {track.shorten(column['sampled']['responses'][i])}")
+        print(f"\n{shorten(problem.prompt)}")
+        for when, result in results.items():
+            print(f"  {when}: {shorten(result['sampled']['responses'][i])}")
 
 
 @dataclass(frozen=True)
 class Config:
-    task: str = HfArg(default="", help="add, countdown, gsm8k or a .jsonl file; a run brings its own")
-    data_dir: str = HfArg(default="", help="folder with the task's files, if it needs some (gsm8k: data/gsm8k)")
-    limit: int = HfArg(default=0, help="at most so many test problems, 0 for all")
-    samples: int = HfArg(default=1, help="responses to each problem; above 1 there is pass@k and maj@k")
-    temperature: float = HfArg(default=1.0, help="of the sampled accuracy")
-    max_new_tokens: int = HfArg(default=0, help="tokens after which a response is cut; 0 takes the run's, or 512")
-    reward: str = HfArg(default="", help="a mean to report beside the accuracy; default: the run's, or the task's rule")
-    batch_size: int = HfArg(default=256, help="responses at once: memory and speed only, same numbers")
+    task: str = HfArg(default="", help="add, countdown, gsm8k or a .jsonl file; default: the run's")
+    data_dir: str = HfArg(default="", help="folder with the task's files, if it needs some")
+    limit: int = HfArg(default=0, help="at most so many test problems; 0: all")
+    samples: int = HfArg(default=1, help="responses per problem; above 1 also pass@k and maj@k")
+    temperature: float = HfArg(default=1.0, help="of the sampled responses; others are greedy")
+    max_new_tokens: int = HfArg(default=0, help="most tokens of a response; 0: the run's, or 512")
+    reward: str = HfArg(default="", help="to report its mean; default: the run's, or the task's")
+    batch_size: int = HfArg(default=256, help="responses sampled at a time; changes no number")
     seed: int = HfArg(default=0, help="same seed, same responses")
-    output: str = HfArg(default="", help="folder to write into; default: that of the run, or runs/eval")
-    device: Literal["auto", "cuda", "mps", "cpu"] = HfArg(default="auto", help="auto: the first of these that is there")
-    dtype: Literal["auto", "float32", "bfloat16"] = HfArg(default="auto", help="auto: bfloat16 on cuda, else float32")
+    output: str = HfArg(default="", help="folder to write into; default: the run's, or runs/eval")
+    device: Literal["auto", "cuda", "mps", "cpu"] = HfArg(default="auto", help="auto: GPU if there")
+    dtype: Literal["auto", "float32", "bfloat16"] = HfArg(default="auto", help="auto: bfloat16 on GPU")
 
 
-def settle(config: Config, runs: dict[str, dict]) -> tuple[Task, str, int]:
-    """-> the task, the reward and max_new_tokens, which must be the same for all. UserError for a bad flag."""
-    need(config, 0, "limit max_new_tokens seed")
-    need(config, 1, "samples batch_size", most=1e6)
-    need(config, 1e-4, "temperature", most=1e9)  # greedy is measured in any case
-    agreed = {}
-    for flag in ("task", "data_dir", "max_new_tokens", "reward"):
-        values = {run[flag]: None for run in runs.values()} if not (flag == "reward" and config.task) else {}
-        if not getattr(config, flag) and len(values) > 1:
-            raise UserError(f"--{flag}: the runs differ in it ({', '.join(map(repr, values))}), give one for all")
-        agreed[flag] = getattr(config, flag) or next(iter(values), "")
-    if not agreed["task"]:
-        raise UserError("--task: none of the models is a run that brings a task of its own, name one: add, gsm8k ...")
-    task = load_task(agreed["task"], agreed["data_dir"])
-    return task, agreed["reward"] or task.reward, agreed["max_new_tokens"] or 512
-
-
-def describe(pair: dict) -> str:
-    """A comparison for the screen."""
-    lines = [f"{pair['after']} against {pair['before']}, on the same problems:"]
-    for kind in ("greedy", "sampled"):
-        difference, (low, high), verdict = (pair[kind][key] for key in ("difference", "interval", "verdict"))
-        lines.append(f"    {kind:7}  {difference:+.3f} [{low:+.3f}, {high:+.3f}]  {verdict}")
-    lines[1] += " ({gained} gained, {lost} lost; exact McNemar test: p = {p:.2g})".format(**pair["greedy"])
-    return "\n".join(lines)
+def fill_in(config: Config, runs: dict[str, dict]) -> Config:
+    """Takes the flags that were not given from the runs, which must agree in them."""
+    flags = ["task", "data_dir", "max_new_tokens"]
+    if not config.task:
+        flags.append("reward")  # that of a run is for the task of the run
+    for flag in flags:
+        values = list(dict.fromkeys(run[flag] for run in runs.values()))
+        if getattr(config, flag) or not values:
+            continue
+        if len(values) > 1:
+            listed = ", ".join(map(repr, values))
+            raise UserError(f"--{flag}: the runs differ in it ({listed}), give one for all")
+        config = replace(config, **{flag: values[0]})
+    return config
 
 
 def main(config: Config, models: list[str]) -> dict:
-    """Evaluates the models, and before each run the model that it set out from; returns what eval.json says."""
-    runs = {name: track.read_config(Path(name)) for name in models if track.is_run(Path(name))}
-    task, reward_text, limit = settle(config, runs)
-    device, problems = pick_device(config.device), task.test[: config.limit or None]
+    """Evaluates the models, and the base model of each run. Returns the content of eval.json."""
+    check_range(config, 0, "limit max_new_tokens seed")
+    check_range(config, 1, "samples batch_size", most=1e6)
+    check_range(config, 1e-4, "temperature", most=1e9)
+    runs = {name: read_config(Path(name)) for name in models if is_run(Path(name))}
+    config = fill_in(config, runs)
+    if not config.task:
+        reason = "none of the models is a run that brings a task of its own"
+        raise UserError(f"--task: {reason}, name one: add, gsm8k ...")
+    task = load_task(config.task, config.data_dir)
+    problems = task.test[: config.limit or None]
+    max_new_tokens = config.max_new_tokens or 512
+    device = pick_device(config.device)
+    reward_text = config.reward or task.reward
     reward = load_reward(reward_text, device)
-    output = Path(config.output or (models[0] if list(runs) == models and len(models) == 1 else "runs/eval"))
-    bases = {name: runs[name]["model"] if name in runs else models[0] for name in models}  # what each is compared with
-
-    groups, results = {}, {}
-    for name in dict.fromkeys(label for pair in bases.items() for label in pair[::-1]):
-        policy, tokenizer = load_policy(name, device, config.dtype)
-        groups[name] = {
-            kind: respond(policy, tokenizer, task, problems, temperature, limit, config.seed, config.batch_size,
-                          samples, f"{name}, {kind}")
-            for kind, temperature, samples in (("greedy", 0.0, 1), ("sampled", config.temperature, config.samples))
-        }
-        results[name] = {kind: {**summarise(found), **details(found, task.reward, reward, limit)}
-                         for kind, found in groups[name].items()}
-    comparisons = [{"before": base, "after": name, **compare(groups[base], groups[name])}
-                   for name, base in bases.items() if name != base]
-    print(f"\n{len(problems)} test problems of {task.name}; to each a greedy response and {config.samples} sampled at "
-          f"temperature {config.temperature:g}; 95 % intervals\n")
-    print("\n\n".join([table(results), *map(describe, comparisons)]))
-
-    found = {"task": task.name, "n": len(problems), "samples": config.samples, "temperature": config.temperature,
-             "max_new_tokens": limit, "reward": reward_text, "seed": config.seed, "models": results,
-             "comparisons": comparisons}
+    output = Path(models[0] if list(runs) == models else "runs/eval")
+    if config.output:
+        output = Path(config.output)
     try:
         output.mkdir(parents=True, exist_ok=True)
-        (output / "responses.jsonl").unlink(missing_ok=True)
-        for name, kinds in groups.items():
-            for kind, rows in kinds.items():
-                track.append(output / "responses.jsonl", [{"model": name, "decoding": kind, **row}
-                                                          for group in rows for row in group])
-        track.write_json(output / "eval.json", found)
     except OSError as error:
         raise UserError(f"--output {output}: cannot be written to: {error.strerror}") from None
+
+    # a run is compared with its base model, any other model with the first
+    pairs = []
+    for name in models:
+        pairs.append((runs[name]["model"] if name in runs else models[0], name))
+    sampled = Sampling(config.temperature)
+    kinds = {"greedy": (Sampling(0), 1), "sampled": (sampled, config.samples)}
+    responses, results, rows = {}, {}, []
+    for name in dict.fromkeys(chain(*pairs)):
+        policy, tokenizer = load_policy(name, device, config.dtype)
+        ids = sorted((prompt_ids(task, problem, tokenizer) for problem in problems), key=len)
+        stop = stop_ids(policy, tokenizer)
+        forms = fast.choose(policy, ids[-3:], stop, sampled, max_new_tokens)
+        responses[name], results[name] = {}, {}
+        for kind, (sampling, samples) in kinds.items():
+            label = f"{name}, {kind}"
+            arguments = forms, policy, tokenizer, task, problems, sampling, max_new_tokens
+            groups = respond(*arguments, config.seed, config.batch_size, samples, label)
+            found = summarise(groups) | details(groups, task.reward, reward, max_new_tokens)
+            responses[name][kind] = groups
+            results[name][kind] = found
+            for row in chain(*groups):
+                rows.append({"model": name, "decoding": kind, **row})
+
+    sampled = f"{config.samples} sampled at temperature {config.temperature:g}"
+    print(f"\n{len(problems)} test problems of {task.name}, for each a greedy response and {sampled}\n")
+    print(results_table(results))
+    comparisons = []
+    for base, name in pairs:
+        if base != name:
+            comparisons.append({"before": base, "after": name})
+            comparisons[-1] |= compare(responses[base], responses[name])
+            print_comparison(comparisons[-1])
+    content = {
+        "task": task.name,
+        "n": len(problems),
+        "samples": config.samples,
+        "temperature": config.temperature,
+        "max_new_tokens": max_new_tokens,
+        "reward": reward_text,
+        "seed": config.seed,
+        "models": results,
+        "comparisons": comparisons,
+    }
+    write_rows(output / "responses.jsonl", rows)
+    write_json(output / "eval.json", content)
     plot_evaluation(results, output / "eval.png")
     print(f"\n{output}/: eval.json, eval.png, responses.jsonl")
-    return found
+    return content
 
 
 if __name__ == "__main__":
-    help = "model folders, run folders or Hugging Face names"
-    run_script(main, Config, __doc__, models=dict(nargs="+", help=help))
+    models = dict(nargs="+", help="model folders, run folders or Hugging Face names")
+    run_script(main, Config, __doc__, models=models)

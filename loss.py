@@ -1,217 +1,279 @@
 """From rewards to the loss: how much each response should gain or lose, and what is minimised.
 
-    L = - sum over rows and tokens of  w_row * log pi(token) / denominator
+    L = - sum over rows and tokens of  weight * log pi(token) / denominator
 
-With one update per rollout the gradients of PPO, GRPO and their kin are all -w * grad log pi: they differ in the
-weights w (NORMALISERS), in the rows that count (FILTERS) and in the denominator (AGGREGATIONS). What LOSSES adds,
-ratios and clips, acts from the second update on the same rollout. RECIPES are whole methods as published. Each piece is
-a small function chosen by name; to try your own, write one and add it to its table.
-"""
+With one update per rollout the gradients of PPO, GRPO, DAPO and CISPO are all -weight * grad log
+pi: they differ in the weights (NORMALISERS), in the rows that count (FILTERS) and in the
+denominator (DENOMINATORS). What LOSSES adds, ratios and clips, acts from the second update on the
+same rollout. RECIPES are methods as published.
 
-from functools import partial
+Each piece is a function of three lines, chosen by its name. To try your own, write one and add it
+to its table: it gets train.py's Config, so it may have a flag of its own. """
 
 import torch
 from torch import Tensor
+from transformers import PreTrainedModel
 
-# NORMALISERS: rewards r (P, G) -> weights (P, G), a group a row. Below, m and s are a group's mean and deviation.
+from sample import Rollout, Sampling, policy_distribution
+
+# -------------------------------------------------------------------------------------------------
+# NORMALISERS: rewards r (P, G), one group a row -> weights (P, G). Below, m and s are a group's
+# mean and deviation.
 
 
-def mean(rewards: Tensor) -> Tensor:
+def mean(rewards: Tensor, config=None) -> Tensor:
     """r - m. (1, 0, 0, 1) -> (0.5, -0.5, -0.5, 0.5). Dr. GRPO, arXiv 2503.20783.
 
-    Distances from the lowest, so that a group of equal rewards gets exactly 0: dividing round-off by a small deviation
-    would make weights of nothing.
-    """
+    Measured from the lowest reward, so that equal rewards give exactly 0: else zscore would divide
+    rounding errors by a tiny deviation and make weights of them."""
     above = rewards - rewards.amin(1, keepdim=True)
     return above - above.mean(1, keepdim=True)
 
 
-def zscore(rewards: Tensor, eps: float = 1e-4) -> Tensor:
-    """(r - m) / s: a rare success weighs more than a common one. (1, 0, 0, 1) -> (1, -1, -1, 1), (1, 0, 0, 0) ->
-    (1.73, -0.58, -0.58, -0.58). GRPO, arXiv 2402.03300."""
+def zscore(rewards: Tensor, config=None, eps: float = 1e-4) -> Tensor:
+    """(r - m) / s: a rare success weighs more than a common one. (1, 0, 0, 1) -> (1, -1, -1, 1),
+    (1, 0, 0, 0) -> (1.73, -0.58, -0.58, -0.58). GRPO, arXiv 2402.03300."""
     return mean(rewards) / (rewards.std(1, correction=0, keepdim=True) + eps)
 
 
-def loo(rewards: Tensor) -> Tensor:
-    """r - mean of the other rewards = (r - m) * G / (G - 1): a baseline that the response has no part in, so without
-    bias. (1, 0, 0, 1) -> (2/3, -2/3, -2/3, 2/3). RLOO, arXiv 2402.14740."""
-    return mean(rewards) * rewards.shape[1] / max(1, rewards.shape[1] - 1)
+def loo(rewards: Tensor, config=None) -> Tensor:
+    """r - mean of the other rewards = (r - m) * G / (G - 1): a baseline that does not depend on
+    the response itself, so without bias. (1, 0, 0, 1) -> (2/3, -2/3, -2/3, 2/3). RLOO, arXiv
+    2402.14740."""
+    G = rewards.shape[1]
+    return mean(rewards) * G / max(1, G - 1)
 
 
-def batch(rewards: Tensor, eps: float = 1e-4) -> Tensor:
-    """(r - m) / deviation over all groups: one scale for all, so that a group that hardly differs is not blown up.
-    Lite PPO, arXiv 2508.08221."""
+def batch_std(rewards: Tensor, config=None, eps: float = 1e-4) -> Tensor:
+    """(r - m) / deviation over all groups: one scale for the whole batch, so that small
+    differences within a group stay small. Lite PPO, arXiv 2508.08221."""
     return mean(rewards) / (rewards.std(correction=0) + eps)
 
 
-def maxrl(rewards: Tensor, eps: float = 1e-4) -> Tensor:
-    """(r - m) / m, for rewards from 0 up: the gradient of log m, the likelihood of success, where `mean` has that of m.
-    (1, 0, 0, 0) -> (3, -1, -1, -1), (1, 0, 0, 1) -> (1, -1, -1, 1). MaxRL, arXiv 2602.02710."""
+def maxrl(rewards: Tensor, config=None, eps: float = 1e-4) -> Tensor:
+    """(r - m) / m, for rewards from 0 up: the gradient of log m, where `mean` has the gradient of
+    m. (1, 0, 0, 0) -> (3, -1, -1, -1), (1, 0, 0, 1) -> (1, -1, -1, 1). MaxRL, arXiv 2602.02710."""
     return mean(rewards) / (rewards.mean(1, keepdim=True) + eps)
 
 
-def softmax(rewards: Tensor, beta: float) -> Tensor:
-    """G * softmax(r / beta) - 1: reward-weighted regression, centred. beta * weights -> `mean` for a large beta;
-    (weights + 1) / G -> `best` for a small one."""
-    shares = ((rewards - rewards.amax(1, keepdim=True)) / beta).exp()
+def softmax(rewards: Tensor, config) -> Tensor:
+    """G * softmax(r / beta) - 1: reward-weighted regression, centred. For a large beta it is
+    `mean` / beta, for a small one only the best response gains."""
+    shares = ((rewards - rewards.amax(1, keepdim=True)) / config.softmax_beta).exp()
     return shares / shares.mean(1, keepdim=True) - 1
 
 
-def rank(rewards: Tensor) -> Tensor:
+def rank(rewards: Tensor, config=None) -> Tensor:
     """(how many of the group are below - how many are above) / (G - 1): only the order counts.
     (0.2, 0.4, 0.9, 0.9) -> (-1, -1/3, 2/3, 2/3)."""
-    return (rewards[:, :, None] - rewards[:, None, :]).sign().sum(2) / max(1, rewards.shape[1] - 1)
+    differences = rewards[:, :, None] - rewards[:, None, :]
+    return differences.sign().sum(2) / max(1, rewards.shape[1] - 1)
 
 
-def best(rewards: Tensor) -> Tensor:
-    """1 for the best of the group, shared between ties, else 0. (0.2, 0.4, 0.9, 0.9) -> (0, 0, 0.5, 0.5). Best of n."""
-    top = (rewards == rewards.amax(1, keepdim=True)).to(rewards.dtype)
-    return top / top.sum(1, keepdim=True)
+def best(rewards: Tensor, config=None) -> Tensor:
+    """1 for the best of the group, shared between ties, else 0. (0.2, 0.4, 0.9, 0.9) -> (0, 0,
+    0.5, 0.5). Best of n."""
+    is_best = (rewards == rewards.amax(1, keepdim=True)).to(rewards.dtype)
+    return is_best / is_best.sum(1, keepdim=True)
 
 
-def positive(rewards: Tensor) -> Tensor:
-    """max(r, 0): imitate what was good, learn nothing from the rest. Fast, but entropy collapses. RAFT, 2504.11343."""
+def positive(rewards: Tensor, config=None) -> Tensor:
+    """max(r, 0): imitate what was good, learn nothing from the rest. Fast, but entropy collapses.
+    RAFT, 2504.11343."""
     return rewards.clamp(min=0)
 
 
-def none(rewards: Tensor) -> Tensor:
+def raw(rewards: Tensor, config=None) -> Tensor:
     """r itself: REINFORCE without a baseline."""
     return rewards
 
 
-NORMALISERS = {"zscore": zscore, "mean": mean, "loo": loo, "batch": batch, "maxrl": maxrl, "softmax": softmax,
-               "rank": rank, "best": best, "positive": positive, "none": none}
-BASELINED = set(NORMALISERS) - {"positive", "none"}  # compare a response with its group: pointless with a group of one
+NORMALISERS = {f.__name__: f for f in (
+    zscore, mean, loo, batch_std, maxrl, softmax, rank, best, positive, raw)}
+# these compare with the group: pointless in a group of one
+BASELINED = set(NORMALISERS) - {"positive", "raw"}
+
+# -------------------------------------------------------------------------------------------------
+# FILTERS: rewards (P, G), finished (P, G) bool -> which responses are trained on, (P, G) bool. The
+# weights are taken from the whole group, before the filter.
 
 
-# FILTERS: rewards (P, G), finished (P, G) -> which rows count, (P, G) bool. Baselines were taken over all of them.
-
-
-def everything(rewards: Tensor, finished: Tensor) -> Tensor:
-    """All rows count. (Those of weight 0 need no forward pass, but their tokens stay in the denominator.)"""
+def none(rewards: Tensor, finished: Tensor, config=None) -> Tensor:
+    """All of them. (A row of weight 0 needs no forward pass, but its tokens stay in the
+    denominator.)"""
     return torch.ones_like(finished)
 
 
-def informative(rewards: Tensor, finished: Tensor) -> Tensor:
-    """Groups whose rewards differ. With centred weights this changes the denominator alone. Reinforce-Rej, 2504.11343.
-    (`resample` keeps the same, after train.py has drawn prompts until P groups are left. DAPO, 2503.14476.)"""
-    return (rewards.amax(1, keepdim=True) != rewards.amin(1, keepdim=True)).expand_as(rewards)
+def informative(rewards: Tensor, finished: Tensor, config=None) -> Tensor:
+    """Groups whose rewards differ. With centred weights only the denominator changes.
+    Reinforce-Rej, 2504.11343."""
+    differ = rewards.amax(1, keepdim=True) != rewards.amin(1, keepdim=True)
+    return differ.expand_as(rewards)
 
 
-def ended(rewards: Tensor, finished: Tensor) -> Tensor:
-    """Rows that ended by themselves: being cut says little about what was written so far. DAPO's overlong filter."""
+def resample(rewards: Tensor, finished: Tensor, config=None) -> Tensor:
+    """The same, after train.py has sampled more prompts until P such groups are there. DAPO, arXiv
+    2503.14476."""
+    return informative(rewards, finished)
+
+
+def finished(rewards: Tensor, finished: Tensor, config=None) -> Tensor:
+    """Responses that ended by themselves: a truncated one says little about what it contains.
+    DAPO's overlong filter."""
     return finished
 
 
-def top(rewards: Tensor, finished: Tensor, share: float) -> Tensor:
-    """The best `share` of each group, at least one, and what ties with the last of them. Rejection sampling."""
-    return rewards >= rewards.topk(max(1, round(share * rewards.shape[1])), 1).values[:, -1:]
+def top(rewards: Tensor, finished: Tensor, config) -> Tensor:
+    """The best `top_share` of each group, at least one, and what ties with the last of them.
+    Rejection sampling."""
+    count = max(1, round(config.top_share * rewards.shape[1]))
+    return rewards >= rewards.topk(count, 1).values[:, -1:]
 
 
-FILTERS = {"none": everything, "informative": informative, "resample": informative, "finished": ended, "top": top}
+FILTERS = {f.__name__: f for f in (none, informative, resample, finished, top)}
+
+# -------------------------------------------------------------------------------------------------
+# DENOMINATORS: token counts (B,) of the rows of an optimizer step -> loss_scale (B,), which
+# multiplies the loss of each token. It is fixed before the step is split into micro-batches, so
+# their size affects memory only.
 
 
-# AGGREGATIONS: response lengths (B,) of the rows that count, most tokens N -> factor (B,) of each token's loss.
-# Fixed for the whole optimizer step before it is split, so that the size of a micro-batch trades memory only.
+def token(counts: Tensor, config=None) -> Tensor:
+    """1 / all tokens: every token of the step weighs the same, a long response more than a short
+    one. DAPO."""
+    return (1.0 / counts.sum()).expand(len(counts))
 
 
-def token(lengths: Tensor, most: int) -> Tensor:
-    """1 / all tokens: every token of the step weighs the same, a long response more than a short one. DAPO."""
-    return (1.0 / lengths.sum()).expand(len(lengths))
+def sequence(counts: Tensor, config=None) -> Tensor:
+    """1 / (rows * tokens of the row): every response weighs the same, so a token of a long one
+    less: long mistakes are cheap. GRPO as published, 2402.03300."""
+    return 1.0 / (counts * len(counts))
 
 
-def sequence(lengths: Tensor, most: int) -> Tensor:
-    """1 / (rows * tokens of the row): every response weighs the same, so a token of a long one less: long mistakes are
-    cheap. GRPO as published, 2402.03300."""
-    return 1.0 / (lengths * len(lengths))
+def constant(counts: Tensor, config) -> Tensor:
+    """1 / (rows * max_new_tokens): the sum over a response's tokens, whatever its length. Dr.
+    GRPO."""
+    scale = 1.0 / (len(counts) * config.max_new_tokens)
+    return torch.full(counts.shape, scale, device=counts.device)
 
 
-def constant(lengths: Tensor, most: int) -> Tensor:
-    """1 / (rows * N): the sum over a response's tokens, as the gradient has it, whatever its length. Dr. GRPO."""
-    return torch.full(lengths.shape, 1.0 / (len(lengths) * most))
+DENOMINATORS = {f.__name__: f for f in (token, sequence, constant)}
+
+# -------------------------------------------------------------------------------------------------
+# LOSSES: log-probs (R, N), old_logprobs (R, N), weights (R, 1) or (R, N), response mask (R, N) ->
+# loss of each token (R, N), which tokens were clipped (R, N) bool. The ratio is pi / pi_old =
+# exp(logprobs - old_logprobs).
 
 
-AGGREGATIONS = {"token": token, "sequence": sequence, "constant": constant}
+def logprob(logprobs: Tensor, old: Tensor, weights: Tensor, mask: Tensor, config=None):
+    """-w log pi: the objective itself, without a ratio. Right for one update per rollout."""
+    return -weights * logprobs, torch.zeros_like(mask)
 
 
-# LOSSES: log-probs (R, N) now, the same when they were sampled, weights (R, 1), which columns are tokens (R, N) bool
-# -> loss of each token (R, N), which tokens were clipped (R, N) bool. The ratio is pi / pi_old = exp(now - then).
+def clip(logprobs: Tensor, old: Tensor, weights: Tensor, mask: Tensor, config):
+    """-min(ratio w, clip(ratio, 1 - clip_low, 1 + clip_high) w): a token that has moved that far
+    in its direction has no gradient. PPO, arXiv 1707.06347; GRPO; DAPO with clip_high > clip_low,
+    to leave rare tokens room to rise."""
+    return clipped_loss((logprobs - old).exp(), weights, mask, config)
 
 
-def logprob(now: Tensor, then: Tensor, weights: Tensor, inside: Tensor) -> tuple[Tensor, Tensor]:
-    """-w log pi: the objective itself. It takes no notice of how old the rollout is."""
-    return -weights * now, torch.zeros_like(inside)
+def cispo(logprobs: Tensor, old: Tensor, weights: Tensor, mask: Tensor, config):
+    """-stopgrad(min(ratio, cispo_cap)) w log pi: importance sampling with a bound; no token loses
+    its gradient. MiniMax-M1, arXiv 2506.13585."""
+    ratio = (logprobs - old).exp().detach()
+    loss = -ratio.clamp(max=config.cispo_cap) * weights * logprobs
+    return loss, (ratio > config.cispo_cap) & mask
 
 
-def clip(now: Tensor, then: Tensor, weights: Tensor, inside: Tensor, low: float, high: float) -> tuple[Tensor, Tensor]:
-    """-min(ratio w, clip(ratio, 1 - low, 1 + high) w): once a token has moved that far in its direction, it has no
-    gradient. PPO, arXiv 1707.06347; GRPO; DAPO with high > low, to leave rare tokens room to rise."""
-    ratio = (now - then).exp()
-    free, bounded = ratio * weights, ratio.clamp(1 - low, 1 + high) * weights
-    return -torch.minimum(free, bounded) * inside, (bounded < free) & inside
+def gspo(logprobs: Tensor, old: Tensor, weights: Tensor, mask: Tensor, config):
+    """`clip` with one ratio for the response, (pi / pi_old)^(1 / length). The ratio hardly moves,
+    so clip_low and clip_high are small. It is of the whole response, and so must the weight be.
+    arXiv 2507.18071."""
+    if weights.shape[1] > 1:
+        raise ValueError("--loss gspo has one ratio for a response: weights must be (B,), not (B, N)")
+    change = ((logprobs - old) * mask).sum(1, keepdim=True) / mask.sum(1, keepdim=True)
+    return clipped_loss(change.exp().expand_as(logprobs), weights, mask, config)
 
 
-def cispo(now: Tensor, then: Tensor, weights: Tensor, inside: Tensor, cap: float) -> tuple[Tensor, Tensor]:
-    """-stopgrad(min(ratio, cap)) w log pi: importance sampling with a bound; no token loses its gradient.
-    MiniMax-M1, arXiv 2506.13585."""
-    ratio = (now - then).exp().detach()
-    return -ratio.clamp(max=cap) * weights * now, (ratio > cap) & inside
+def clipped_loss(ratio: Tensor, weights: Tensor, mask: Tensor, config):
+    """Ratios (R, N) -> the loss of PPO, and where it is clipped."""
+    unclipped = ratio * weights
+    clipped = ratio.clamp(1 - config.clip_low, 1 + config.clip_high) * weights
+    return -torch.minimum(unclipped, clipped) * mask, (clipped < unclipped) & mask
 
 
-def gspo(now: Tensor, then: Tensor, weights: Tensor, inside: Tensor, low: float, high: float) -> tuple[Tensor, Tensor]:
-    """`clip` with one ratio for the response, (pi / pi_old)^(1 / length): the reward is of the response, so is the
-    ratio. It hardly moves, so low and high are small. arXiv 2507.18071."""
-    mean_change = ((now - then) * inside).sum(1, keepdim=True) / inside.sum(1, keepdim=True)
-    return clip(mean_change.expand_as(now), torch.zeros_like(now), weights, inside, low, high)
+LOSSES = {f.__name__: f for f in (logprob, clip, cispo, gspo)}
+
+# -------------------------------------------------------------------------------------------------
+# How far the policy is from a reference: estimates of KL(pi || ref) for each token, sampled from
+# pi (Schulman, 2020).
 
 
-LOSSES = {"logprob": logprob, "clip": clip, "cispo": cispo, "gspo": gspo}
-
-
-# How far the policy is from a reference: estimates of KL(pi || ref) of each token, for tokens sampled from pi.
-
-
-def k2(logprobs: Tensor, reference: Tensor) -> Tensor:
+def k2(logprobs: Tensor, ref_logprobs: Tensor) -> Tensor:
     """(log pi - log ref)^2 / 2: the one to train on, its mean gradient is that of KL(pi || ref)."""
-    return (logprobs - reference).square() / 2
+    return (logprobs - ref_logprobs).square() / 2
 
 
-def k3(logprobs: Tensor, reference: Tensor) -> Tensor:
-    """ref / pi - 1 - log(ref / pi): the one to log, unbiased and never below 0. In a loss its mean gradient would be
-    that of KL(ref || pi)."""
-    return (reference - logprobs).expm1() - (reference - logprobs)
+def k3(logprobs: Tensor, ref_logprobs: Tensor) -> Tensor:
+    """ref / pi - 1 - log(ref / pi): the one to log, unbiased and never below 0. In a loss its mean
+    gradient would be that of KL(ref || pi)."""
+    log_ratio = ref_logprobs - logprobs
+    return log_ratio.expm1() - log_ratio
 
 
-# RECIPES: methods as published, as flags of train.py. Not in them: KL terms (GRPO's is 0.04 k3), how often rollouts are
-# reused, and rewards: Reinforce-Rej takes -1 for what is wrong; with 0 it learns from what is right alone.
+# -------------------------------------------------------------------------------------------------
+# RECIPES: methods as published, as flags of train.py. They do not include KL terms (GRPO's is 0.04
+# k3), the number of updates per rollout, or rewards: Reinforce-Rej gives -1 for a wrong answer;
+# with 0 it learns only from right ones.
 
 CLIP = {"loss": "clip", "clip_low": 0.2, "clip_high": 0.2}
 RECIPES = {
-    "grpo": {"normaliser": "zscore", "aggregation": "sequence", **CLIP},
-    "dr_grpo": {"normaliser": "mean", "aggregation": "constant", **CLIP},
-    "dapo": {"normaliser": "zscore", "filter": "resample", "aggregation": "token", **CLIP, "clip_high": 0.28},
-    "lite_ppo": {"normaliser": "batch", "aggregation": "token", **CLIP},
-    "gspo": {"normaliser": "zscore", "aggregation": "sequence", "loss": "gspo", "clip_low": 3e-4, "clip_high": 4e-4},
-    "cispo": {"normaliser": "zscore", "aggregation": "token", "loss": "cispo", "cispo_cap": 5.0},
-    "rloo": {"normaliser": "loo", "aggregation": "constant", "loss": "logprob"},
-    "maxrl": {"normaliser": "maxrl", "aggregation": "token", "loss": "logprob"},
-    "raft": {"normaliser": "positive", "aggregation": "sequence", "loss": "logprob"},
-    "reinforce_rej": {"normaliser": "none", "filter": "informative", "aggregation": "sequence", "loss": "logprob"},
-    "expert_iteration": {"normaliser": "best", "filter": "informative", "aggregation": "sequence", "loss": "logprob"},
+    "grpo": {"normaliser": "zscore", "denominator": "sequence", **CLIP},
+    "dr_grpo": {"normaliser": "mean", "denominator": "constant", **CLIP},
+    "dapo": {"normaliser": "zscore", "filter": "resample", "denominator": "token", **CLIP, "clip_high": 0.28},
+    "lite_ppo": {"normaliser": "batch_std", "denominator": "token", **CLIP},
+    "gspo": {"normaliser": "zscore", "denominator": "sequence", "loss": "gspo", "clip_low": 3e-4, "clip_high": 4e-4},
+    "cispo": {"normaliser": "zscore", "denominator": "token", "loss": "cispo", "cispo_cap": 5.0},
+    "rloo": {"normaliser": "loo", "denominator": "constant", "loss": "logprob"},
+    "maxrl": {"normaliser": "maxrl", "denominator": "token", "loss": "logprob"},
+    "raft": {"normaliser": "positive", "denominator": "sequence", "loss": "logprob"},
+    "reinforce_rej": {"normaliser": "raw", "filter": "informative", "denominator": "sequence", "loss": "logprob"},
+    "expert_iteration": {"normaliser": "best", "filter": "informative", "denominator": "sequence", "loss": "logprob"},
 }
 
+# -------------------------------------------------------------------------------------------------
+# Log-probs of a rollout. fast/logprobs.py has the fast form, with the same arguments.
 
-def choose(config) -> tuple:
-    """The functions that train.py's flags name, with their settings: normalise(rewards), select(rewards, finished),
-    aggregate(lengths), token_losses(now, then, start, weights, inside), start being the reference's log-probs."""
-    bounds = {"low": config.clip_low, "high": config.clip_high}
-    settings = {"softmax": {"beta": config.softmax_beta}, "top": {"share": config.keep}, "clip": bounds, "gspo": bounds,
-                "cispo": {"cap": config.cispo_cap}}
-    normalise, select, policy_losses = (partial(table[name], **settings.get(name, {})) for table, name in (
-        (NORMALISERS, config.normaliser), (FILTERS, config.filter), (LOSSES, config.loss)))
 
-    def token_losses(now: Tensor, then: Tensor, start: Tensor, weights: Tensor, inside: Tensor):
-        losses, clipped = policy_losses(now, then, weights, inside)
-        return (losses + config.kl_beta * k2(now, start) if config.kl_beta else losses), clipped
+def token_stats(logits: Tensor, tokens: Tensor, sampling: Sampling) -> tuple[Tensor, Tensor]:
+    """(K, V) logits, (K,) tokens -> (K,) log-probs of the tokens, (K,) entropies in nats of the
+    distributions that they were sampled from."""
+    logp = policy_distribution(logits, sampling).log_softmax(-1)
+    entropy = -(logp.exp() * logp).sum(-1)
+    return logp.gather(-1, tokens[:, None])[:, 0], entropy
 
-    return normalise, select, partial(AGGREGATIONS[config.aggregation], most=config.max_new_tokens), token_losses
+
+def token_logprobs(
+    policy: PreTrainedModel, rollout: Rollout, rows: Tensor, sampling: Sampling,
+    known: Tensor | None = None, with_entropy: bool = False,
+) -> tuple[Tensor, Tensor]:
+    """R rows of a rollout (indices) -> (R, N) float32 log-probs of their response tokens and (R,
+    N) entropies, both differentiable, 0 where response_mask is False.
+
+    No attention mask is needed: attention is causal and padding is on the right.
+    known:        (R, N) log-probs, if the policy is still the one that sampled. The fast form
+                  returns them and saves a
+                  matrix product
+    with_entropy: the fast form returns entropies only if asked
+    """
+    rollout = rollout.rows(rows)
+    # made from lengths, not from pad ids: pad may equal EOS, and EOS must be trained on
+    mask = rollout.response_mask
+    row, column = mask.nonzero(as_tuple=True)  # (K,) each: where the response tokens are
+    position = rollout.prompt_lengths[row] + column  # (K,) the same as columns of ids
+    ids = rollout.ids[:, : int(rollout.lengths.max())]
+    logits = policy(ids, use_cache=False).logits
+    logits = logits[row, position - 1]  # (K, V): the logits at a position predict the next token
+    logprobs, entropy = token_stats(logits, ids[row, position], sampling)
+    zeros = torch.zeros(mask.shape, device=ids.device)
+    return zeros.masked_scatter(mask, logprobs), zeros.masked_scatter(mask, entropy)

@@ -1,280 +1,352 @@
-"""What a response is worth: a rule, a heuristic, a learned model, your own function, or a mixture of them.
+"""What a response is worth: a rule, a learned model, a function of yours, or a mixture of them.
 
-    python train.py --reward number                                  # a rule: a name in rules.py
-    python train.py --reward "number + 0.2*format - 0.001*length"    # a mixture: + - * and parentheses
-    python train.py --reward my_rewards.politeness                   # yours: def politeness(prompt, response, answer)
-    python train.py --reward 'number * (1 + 0.5*model("runs/rm"))'   # gated: wrong never outranks right
-    python reward.py --reward "number + 0.2*format" responses.jsonl  # scores a file, shows every part
+    python train.py --reward number                                  # a rule: see REWARDS below
+    python train.py --reward "number + 0.2*format - 0.001*length"    # a mixture: + - * ( )
+    python train.py --reward my_rewards.politeness                   # yours, in my_rewards.py
+    python train.py --reward 'number * (1 + 0.5*model("runs/rm"))'   # wrong never outranks right
+    python reward.py --reward "number + 0.2*format" responses.jsonl  # scores a file, part by part
 
-A file of yours stands in the current folder. A function whose first parameter is called `prompts` gets the whole batch,
-as three lists, and returns a list; any other gets one response and returns a number.
+A rule is a function of three texts that returns a number. Add yours to this file and to REWARDS, or
+put `def politeness(prompt, response, answer)` into my_rewards.py in the current folder. If it has a
+parameter `length` it gets the number of tokens of the response, by `limit` the most allowed. If its
+first parameter is `prompts`, it is called once, with three lists, and returns a list.
+
+The lines `response | answer -> reward` in the docstrings are examples, which are run as tests. No
+rule runs what a model wrote, and none is slow on any text.
 """
 
 import ast
-import importlib.util
-import inspect
-import math
-import threading
-import time
+import operator
+import re
+import runpy
 from collections.abc import Callable
-from concurrent.futures import FIRST_COMPLETED, Future, wait
-from contextlib import suppress
 from dataclasses import dataclass
+from fractions import Fraction
 from pathlib import Path
 
 import torch
-from torch import Tensor
-from tqdm import tqdm
+from torch.nn.utils.rnn import pad_sequence
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 from transformers.hf_argparser import HfArg
 
-from flags import UserError, first_line, named, need, run_script
-from policy import UNREADABLE, context_length, pick_device
-from rules import OPERATORS, REWARDS, arithmetic, contains, matches
-from tasks import is_answer, is_prompt, read_jsonl
-from track import shorten
-from update import micro_batches
+from lib.batching import micro_batches
+from lib.files import read_jsonl
+from lib.flags import UserError, align, check_range, first_line, name_error, run_script, shorten
+from lib.mixture import OPERATORS, Mixture, arithmetic, call_part, evaluate_mixture, parse_mixture
+from policy import context_length, pick_device
+from tasks import as_messages, is_answer, is_prompt
+
+NUMBER = re.compile(  # the minus in 8-5, x-5 or (2)-5 is no sign
+    r"(?<![0-9A-Za-z)])-?\$?[0-9]{1,3}(?:,[0-9]{3})+(?:\.[0-9]+)?(?![0-9])"  # -1,012.50
+    r"|(?:(?<![0-9A-Za-z)])-)?\$?(?:[0-9]+(?:\.[0-9]+)?|\.[0-9]+)"  # -7, 3.5, .5
+)
+ANNOUNCEMENT = re.compile(r"####|\banswer is:?", re.IGNORECASE)
+LETTER = re.compile(r"(?<![A-Za-z0-9])[A-E](?![A-Za-z0-9])")
+
+
+def final_answer(response: str) -> str:
+    """What follows the last </think>, or the whole response: '<think>8+7=15</think>75' -> '75'"""
+    return response.rpartition("</think>")[2]
+
+
+def last_number(text: str) -> str | None:
+    """'so 3 x 4 is $1,012.' -> '1012';  'it fell to -7.50 %' -> '-7.5';  'no idea' -> None"""
+    found = NUMBER.findall(text)
+    if not found:
+        return None
+    digits = found[-1].replace("$", "").replace(",", "")
+    whole, _, decimals = digits.lstrip("-").partition(".")
+    value = f"{whole.lstrip('0') or '0'}.{decimals.rstrip('0')}".removesuffix(".")
+    negative = digits.startswith("-") and value != "0"
+    return f"-{value}" if negative else value
+
+
+def last_letter(text: str) -> str | None:
+    """'Not (A), so the answer is (C).' -> 'C';  'Because' -> None"""
+    found = LETTER.findall(text)
+    return found[-1] if found else None
+
+
+def last_expression(text: str) -> str | None:
+    """'<answer>(3 * 8) / 1</answer>' -> '(3 * 8) / 1';  '3 * 8' -> None"""
+    before_end = text.rpartition("</answer>")[0]
+    _, tag, expression = before_end.rpartition("<answer>")
+    return " ".join(expression.split()) if tag else None
+
+
+def same(find: Callable, response: str, answer: str) -> float:
+    """1 if `find` (last_number, last_letter) finds the same in the final answer and the answer."""
+    found = find(final_answer(response))
+    return float(found is not None and found == find(answer))
+
+
+def exact(prompt, response, answer):
+    """1 if the final answer is the reference answer, letter by letter.
+
+    <think>8+7=15;4+2+1=7;</think>75 | 75 -> 1
+    75. | 75 -> 0
+    """
+    return float(final_answer(response) == answer)
+
+
+def number(prompt, response, answer):
+    """1 if the last number of the final answer has the right value.
+
+    It is $1,012.00. | 1012 -> 1
+    1012, or was it 1013? | 1012 -> 0
+    """
+    return same(last_number, response, answer)
+
+
+def stated(prompt, response, answer):
+    """1 if the final answer is the right number alone, or ends with it after #### or "answer is".
+
+    <think>hm</think>1,012 | 1012 -> 1
+    8 + 4 = 12. The answer is 12. | 12 -> 1
+    so it makes 12 | 12 -> 0
+    The answer is 12 apples | 12 -> 0
+    """
+    text = ANNOUNCEMENT.split(final_answer(response))[-1]
+    text = text.strip().removesuffix(".")
+    if not NUMBER.fullmatch(text):
+        return 0.0
+    return same(last_number, text, answer)
+
+
+def choice(prompt, response, answer):
+    """1 if the last letter from A to E that stands by itself in the final answer is right.
+
+    Not (A), so the answer is (C). | C -> 1
+    C, though B fits as well | C -> 0
+    """
+    return same(last_letter, response, answer)
+
+
+def countdown(prompt, response, answer):
+    """1 if the last <answer> is an expression that uses each number once and makes the target.
+
+    <think>3*8=24</think><answer>(3 * 8) / 1</answer> | 24 from 1 3 8 -> 1
+    <answer>3 * 8</answer> | 24 from 1 3 8 -> 0
+    <answer>24</answer> | 24 from 1 3 8 -> 0
+    """
+    target, _, numbers = answer.partition(" from ")
+    expression = last_expression(final_answer(response)) or ""
+    if not re.fullmatch("[0-9+*/() -]{1,200}", expression):  # a long one may be slow to parse
+        return 0.0
+    used = []
+
+    def use_number(node: ast.expr) -> Fraction:
+        if not isinstance(node, ast.Constant):
+            raise ValueError("a sign, a power or a call")
+        used.append(node.value)
+        return Fraction(node.value)
+
+    try:
+        tree = ast.parse(expression, mode="eval").body
+        value = arithmetic(tree, use_number, OPERATORS | {ast.Div: operator.truediv})
+    except (SyntaxError, ValueError, ZeroDivisionError):
+        return 0.0
+    each_once = sorted(used) == sorted(map(int, numbers.split()))
+    return float(each_once and value == int(target))
+
+
+def format(prompt, response, answer):
+    """1 if the response starts with its only <think>...</think> and an answer follows, right or
+    wrong: easily gamed, so give it a small factor.
+
+    <think>hm</think>75 | 76 -> 1
+    <think>hm</think> | 76 -> 0
+    """
+    starts = response.lstrip().startswith("<think>")
+    once = response.count("<think>") == response.count("</think>") == 1
+    return float(starts and once and final_answer(response).strip() != "")
+
+
+def length(prompt, response, answer, length):
+    """Tokens of the response, the stop token included: give it a small negative factor."""
+    return float(length)
+
+
+def overlong(prompt, response, answer, length, limit):
+    """0 up to four fifths of the limit, then in a straight line to -1. DAPO, arXiv 2503.14476.
+    limit 100: length 80 -> 0, 90 -> -0.5, 100 -> -1"""
+    return min(0.0, (4 * limit - 5 * length) / limit)
+
+
+def repetition(prompt, response, answer):
+    """Share of the runs of 4 words that occurred before: give it a negative factor.
+
+    one two three four | -> 0
+    a b a b a b a b | -> 0.6
+    """
+    words = response.split()
+    runs = list(zip(words, words[1:], words[2:], words[3:]))
+    return 1 - len(set(runs)) / len(runs) if runs else 0.0
+
+
+RULES = exact, number, stated, choice, countdown, format, length, overlong, repetition
+REWARDS = {rule.__name__: rule for rule in RULES}
+# for majority votes: final answer -> what the rule compares
+ANSWERS = {"number": last_number, "choice": last_letter, "countdown": last_expression}
+# a task's rule -> one that also wants the right form, and one that takes the number anywhere
+STRICT_AND_LENIENT = {"exact": ("exact", "number"), "number": ("stated", "number")}
 
 
 class RewardModel:
-    """A learned judge: any Hugging Face model for sequence classification with one output, and its tokenizer.
+    """A learned reward: a Hugging Face model for sequence classification with one output.
 
-    bounded: sigmoid(score - mean score of the answers preferred in its training), in (0, 1), instead of the raw score
+    bounded: sigmoid(score - mean score of the preferred responses in its training), in (0, 1),
+             instead of the raw score
+    options: for from_pretrained
     """
 
     def __init__(self, name: str, device: torch.device, bounded: bool = True, **options):
-        """options: for from_pretrained. UserError: nothing there to load, or not one output."""
         dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
         try:
             self.tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=False)
-            self.model = AutoModelForSequenceClassification.from_pretrained(
-                name, dtype=dtype, use_safetensors=True, trust_remote_code=False, **options)
-        except UNREADABLE as error:
-            raise UserError(f'model("{name}"): cannot be loaded as a reward model: {first_line(error)}') from None
-        if self.model.config.num_labels != 1:
-            raise UserError(f'model("{name}"): has {self.model.config.num_labels} outputs, a reward model has one; '
-                            "train_reward.py makes one of a language model")
-        self.model.to(device).eval()
-        self.special = [token.content for token in self.tokenizer.added_tokens_decoder.values() if token.special]
-        self.bounded, self.mean_chosen = bounded, getattr(self.model.config, "mean_chosen_score", 0.0)
+            model = AutoModelForSequenceClassification.from_pretrained(
+                name, dtype=dtype, use_safetensors=True, trust_remote_code=False, **options
+            )
+        except Exception as error:  # transformers, tokenizers and safetensors raise many kinds
+            reason = f"cannot be loaded as a reward model: {first_line(error)}"
+            raise UserError(f'model("{name}"): {reason}') from None
+        if model.config.num_labels != 1:
+            reason = f"has {model.config.num_labels} outputs, a reward model has one"
+            raise UserError(f'model("{name}"): {reason}; tools/train_reward.py makes one')
+        self.model = model.to(device).eval()
+        self.bounded = bounded
 
     def ids(self, prompt: str | list, response: str) -> list[int]:
-        """The tokens of an exchange: by the model's own chat template, or without one prompt, response, end of text.
+        """Token ids of prompt and response, by the reward model's chat template if it has one.
 
-        A response that spells out special tokens (the end of its turn, praise from the user) must not get them."""
-        for token in self.special:
-            response = response.replace(token, " ")
-        turns = prompt if isinstance(prompt, list) else [{"role": "user", "content": prompt}]
+        A response could spell out special tokens, to end its turn and praise itself as the user:
+        they are removed.
+        """
+        for token in self.tokenizer.added_tokens_decoder.values():
+            if token.special:
+                response = response.replace(token.content, " ")
+        messages = as_messages(prompt)
         if self.tokenizer.chat_template:
-            return self.tokenizer.apply_chat_template([*turns, {"role": "assistant", "content": response}],
-                                                      return_dict=False)
-        text = "\n".join(turn["content"] for turn in turns) + response
-        ids, end = self.tokenizer(text)["input_ids"], [self.tokenizer.eos_token_id]
-        return ids if end in ([None], ids[-1:]) else ids + end  # some tokenizers have none, or add it by themselves
+            messages = [*messages, {"role": "assistant", "content": response}]
+            return self.tokenizer.apply_chat_template(messages, return_dict=False)
+        text = "\n".join(message["content"] for message in messages) + response
+        ids = self.tokenizer(text)["input_ids"]
+        end = [self.tokenizer.eos_token_id]
+        return ids if end in ([None], ids[-1:]) else ids + end  # some tokenizers add it themselves
 
-    def scores(self, rows: list[list[int]], tokens: int = 16384) -> Tensor:
-        """B rows of token ids -> (B,) float32 raw scores, in batches of at most so many tokens, padding included."""
-        rows = [row[-(context_length(self.model) or len(row)) :] for row in rows]
+    def scores(self, rows: list[list[int]], tokens: int = 16384) -> torch.Tensor:
+        """B rows of token ids -> (B,) float32 raw scores, in micro-batches of so many tokens."""
+        room = context_length(self.model) or 0
+        rows = [torch.tensor(row[-room:]) for row in rows]  # room 0 keeps all
         lengths = torch.tensor([len(row) for row in rows])
-        # The head reads the last token that is not padding, and finds it by its id, which may equal that of the end of
-        # text. So padding is a token that no row holds.
-        used = {token for row in rows for token in row}
-        padding = next(token for token in range(len(used) + 1) if token not in used)
+        # The model reads the score at the last token that is not padding, and knows padding by its
+        # id, which may be that of the end of text. So pad with an id that is no row's last.
+        last = {int(row[-1]) for row in rows}
+        padding = min(set(range(len(last) + 1)) - last)
         self.model.config.get_text_config().pad_token_id = padding
-        batches, scores = micro_batches(lengths, tokens), []
-        for batch in batches:
-            ids = torch.full((len(batch), int(lengths[batch].max())), padding)
-            for i, row in enumerate(batch.tolist()):
-                ids[i, : lengths[row]] = torch.tensor(rows[row])
+        scores = torch.zeros(len(rows), device=self.model.device)
+        for batch in micro_batches(lengths, tokens):
+            ids = pad_sequence([rows[i] for i in batch], batch_first=True, padding_value=padding)
+            ids = ids.to(scores.device)  # (R, T)
             mask = torch.arange(ids.shape[1]) < lengths[batch, None]
-            logits = self.model(ids.to(self.model.device), attention_mask=mask.long().to(self.model.device)).logits
-            scores.append(logits[:, 0].float())
-        return torch.cat(scores)[torch.cat(batches).argsort().to(self.model.device)]
+            logits = self.model(ids, attention_mask=mask.to(ids)).logits  # (R, 1)
+            scores[batch] = logits[:, 0].float()
+        return scores
 
     @torch.no_grad()
-    def __call__(self, prompts: list, responses: list[str], answers: list[str]) -> list[float]:
-        scores = self.scores([self.ids(*row) for row in zip(prompts, responses)])
-        return (torch.sigmoid(scores - self.mean_chosen) if self.bounded else scores).tolist()
+    def __call__(self, prompts, responses, answers) -> list[float]:
+        scores = self.scores(list(map(self.ids, prompts, responses)))
+        if self.bounded:
+            scores = torch.sigmoid(scores - getattr(self.model.config, "mean_chosen_score", 0.0))
+        return scores.tolist()
 
 
-@dataclass(frozen=True)
-class Reward:
-    """A mixture: its expression, the function of each part by the part's own words, and how slow ones are called."""
-
-    tree: ast.expr
-    parts: dict[str, Callable]
-    workers: int = 0  # threads that call the user's functions, 0 for none
-    timeout: float = 0.0  # seconds that a thread's call may take
-    missed: float = 0.0  # what a call that takes longer counts as
-
-
-def load_reward(text: str, device: torch.device | str = "cpu", workers: int = 0, timeout: float = 0.0,
-                missed: float = 0.0) -> Reward:
-    """'number + 0.2*format' -> Reward. Read with ast, never with eval. UserError for what is not in the language."""
-    device, parts = torch.device(device), {}
-    makers = {"regex": matches, "contains": contains, "model": lambda name: RewardModel(name, device),
-              "raw_model": lambda name: RewardModel(name, device, bounded=False)}
-
-    def leaf(node: ast.expr) -> float:
-        match node:
-            case ast.Constant(value=value) if type(value) in (int, float) and math.isfinite(value):
-                return 0.0
-            case ast.UnaryOp(op=ast.USub(), operand=operand):
-                return arithmetic(operand, leaf, OPERATORS)
-            case ast.Name(id=name) if name in REWARDS:
-                part = REWARDS[name]
-            case ast.Attribute(value=ast.Name(id=module), attr=name):
-                part = own_function(module, name)
-            case ast.Call(func=ast.Name(id=name), args=[ast.Constant(value=str(text))], keywords=[]) if name in makers:
-                part = makers[name](text)
-            case _:
-                raise UserError(f"--reward {ast.unparse(node)}: not one of {', '.join(REWARDS)}, module.name, "
-                                f"{', '.join(f'{name}(...)' for name in makers)}, a number, + - *")
-        parts[ast.unparse(node)] = part
-        return 0.0
-
-    try:
-        tree = ast.parse(text.strip(), mode="eval").body
-        arithmetic(tree, leaf, OPERATORS)
-    except (SyntaxError, ValueError, RecursionError, MemoryError) as error:
-        raise UserError(f"--reward {shorten(text)}: cannot be read: {first_line(error)}") from None
-    if not parts:
-        raise UserError(f"--reward {text}: nothing in it looks at the response")
-    return Reward(tree, parts, workers, timeout, missed)
+def load_reward(text: str, device: torch.device | str = "cpu") -> Mixture:
+    """'number + 0.2*format' -> what `score` takes. UserError where the syntax is not supported."""
+    device = torch.device(device)
+    makers = {
+        "model": lambda name: RewardModel(name, device),
+        "raw_model": lambda name: RewardModel(name, device, bounded=False),
+    }
+    return parse_mixture(text, REWARDS, makers, own_function)
 
 
 def own_function(module: str, name: str) -> Callable:
     """The function `name` of module.py in the current folder. UserError if it is not there."""
+    flag = f"--reward {module}.{name}"
     path = Path(f"{module}.py").resolve()
     if not path.exists():
-        raise UserError(f"--reward {module}.{name}: there is no {module}.py in the current folder")
-    spec = importlib.util.spec_from_file_location(module, path)
-    loaded = importlib.util.module_from_spec(spec)
+        raise UserError(f"{flag}: there is no {module}.py in the current folder")
     try:
-        spec.loader.exec_module(loaded)
+        function = runpy.run_path(str(path)).get(name)
     except Exception as error:  # the user's file may raise anything
-        raise UserError(f"--reward {module}.{name}: {path} raised {named(error)}") from error
-    if not callable(getattr(loaded, name, None)):
-        raise UserError(f"--reward {module}.{name}: there is no function {name} in {path}")
-    return getattr(loaded, name)
+        raise UserError(f"{flag}: {path} raised {name_error(error)}") from error
+    if not callable(function):
+        raise UserError(f"{flag}: there is no function {name} in {path}")
+    return function
 
 
-def score(reward: Reward, prompts: list, responses: list[str], answers: list[str], lengths: list[int] | None = None,
-          limit: int = 0) -> tuple[list[float], dict[str, list[float]]]:
-    """B rows, the tokens of each response and the most they may have -> B rewards, and B values of each part.
+def score(
+    reward: Mixture,
+    prompts: list,
+    responses: list,
+    answers: list,
+    lengths: list | None = None,
+    limit: int = 0,
+) -> tuple[list[float], dict[str, list[float]]]:
+    """B responses -> B rewards, and for each part of the mixture its B values.
 
-    UserError that names the sample: a part raised, or returned what is no finite number, or too few or too many values;
-    or it looks at the tokens, and `lengths` is None.
+    lengths: tokens of each response; limit: the most that they may have
+    UserError names the sample: a part raised, or returned what is not a finite number
     """
     columns = {"prompt": prompts, "response": responses, "answer": answers}
     if lengths is not None:
         columns |= {"length": lengths, "limit": [limit] * len(lengths)}
-    parts = {part: values_of(part, function, columns, reward) for part, function in reward.parts.items()}
-
-    def leaf(node: ast.expr) -> Tensor | float:
-        if isinstance(node, ast.UnaryOp):
-            return -arithmetic(node.operand, leaf, OPERATORS)
-        if isinstance(node, ast.Constant):
-            return node.value
-        return torch.tensor(parts[ast.unparse(node)], dtype=torch.float64)
-
-    totals = arithmetic(reward.tree, leaf, OPERATORS).tolist()
-    for total, response in zip(totals, responses):
-        if not abs(total) < 1e15:  # squares must fit into float32
-            raise UserError(f"--reward: {total:g} is too large a number (response: {shorten(response, 100)})")
-    return totals, parts
+    parts = {part: call_part(part, function, columns) for part, function in reward.parts.items()}
+    rewards = evaluate_mixture(reward, parts)
+    for value, response in zip(rewards, responses):
+        if not abs(value) < 1e15:  # its square must fit into float32
+            sample = f"(response: {shorten(response, 100)})"
+            raise UserError(f"--reward: {value:g} is too large a number {sample}")
+    return rewards, parts
 
 
-def values_of(part: str, function: Callable, columns: dict[str, list], reward: Reward) -> list[float]:
-    """One part's value of each row."""
-    prompts, responses, answers = (columns[name] for name in ("prompt", "response", "answer"))
-    def sample(i: int) -> str:
-        return f"(prompt: {shorten(prompts[i], 100)}; response: {shorten(responses[i], 100)})"
-
-    def call(i: int, function: Callable):
-        try:
-            return function()
-        except Exception as error:  # the user's function may raise anything: the sample that did it must be named
-            raise UserError(f"--reward {part}: raised {named(error)} {sample(i)}") from error
-
-    def one(i: int):
-        return call(i, lambda: function(prompts[i], responses[i], answers[i], **{k: columns[k][i] for k in counted}))
-
-    n, parameters = len(prompts), list(inspect.signature(function).parameters)
-    counted = [name for name in ("length", "limit") if name in parameters]
-    if counted and "length" not in columns:
-        raise UserError(f"--reward {part}: looks at the number of tokens (length), which is not given here")
-    if parameters[:1] == ["prompts"]:
-        values = call(0, lambda: list(function(prompts, responses, answers)))
-        if len(values) != n:
-            raise UserError(f"--reward {part}: returned {len(values)} values for {n} responses, the first {sample(0)}")
-    else:
-        values = in_threads(one, reward, part, n) if reward.workers else [one(i) for i in range(n)]
-    for i, value in enumerate(values):
-        with suppress(TypeError, ValueError, OverflowError):
-            if math.isfinite(value):
-                continue
-        raise UserError(f"--reward {part}: returned {shorten(repr(value), 50)}, not a finite number {sample(i)}")
-    return [float(value) for value in values]
-
-
-def in_threads(call: Callable, reward: Reward, part: str, n: int) -> list:
-    """[call(0), ..., call(n - 1)], some at a time, with the stated value for a call that takes too long.
-
-    A thread cannot be stopped: a late one is left to itself, and its place goes to the next call. As a daemon it does
-    not keep the program alive either, as those of a ThreadPoolExecutor would."""
-    def work(future: Future, i: int) -> None:
-        try:
-            future.set_result(call(i))
-        except UserError as error:
-            future.set_exception(error)
-
-    values, late, waiting, running = [reward.missed] * n, 0, list(range(n))[::-1], {}
-    while waiting or running:
-        while waiting and len(running) < reward.workers:
-            i, future = waiting.pop(), Future()
-            running[future] = i, time.monotonic() + reward.timeout
-            threading.Thread(target=work, args=(future, i), daemon=True).start()
-        wait(running, max(0.0, min(end for _, end in running.values()) - time.monotonic()), FIRST_COMPLETED)
-        for future, (i, end) in list(running.items()):
-            if future.done():
-                values[i] = future.result()
-            elif time.monotonic() >= end:
-                late += 1
-            else:
-                continue
-            del running[future]
-    if late:
-        tqdm.write(f"--reward {part}: {late} of {n} calls took over {reward.timeout:g} s: they count {reward.missed:g}")
-    return values
-
-
-def read_samples(path: Path) -> tuple[list, list[str], list[str], list[int] | None]:
-    """A .jsonl of samples -> prompts, responses, answers, and lengths in tokens if each line has one."""
-    rows = read_jsonl(path, {"prompt": is_prompt, "response": lambda text: isinstance(text, str), "answer": is_answer})
-    prompts, responses, lengths = ([row.get(field) for row in rows] for field in ("prompt", "response", "length"))
+def read_samples(path: Path) -> tuple[list, list, list, list | None]:
+    """A .jsonl file -> prompts, responses, answers, and lengths if every line has one."""
+    fields = {"prompt": is_prompt, "response": is_string, "answer": is_answer}
+    rows = read_jsonl(path, fields)
+    prompts = [row["prompt"] for row in rows]
+    responses = [row["response"] for row in rows]
+    answers = [str(row["answer"]) for row in rows]
+    lengths = [row.get("length") for row in rows]
     known = all(isinstance(length, int) for length in lengths)
-    return prompts, responses, [str(row["answer"]) for row in rows], lengths if known else None
+    return prompts, responses, answers, lengths if known else None
+
+
+def is_string(value) -> bool:
+    return isinstance(value, str)
 
 
 @dataclass(frozen=True)
 class Config:
     reward: str = HfArg(default="number", help="what to score with")
-    limit: int = HfArg(default=512, help="tokens after which responses were cut: `overlong` looks at it")
+    limit: int = HfArg(default=512, help="the most tokens of a response, for the rule overlong")
 
 
 def main(config: Config, file: str) -> None:
-    need(config, 1, "limit")
+    check_range(config, 1, "limit")
     reward = load_reward(config.reward, pick_device("auto"))
     prompts, responses, answers, lengths = read_samples(Path(file))
-    totals, parts = score(reward, prompts, responses, answers, lengths, config.limit)
-    table = {"reward": totals} | (parts if list(parts) != [config.reward] else {})
-    print("  ".join(f"{name:>10}" for name in table), " response")
-    for i, response in enumerate(responses):
-        print("  ".join(f"{values[i]:{max(10, len(name))}.3f}" for name, values in table.items()),
-              f" {shorten(response, 80)}")
-    print("  ".join(f"{sum(values) / len(values):{max(10, len(name))}.3f}" for name, values in table.items()), " mean")
+    rewards, parts = score(reward, prompts, responses, answers, lengths, config.limit)
+    columns = {"reward": rewards, **parts}
+    table = [[*columns, "response"]]
+    for *values, response in zip(*columns.values(), responses):
+        table.append([*map("{:.3f}".format, values), shorten(response, 80)])
+    means = [f"{sum(values) / len(values):.3f}" for values in columns.values()]
+    table.append([*means, "mean"])
+    print(align(table))
 
 
 if __name__ == "__main__":
-    run_script(main, Config, __doc__, file=dict(help="a run's samples.jsonl, or lines of prompt, response and answer"))
+    file = dict(help="a run's samples.jsonl, or lines of prompt, response and answer")
+    run_script(main, Config, __doc__, file=file)

@@ -1,190 +1,206 @@
 """Samples several responses to each prompt from a policy.
 
-    python sample.py models/add "48+27="                      # a model folder, a run, or a Hugging Face name
-    python sample.py runs/add "48+27=" --samples 8 --temperature 0.7
-    python sample.py runs/add                                 # held-out prompts of a run, before and after training
-    python sample.py runs/add --watch                         # the newest samples of a run, while it trains
+    python sample.py runs/add "48+27=" --samples 8            # responses of a run, a model folder
+    or a Hugging Face name
     python sample.py Qwen/Qwen2.5-0.5B-Instruct --chat        # a conversation
 
-`generate` is what train.py and eval.py call.
+`generate` is the sampler in its plain form. train.py and eval.py use fast/generate.py, which
+samples the same tokens
+faster: both call `policy_distribution` and `sample_token`, so a change there is made once.
 """
 
-import itertools
-from collections.abc import Callable
+import math
+import sys
 from dataclasses import dataclass, fields
-from functools import partial
-from pathlib import Path
 from typing import Literal
 
 import torch
 from torch import Tensor
 from torch.nn.functional import pad
-from tqdm import tqdm
 from transformers import PreTrainedModel
 from transformers.hf_argparser import HfArg
 
-import screen
-from decode import Decoding, one_query_attention
-from flags import UserError, need, run_script
-from policy import context_length, load_policy, pick_device, response_logprobs, stop_ids
-from tasks import PLAIN, Problem, Task, prompt_ids
+from lib.flags import UserError, check_range, run_script
+from policy import CACHE, context_length, load_policy, pick_device, stop_ids
+from tasks import NO_TASK, Problem, prompt_ids
 
-CHECK_EVERY = {"cuda": 16, "mps": 16, "cpu": 1}  # decode steps between looks at which rows have ended
-WIDTH = {"cuda": 64, "mps": 64, "cpu": 16}  # attention looks at a multiple of so many columns
+
+@dataclass(frozen=True)
+class Sampling:
+    """What decides which distribution is sampled from, and so learned: passed whole to both."""
+
+    temperature: float = 1.0  # 0 takes the most likely token
 
 
 @dataclass
 class Rollout:
-    """B = P * G rows, prompt-major: row b answers prompt b // G. Padding stands on the right."""
+    """B = P * G rows, prompt-major: row b answers prompt b // G. Padding is on the right."""
 
     ids: Tensor  # (B, T) prompt, response, padding
-    prompt_lengths: Tensor  # (B,)
-    lengths: Tensor  # (B,) prompt and response, the stop token included
-    logprobs: Tensor  # (B, N) float32, of each sampled token under what it was sampled from; 0 past the end
-    finished: Tensor  # (B,) bool: ended by itself; False where it was cut at the limit
+    prompt_lengths: Tensor  # (B,) tokens
+    lengths: Tensor  # (B,) tokens of prompt and response, the stop token included
+    response_mask: Tensor  # (B, N) bool: response tokens that the policy wrote. May have holes
+    old_logprobs: Tensor  # (B, N) float32, under the policy that sampled. 0 outside the mask
+    finished: Tensor  # (B,) bool: ended by a stop token; False: truncated
 
     @property
     def response_lengths(self) -> Tensor:
-        return self.lengths - self.prompt_lengths
+        """(B,) tokens that the policy wrote"""
+        return self.response_mask.sum(1)
 
-    def rows(self, index: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """(R,) row indices -> their ids (R, longest), prompt lengths (R,) and lengths (R,)"""
-        index = index.to(self.ids.device)
-        lengths = self.lengths[index]
-        return self.ids[index, : int(lengths.max())], self.prompt_lengths[index], lengths
+    def rows(self, index: Tensor) -> "Rollout":
+        """A rollout of some of the rows."""
+        return Rollout(*(getattr(self, field.name)[index] for field in fields(self)))
 
     def responses(self, tokenizer) -> list[str]:
-        """The response of each row as text, for rewards and people. Never tokenised again."""
+        """The response of each row as text, for rewards and people. It is never tokenised again."""
         spans = zip(self.ids.tolist(), self.prompt_lengths.tolist(), self.lengths.tolist())
-        return tokenizer.batch_decode([ids[start:end] for ids, start, end in spans], skip_special_tokens=True)
+        responses = [ids[start:end] for ids, start, end in spans]
+        return tokenizer.batch_decode(responses, skip_special_tokens=True)
 
 
 def join(rollouts: list[Rollout]) -> Rollout:
-    """One below the other, padded on the right to the longest."""
-    def column(name: str) -> Tensor:
-        parts = [getattr(rollout, name) for rollout in rollouts]
+    """Concatenates rollouts, padded on the right to the longest."""
+    columns = []
+    for field in fields(Rollout):
+        parts = [getattr(rollout, field.name) for rollout in rollouts]
         width = max(part.shape[-1] for part in parts)
-        return torch.cat([part if part.dim() == 1 else pad(part, (0, width - part.shape[1])) for part in parts])
+        if parts[0].dim() == 2:
+            parts = [pad(part, (0, width - part.shape[1])) for part in parts]
+        columns.append(torch.cat(parts))
+    return Rollout(*columns)
 
-    return Rollout(*(column(field.name) for field in fields(Rollout)))
+
+def policy_distribution(logits: Tensor, sampling: Sampling) -> Tensor:
+    """(R, V) logits of the model -> (R, V) float32 logits of the distribution that is sampled from
+    and learned.
+
+    Nothing is cut by default (no top-k, no top-p). Whoever cuts does it here, and writes a large
+    negative number rather than -inf, so that the entropy stays finite."""
+    logits = logits.float()
+    if sampling.temperature in (0, 1):
+        return logits
+    return logits / sampling.temperature
+
+
+def sample_token(logits: Tensor, uniforms: Tensor, sampling: Sampling) -> tuple[Tensor, Tensor]:
+    """(R, V) logits, overwritten, (R,) float64 random numbers in [0, 1) -> (R,) tokens, (R,) their
+    log-probs.
+
+    Inverse transform sampling: the token is the first whose cumulative probability exceeds the
+    random number. It is looked up among blocks of about sqrt(V) tokens and then within the block:
+    a cumulative sum over V would be slow."""
+    logits = policy_distribution(logits, sampling)
+    if sampling.temperature == 0:
+        token = logits.argmax(-1)
+        return token, logits.log_softmax(-1).gather(1, token[:, None])[:, 0]
+
+    probs = torch.softmax(logits, -1, out=logits)  # in place: V may be large
+    V = probs.shape[1]
+    size = math.isqrt(V)  # tokens in a block; the last block has fewer
+    whole = V - V % size
+    block_sums = probs[:, :whole].unflatten(1, (-1, size)).sum(-1)
+    block_sums = torch.cat([block_sums, probs[:, whole:].sum(1, keepdim=True)], 1)
+    block, uniforms = inverse_cdf(block_sums, uniforms)
+
+    tokens = block[:, None] * size + torch.arange(size, device=block.device)  # (R, size)
+    in_block = probs.gather(1, tokens.clamp(max=V - 1)).where(tokens < V, 0.0)
+    offset, _ = inverse_cdf(in_block, uniforms)
+    token = (block * size + offset).clamp(max=V - 1)  # beyond it only where probs are nan
+    prob = probs.gather(1, token[:, None])[:, 0]
+    return token, (prob / block_sums.sum(1)).log()
+
+
+def inverse_cdf(weights: Tensor, uniforms: Tensor) -> tuple[Tensor, Tensor]:
+    """(R, K) weights, (R,) in [0, 1) -> (R,) index of the weight in which the number falls, (R,)
+    where within it, [0, 1)
+
+    [[1, 0, 3]], [0.5] -> [2], [1/3]. A weight of 0 is never chosen."""
+    weights = weights.to(uniforms.dtype)  # float64: in float32 a sum over a large V loses the rare tokens
+    cumulative = weights.cumsum(1)
+    total = cumulative[:, -1:]
+    below_total = total.nextafter(torch.zeros_like(total))
+    target = torch.minimum(uniforms[:, None] * total, below_total)  # the product may round up to total
+    index = torch.searchsorted(cumulative, target, right=True).clamp(max=weights.shape[1] - 1)
+    weight = weights.gather(1, index)
+    within = (target - cumulative.gather(1, index) + weight) / weight
+    return index[:, 0], within[:, 0].clamp(0, 1 - 2**-53)
 
 
 @torch.no_grad()
 def generate(
-    model: PreTrainedModel, prompts: list[list[int]], group_size: int, max_new_tokens: int, stop: list[int],
-    seeds: list[int], temperature: float = 1.0, max_rows: int = 1 << 30, kept: dict | None = None,
+    policy: PreTrainedModel, prompts: list[list[int]], group_size: int, max_new_tokens: int,
+    stop: list[int], seeds: list[int], sampling: Sampling = Sampling(),
+    max_rows: int | None = None, buffers: dict | None = None,
 ) -> Rollout:
-    """Samples `group_size` responses to each of P prompts (token ids). temperature 0 takes the likeliest token.
+    """Samples `group_size` responses to each of P prompts (token ids), one prompt at a time.
 
-    stop:     the token ids that end a response
-    seeds:    (P,) a prompt's draws depend on its own seed alone, so its responses are the same in any company
-    max_rows: rows decoded at once; the others wait for one to end, so a rollout may be larger than the memory
-    kept:     a dict of the caller's: on CUDA, buffers and recorded steps wait in it for the next call of the same size
-    UserError: a prompt is empty, or leaves no room for max_new_tokens in the model's context.
+    stop:     ids of the tokens that end a response
+    seeds:    (P,) a prompt's responses depend on its own seed, not on the other prompts
+    max_rows: most responses sampled in parallel; None: no limit
+    buffers:  for the fast form, which keeps its KV cache and CUDA graphs there between calls
+    UserError: a prompt is empty, or too long for the model together with max_new_tokens
     """
-    check_room(model, prompts, max_new_tokens)
-    B, N, kind = len(prompts) * group_size, max_new_tokens, model.device.type
-    width, every, kept = WIDTH[kind], CHECK_EVERY[kind], {} if kept is None else kept
-    columns, used = -(-(max(map(len, prompts)) + N) // width) * width, min(B, max_rows)
-    key = B, used, N, temperature, *(weight.data_ptr() for weight in model.parameters())  # recorded steps read there
-    if key not in kept or kept[key].slots.columns < columns:
-        kept.clear()
-        kept[key] = Decoding(model, B, used, columns, N)
-    work: Decoding = kept[key]
-    own = [torch.Generator().manual_seed(seed) for seed in seeds]
-    work.begin(model, prompts, group_size, stop, torch.cat([
-        torch.rand(group_size, N, dtype=torch.float64, generator=generator) for generator in own]))
-    unit = max(1, used // 8) if kind == "cuda" else 1  # few numbers of slots, few graphs
-    waiting = filled = 0  # waiting: the first row that has not begun; filled: columns that attention looks at
-    with one_query_attention(model):
-        for step in itertools.count():
-            if step % every == 0:  # looking at what has ended makes a GPU wait
-                rows, began = work.rows[:used], waiting
-                free = (rows == B).nonzero()[:, 0]
-                waiting = min(B, waiting + len(free))
-                rows[free[: waiting - began]] = torch.arange(began, waiting, device=rows.device)
-                working = used - len(free) + waiting - began
-                if working == 0:
-                    break
-                size, needed, left = (used, filled), -(-working // unit) * unit, slice(None)
-                if needed <= used * 3 / 4:  # dropping slots copies the cache, so not for each that is free
-                    left, used = (rows == B).to(torch.uint8).argsort(stable=True)[:needed], needed
-                    rows = work.rows[:used] = rows[left]
-                reach = int(work.lengths[rows].max()) + every
-                filled = min(-(-reach // width) * width, columns)
-                if (used, filled) != size:
-                    work.slots.move(left, filled)
-                if waiting > began:
-                    new = ((rows >= began) & (rows < B)).nonzero()[:, 0]
-                    work.slots.admit(new, rows[new] // group_size)
-            work.steps((used, filled), partial(work.step, model, used, filled, temperature))
-    lengths, prompt_lengths = work.lengths[:B], work.prompt_lengths[:B]
-    longest = int((lengths - prompt_lengths).max())
-    if not work.slots.fixed:
-        kept.clear()  # nothing is replayed from there: the memory is the update's until then
-    return Rollout(work.ids[:B, : int(lengths.max())].clone(), prompt_lengths.clone(), lengths.clone(),
-                   work.logprobs[:B, :longest].clone(), work.finished[:B].clone())
+    check_prompts(policy, prompts, max_new_tokens)
+    rollouts = []
+    for prompt, seed in zip(prompts, seeds):
+        uniforms = uniform_numbers(seed, group_size, max_new_tokens, policy.device)
+        for rows in uniforms.split(max_rows or group_size):
+            rollouts.append(sample_rows(policy, prompt, rows, stop, sampling))
+    return join(rollouts)
 
 
-@torch.no_grad()
-def generate_by_transformers(
-    model: PreTrainedModel, prompts: list[list[int]], group_size: int, max_new_tokens: int, stop: list[int],
-    seeds: list[int], temperature: float = 1.0, max_rows: int = 1 << 30, kept: dict | None = None,
+def sample_rows(
+    policy: PreTrainedModel, prompt: list[int], uniforms: Tensor, stop: list[int], sampling: Sampling
 ) -> Rollout:
-    """`generate` by transformers' own method: slower, and right for every architecture. Prompts of one length at a
-    time, for padding is what some do not stand; so a prompt's responses depend on its company."""
-    check_room(model, prompts, max_new_tokens)
-    rollouts, order = [], sorted(range(len(prompts)), key=lambda p: len(prompts[p]))
-    how = dict(do_sample=True, temperature=temperature, top_k=0, top_p=1.0) if temperature else dict(do_sample=False)
-    for length, members in itertools.groupby(order, key=lambda p: len(prompts[p])):
-        members, count = list(members), max(1, max_rows // group_size)
-        for batch in (members[start : start + count] for start in range(0, len(members), count)):
-            table = torch.tensor([prompts[p] for p in batch], device=model.device).repeat_interleave(group_size, 0)
-            with torch.random.fork_rng():
-                torch.manual_seed(seeds[batch[0]])
-                ids = model.generate(table, attention_mask=torch.ones_like(table), max_new_tokens=max_new_tokens,
-                                     eos_token_id=stop or None, pad_token_id=0, **how)
-            ends = torch.isin(ids[:, length:], torch.tensor(stop, device=ids.device, dtype=ids.dtype))
-            ended = ends.cumsum(1) - ends.long() > 0  # past the first stop token
-            lengths = length + (~ended).sum(1)
-            ids[:, length:].masked_fill_(ended, 0)
-            starts = torch.full_like(lengths, length)
-            logprobs = response_logprobs(model, ids, starts, lengths, temperature or 1.0)
-            rollouts.append(Rollout(ids, starts, lengths, logprobs, ends.any(1)))
-    rows = torch.tensor([p * group_size + g for p in order for g in range(group_size)]).argsort()
-    joined = join(rollouts)
-    return Rollout(*(getattr(joined, field.name)[rows] for field in fields(Rollout)))
+    """R responses to one prompt, with random numbers (R, N): all rows have the same length, so
+    there is no padding and no attention mask. Right for every architecture; fast/generate.py has
+    the fast form."""
+    R, N = uniforms.shape
+    stop_tokens = torch.tensor(stop, dtype=torch.long, device=policy.device)
+    ids = torch.tensor(prompt, device=policy.device).repeat(R, 1)
+    finished = torch.zeros(R, dtype=torch.bool, device=policy.device)
+    logprobs, mask = [], []
+    new, cache = ids, None
+    for n in range(N):
+        output = policy(new, use_cache=True, logits_to_keep=1, **{CACHE: cache})
+        token, logprob = sample_token(output.logits[:, -1], uniforms[:, n], sampling)
+        ids = torch.cat([ids, token[:, None]], 1)
+        logprobs.append(logprob)
+        mask.append(~finished)  # what follows a stop token is padding
+        finished = finished | torch.isin(token, stop_tokens)
+        if finished.all():
+            break
+        new, cache = token[:, None], output[CACHE]
+
+    mask = torch.stack(mask, 1)
+    logprobs = torch.stack(logprobs, 1).where(mask, 0.0)
+    ids[:, len(prompt) :] *= mask
+    prompt_lengths = torch.full_like(ids[:, 0], len(prompt))
+    return Rollout(ids, prompt_lengths, prompt_lengths + mask.sum(1), mask, logprobs, finished)
 
 
-def choose_sampler(
-    model: PreTrainedModel, prompts: list[list[int]], max_new_tokens: int, stop: list[int], name: str = "fast"
-) -> Callable:
-    """`generate` where its log-probs of a response to each prompt are those of a plain forward pass; else, with a line
-    that says so, `generate_by_transformers`. (An architecture may have state that Slots does not hold, or attend in a
-    way of its own.) That one too where `name` asks for it: 'generate'."""
-    if name == "generate":
-        return generate_by_transformers
-    try:
-        rollout = generate(model, prompts, 1, min(64, max_new_tokens), stop, list(range(len(prompts))))
-        with torch.no_grad():
-            plain = response_logprobs(model, rollout.ids, rollout.prompt_lengths, rollout.lengths)
-        gap = ((rollout.logprobs - plain).abs().sum() / rollout.response_lengths.sum()).item()
-        problem = f"log-probs are off by {gap:.2g} on average"
-    except (RuntimeError, ValueError, TypeError, AttributeError, IndexError, KeyError, NotImplementedError) as error:
-        gap, problem = float("inf"), f"{type(error).__name__}: {error}".splitlines()[0]
-    if not gap > (1e-3 if model.dtype == torch.float32 else 0.1):  # nan is no reason: it is the model's own
-        return generate
-    tqdm.write(f"the fast sampler does not fit {type(model).__name__} ({problem}): model.generate samples instead")
-    return generate_by_transformers
+def uniform_numbers(seed: int, rows: int, columns: int, device: torch.device) -> Tensor:
+    """(rows, columns) random numbers in [0, 1): the same for a seed on every device."""
+    generator = torch.Generator().manual_seed(seed)
+    numbers = torch.rand(rows, columns, dtype=torch.float64, generator=generator)
+    if device.type == "mps":  # it has no float64
+        numbers = numbers.float()
+    return numbers.to(device)
 
 
-def check_room(model: PreTrainedModel, prompts: list[list[int]], max_new_tokens: int) -> None:
-    """UserError unless every prompt has a token and fits into the model's context together with its response."""
-    room, longest = context_length(model), max(map(len, prompts))
+def check_prompts(policy: PreTrainedModel, prompts: list[list[int]], max_new_tokens: int) -> None:
+    """UserError unless every prompt has a token and fits into the model's context with its
+    response."""
+    longest = max(map(len, prompts))
     if min(map(len, prompts)) == 0:
-        raise UserError("a prompt is empty: the model needs at least one token to go on from")
-    if (highest := max(map(max, prompts))) >= (known := model.get_input_embeddings().num_embeddings):
-        raise UserError(f"a prompt has token {highest}, but the model knows {known}: its tokenizer is another model's")
+        raise UserError("a prompt is empty: the model needs at least one token to start from")
+    highest = max(map(max, prompts))
+    vocabulary = policy.get_input_embeddings().num_embeddings
+    if highest >= vocabulary:
+        raise UserError(f"a prompt has token {highest}, but the model knows {vocabulary}: its tokenizer is another "
+                        "model's")
+    room = context_length(policy)
     if room is not None and longest + max_new_tokens > room:
         raise UserError(f"a prompt of {longest} tokens and --max_new_tokens {max_new_tokens} do not fit into the "
                         f"model's context of {room}: lower the flag, or leave that prompt out")
@@ -192,44 +208,43 @@ def check_room(model: PreTrainedModel, prompts: list[list[int]], max_new_tokens:
 
 @dataclass(frozen=True)
 class Config:
-    samples: int = HfArg(default=4, help="responses to sample to a prompt")
-    prompts: int = HfArg(default=3, help="without PROMPT: how many of a run's held-out prompts to show")
-    chat: bool = HfArg(default=False, help="a conversation: a line in, a response out (without a chat template, each "
-                       "line stands alone)")
-    watch: bool = HfArg(default=False, help="the newest samples of a run, while it trains")
-    temperature: float = HfArg(default=1.0, help="0 takes the likeliest token, 1 samples from the model as it is")
-    max_new_tokens: int = HfArg(default=256, help="tokens after which a response is cut")
+    samples: int = HfArg(default=4, help="responses to the prompt")
+    chat: bool = HfArg(default=False, help="a conversation: read a line, print a response, and so on")
+    temperature: float = HfArg(default=1.0, help="0 takes the most likely token")
+    max_new_tokens: int = HfArg(default=256, help="tokens after which a response is truncated")
     seed: int = HfArg(default=0, help="same seed, same responses")
-    device: Literal["auto", "cuda", "mps", "cpu"] = HfArg(default="auto", help="auto: the first of these that is there")
+    device: Literal["auto", "cuda", "mps", "cpu"] = HfArg(default="auto", help="auto: cuda if there")
 
 
 def main(config: Config, model: str, prompt: str | None = None) -> None:
-    need(config, 1, "samples prompts max_new_tokens", most=1e6)
-    need(config, 0, "seed")
-    need(config, 1e-4 if config.temperature else 0, "temperature")
-    if config.watch:
-        return screen.watch(Path(model))
-    device = pick_device(config.device)
+    check_range(config, 1, "samples max_new_tokens", most=1e6)
+    check_range(config, 0, "seed temperature")
+    if prompt is None and not config.chat:
+        raise UserError(f"{model}: needs a prompt, or --chat")
+    policy, tokenizer = load_policy(model, pick_device(config.device))
 
-    def respond(policy, tokenizer, task: Task, prompt: str | list, samples: int, number: int) -> list[tuple]:
-        """Responses to a prompt, as long as the model has room for, each with a note on its end."""
-        ids = prompt_ids(task, Problem(prompt, ""), tokenizer)
-        room = (context_length(policy) or len(ids) + config.max_new_tokens) - len(ids)
+    def respond(prompt: str | list, samples: int) -> list[str]:
+        ids = prompt_ids(NO_TASK, Problem(prompt, ""), tokenizer)
+        room = (context_length(policy) or 10**9) - len(ids)
         limit = max(1, min(config.max_new_tokens, room))
         stop = stop_ids(policy, tokenizer)
-        sampler = choose_sampler(policy, [ids], min(16, limit), stop)
-        rollout = sampler(policy, [ids], samples, limit, stop, [config.seed + number], config.temperature)
-        ends = ["" if finished else f" [cut at {limit} tokens]" for finished in rollout.finished.tolist()]
-        return list(zip(rollout.responses(tokenizer), ends))
+        sampling = Sampling(config.temperature)
+        rollout = generate(policy, [ids], samples, limit, stop, [config.seed], sampling)
+        return rollout.responses(tokenizer)
 
-    if config.chat:
-        screen.chat(*load_policy(model, device), respond)
-    elif prompt is None:
-        screen.before_and_after(Path(model), config.prompts, config.samples, device, respond)
-    else:
-        print("\n".join(map("".join, respond(*load_policy(model, device), PLAIN, prompt, config.samples, 0))))
+    if not config.chat:
+        print("\n".join(respond(prompt, config.samples)))
+        return
+    history = []  # what the model sees: the whole conversation, or without a chat template only the line
+    print("> ", end="", flush=True)
+    for line in sys.stdin:
+        history.append({"role": "user", "content": line.strip()})
+        [text] = respond(history if tokenizer.chat_template else line.strip(), 1)
+        history.append({"role": "assistant", "content": text})
+        print(f"{text}\n> ", end="", flush=True)
 
 
 if __name__ == "__main__":
-    run_script(main, Config, __doc__, model=dict(help="model folder, run folder or Hugging Face name"),
-               prompt=dict(nargs="?", help="the text to respond to; without it a run is shown beside its base model"))
+    model = dict(help="model folder, run folder or Hugging Face name")
+    prompt = dict(nargs="?", help="the text to respond to")
+    run_script(main, Config, __doc__, model=model, prompt=prompt)

@@ -8,10 +8,10 @@ import pytest
 import tiny
 import torch
 
-import pretrain
 import train
-from flags import parse
+from lib.flags import parse
 from policy import load_policy
+from tools import pretrain
 
 CPU = torch.device("cpu")
 

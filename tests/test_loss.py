@@ -5,19 +5,28 @@ import pytest
 import torch
 from conftest import parse_train
 
-from loss import AGGREGATIONS, BASELINED, FILTERS, LOSSES, NORMALISERS, RECIPES, choose, k2, k3
-from sample import Rollout, generate
-from update import Learner
+from loss import BASELINED, DENOMINATORS, FILTERS, LOSSES, NORMALISERS, RECIPES, k2, k3
 
 PAIR, MIXED, EQUAL, ONE = [1.0, 0, 0, 1], [0.2, 0.4, 0.9, 0.9], [0.7] * 4, [0.0, 0, 1, 0]
-SETTINGS = {"softmax": {"beta": 0.5}}
+
+
+class Flags:
+    """Those of train.py's Config that the pieces of the loss look at."""
+
+    softmax_beta, top_share, max_new_tokens = 0.5, 0.5, 10
+    clip_low, clip_high, cispo_cap = 0.2, 0.28, 1.5
+
+    def __init__(self, **changes):
+        self.__dict__ |= changes
+
+
 CENTRED = sorted(BASELINED - {"best"})
 t2, t3, s = 2 / 3, 3**0.5, 0.095**0.5  # 0.095 is the variance of MIXED, whose mean is 0.6
 BY_HAND = {
     "mean": ([0.5, -0.5, -0.5, 0.5], [-0.4, -0.2, 0.3, 0.3], [-0.25, -0.25, 0.75, -0.25]),
     "zscore": ([1, -1, -1, 1], [-0.4 / s, -0.2 / s, 0.3 / s, 0.3 / s], [-1 / t3, -1 / t3, t3, -1 / t3]),
     "loo": ([t2, -t2, -t2, t2], [-1.6 / 3, -0.8 / 3, 0.4, 0.4], [-1 / 3, -1 / 3, 1, -1 / 3]),
-    "batch": ([1, -1, -1, 1], [-0.4 / s, -0.2 / s, 0.3 / s, 0.3 / s], [-1 / t3, -1 / t3, t3, -1 / t3]),
+    "batch_std": ([1, -1, -1, 1], [-0.4 / s, -0.2 / s, 0.3 / s, 0.3 / s], [-1 / t3, -1 / t3, t3, -1 / t3]),
     "maxrl": ([1, -1, -1, 1], [-t2, -1 / 3, 0.5, 0.5], [-1, -1, 3, -1]),
     # 4 e^(r / 0.5) / (their sum) - 1, for MIXED with e^0.4 = 1.491825, e^0.8 = 2.225541 and twice e^1.8 = 6.049647
     "softmax": ([0.761594, -0.761594, -0.761594, 0.761594], [-0.622721, -0.437165, 0.529943, 0.529943],
@@ -25,12 +34,12 @@ BY_HAND = {
     "rank": ([t2, -t2, -t2, t2], [-1, -1 / 3, t2, t2], [-1 / 3, -1 / 3, 1, -1 / 3]),
     "best": ([0.5, 0, 0, 0.5], [0, 0, 0.5, 0.5], [0, 0, 1, 0]),
     "positive": (PAIR, MIXED, ONE),
-    "none": (PAIR, MIXED, ONE),
+    "raw": (PAIR, MIXED, ONE),
 }
 
 
 def normalise(name, *groups, dtype=torch.float32):
-    return NORMALISERS[name](torch.tensor(groups, dtype=dtype), **SETTINGS.get(name, {}))
+    return NORMALISERS[name](torch.tensor(groups, dtype=dtype), Flags())
 
 
 @pytest.mark.parametrize("name", NORMALISERS)
@@ -39,7 +48,7 @@ def test_normalisers_worked_out_by_hand(name):
         torch.testing.assert_close(normalise(name, group), torch.tensor([expected], dtype=torch.float32), atol=1.5e-3,
                                    rtol=0)  # eps is 1e-4
     alone = normalise(name, [3.0]).item()
-    assert alone == {"best": 1, "positive": 3, "none": 3}.get(name, 0)
+    assert alone == {"best": 1, "positive": 3, "raw": 3}.get(name, 0)
     assert normalise("positive", [-1.0, 2]).tolist() == [[0, 2]]
 
 
@@ -48,7 +57,7 @@ def test_far_from_zero_nothing_is_lost(name):
     """Rewards around a million, whole numbers, exact in float32: what compares with the group must not see it."""
     shifted = normalise(name, [reward + 1e6 for reward in ONE])
     unmoved = {"maxrl": [[-2.5e-7, -2.5e-7, 7.5e-7, -2.5e-7]], "positive": [[1e6, 1e6, 1e6 + 1, 1e6]]}
-    expected = torch.tensor(unmoved.get("positive" if name == "none" else name, normalise(name, ONE).tolist()))
+    expected = torch.tensor(unmoved.get("positive" if name == "raw" else name, normalise(name, ONE).tolist()))
     torch.testing.assert_close(shifted, expected, atol=1e-9, rtol=1e-6)
 
 
@@ -57,39 +66,41 @@ def test_a_group_of_equal_rewards_gets_exact_zeros(name):
     """Seven rewards of 0.1 have a mean that is not quite 0.1: divided by a tiny eps that became a weight once."""
     for value in (0.1, 0.7, 1e6 + 0.3, -3.3, 0.0):
         assert normalise(name, [value] * 7).tolist() == [[0.0] * 7]
-    assert normalise("zscore", [0.1] * 7).tolist() == NORMALISERS["zscore"](torch.full((1, 7), 0.1), 1e-12).tolist()
+    assert normalise("zscore", [0.1] * 7).tolist() == NORMALISERS["zscore"](torch.full((1, 7), 0.1), eps=1e-12).tolist()
 
 
-@pytest.mark.parametrize("name", sorted(set(NORMALISERS) - {"batch"}))
+@pytest.mark.parametrize("name", sorted(set(NORMALISERS) - {"batch_std"}))
 def test_groups_are_taken_each_by_itself(name):
     torch.testing.assert_close(normalise(name, MIXED, [100.0, -3, 8, 8])[:1], normalise(name, MIXED))
 
 
-def test_batch_has_one_scale_for_all_groups():
+def test_batch_std_has_one_scale_for_all_groups():
     """PAIR and MIXED together: mean 0.55, mean square 3.82 / 8 = 0.4775, deviation sqrt(0.175)."""
     expected = torch.tensor([[0.5, -0.5, -0.5, 0.5], [-0.4, -0.2, 0.3, 0.3]]) / 0.175**0.5
-    torch.testing.assert_close(normalise("batch", PAIR, MIXED), expected, atol=5e-4, rtol=0)
+    torch.testing.assert_close(normalise("batch_std", PAIR, MIXED), expected, atol=5e-4, rtol=0)
 
 
 def test_identities_of_the_normalisers():
     generator = torch.Generator().manual_seed(0)
     rewards = torch.randn(50, 6, generator=generator, dtype=torch.float64)
     rewards[::2] = rewards[::2].round()  # half of the groups have ties
-    apply = {name: lambda r, name=name: NORMALISERS[name](r, **SETTINGS.get(name, {})) for name in NORMALISERS}
+    apply = {name: lambda r, name=name: NORMALISERS[name](r, Flags()) for name in NORMALISERS}
+    large, small = Flags(softmax_beta=1e6), Flags(softmax_beta=1e-5)
     for name in CENTRED:
         assert apply[name](rewards).sum(1).abs().max() < 1e-9, name
         if name != "maxrl":  # it divides by the mean
             torch.testing.assert_close(apply[name](rewards + 17.25), apply[name](rewards), msg=name)
     torch.testing.assert_close(apply["zscore"](rewards * 8), apply["zscore"](rewards), rtol=0, atol=2e-2)
-    torch.testing.assert_close(NORMALISERS["zscore"](rewards[1::2] * 8, 0.0), NORMALISERS["zscore"](rewards[1::2], 0.0))
+    torch.testing.assert_close(NORMALISERS["zscore"](rewards[1::2] * 8, eps=0.0),
+                               NORMALISERS["zscore"](rewards[1::2], eps=0.0))
     assert torch.equal(apply["rank"](rewards * 8), apply["rank"](rewards))
     assert apply["rank"](rewards).abs().max() == 1
     torch.testing.assert_close(apply["loo"](rewards), apply["mean"](rewards) * 6 / 5)
     others = (rewards.sum(1, keepdim=True) - rewards) / 5
     torch.testing.assert_close(apply["loo"](rewards), rewards - others)
     torch.testing.assert_close(apply["best"](rewards).sum(1), torch.ones(50, dtype=torch.float64))
-    torch.testing.assert_close(1e6 * NORMALISERS["softmax"](rewards, 1e6), apply["mean"](rewards), atol=1e-4, rtol=0)
-    torch.testing.assert_close((NORMALISERS["softmax"](rewards, 1e-5) + 1) / 6, apply["best"](rewards))
+    torch.testing.assert_close(1e6 * NORMALISERS["softmax"](rewards, large), apply["mean"](rewards), atol=1e-4, rtol=0)
+    torch.testing.assert_close((NORMALISERS["softmax"](rewards, small) + 1) / 6, apply["best"](rewards))
 
 
 def test_filters():
@@ -100,15 +111,15 @@ def test_filters():
     assert FILTERS["informative"](rewards, finished).tolist() == [yes, no, yes]
     assert FILTERS["resample"](rewards, finished).tolist() == [yes, no, yes]
     assert FILTERS["finished"](rewards, finished).tolist() == finished.tolist()
-    half = FILTERS["top"](rewards, finished, share=0.5).tolist()
+    half = FILTERS["top"](rewards, finished, Flags()).tolist()
     assert half == [[True, False, False, True], yes, [False, False, True, True]]
-    assert FILTERS["top"](rewards[2:], finished, share=0.75).tolist() == [[False, True, True, True]]
-    assert FILTERS["top"](torch.tensor([[1.0, 2, 3]]), finished, share=0.01).tolist() == [[False, False, True]]
+    assert FILTERS["top"](rewards[2:], finished, Flags(top_share=0.75)).tolist() == [[False, True, True, True]]
+    assert FILTERS["top"](torch.tensor([[1.0, 2, 3]]), finished, Flags(top_share=0.01)).tolist() == [[False, False, True]]
 
 
-def test_aggregations_of_rows_of_2_and_6_tokens():
+def test_denominators_of_rows_of_2_and_6_tokens():
     """All 8 tokens alike; each row half, so 1/4 and 1/12 a token; 2 rows of at most 10 tokens."""
-    factors = {name: AGGREGATIONS[name](torch.tensor([2, 6]), 10).tolist() for name in AGGREGATIONS}
+    factors = {name: f(torch.tensor([2, 6]), Flags()).tolist() for name, f in DENOMINATORS.items()}
     assert factors["token"] == [1 / 8, 1 / 8]
     assert factors["sequence"] == pytest.approx([1 / 4, 1 / 12])
     assert factors["constant"] == pytest.approx([1 / 20, 1 / 20])
@@ -119,7 +130,7 @@ def test_loss_of_three_tokens():
     now = torch.tensor([[-0.5, -0.25], [-2.0, 0.0]], requires_grad=True)
     inside = torch.tensor([[True, True], [True, False]])
     losses, clipped = LOSSES["logprob"](now, now.detach(), torch.tensor([[1.0], [-1.0]]), inside)
-    loss = (losses.sum(1) * AGGREGATIONS["token"](torch.tensor([2, 1]), 99)).sum()
+    loss = (losses.sum(1) * DENOMINATORS["token"](torch.tensor([2, 1]))).sum()
     assert abs(loss.item() + 1.25 / 3) < 1e-6 and not clipped.any()
     loss.backward()
     torch.testing.assert_close(now.grad, torch.tensor([[-1.0, -1.0], [1.0, 1.0]]) / 3)
@@ -127,6 +138,11 @@ def test_loss_of_three_tokens():
 
 LOSS_SETTINGS = {"logprob": {}, "clip": {"low": 0.2, "high": 0.28}, "cispo": {"cap": 1.5},
                  "gspo": {"low": 0.1, "high": 0.15}}
+
+
+def flags_of(name):
+    names = {"low": "clip_low", "high": "clip_high", "cap": "cispo_cap"}
+    return Flags(**{names[key]: value for key, value in LOSS_SETTINGS[name].items()})
 
 
 def token_loss_by_hand(name, change, logprob, weight, row_change, low=0.0, high=0.0, cap=0.0):
@@ -156,7 +172,7 @@ def test_losses_equal_a_double_loop_in_float64(name):
     change = drift + 0.8 * (torch.rand(60, 9, generator=generator, dtype=torch.float64) - 0.5)
     now = ((then + change) * inside).requires_grad_()
     weights = torch.randn(60, 1, generator=generator, dtype=torch.float64)
-    losses, clipped = LOSSES[name](now, then, weights, inside, **LOSS_SETTINGS[name])
+    losses, clipped = LOSSES[name](now, then, weights, inside, flags_of(name))
     losses.sum().backward()
     seen = set()
     for row, length in enumerate(lengths):
@@ -173,8 +189,8 @@ def test_losses_equal_a_double_loop_in_float64(name):
     assert len(seen) >= (4 if name == "logprob" else 6)  # both signs, on both sides of the clip
 
 
-@pytest.mark.parametrize("aggregation", AGGREGATIONS)
-def test_at_the_first_update_the_gradients_of_all_losses_are_equal(aggregation):
+@pytest.mark.parametrize("denominator", DENOMINATORS)
+def test_at_the_first_update_the_gradients_of_all_losses_are_equal(denominator):
     generator = torch.Generator().manual_seed(1)
     lengths = torch.tensor([1, 4, 7, 7])
     inside = torch.arange(7) < lengths[:, None]
@@ -182,8 +198,8 @@ def test_at_the_first_update_the_gradients_of_all_losses_are_equal(aggregation):
     weights, gradients = torch.tensor([[1.0], [-2.0], [0.5], [-0.1]]), {}
     for name in LOSSES:
         now = then.clone().requires_grad_()
-        losses, clipped = LOSSES[name](now, then, weights, inside, **LOSS_SETTINGS[name])
-        (losses.sum(1) * AGGREGATIONS[aggregation](lengths, 9)).sum().backward()
+        losses, clipped = LOSSES[name](now, then, weights, inside, flags_of(name))
+        (losses.sum(1) * DENOMINATORS[denominator](lengths, Flags(max_new_tokens=9))).sum().backward()
         gradients[name] = now.grad * inside
         assert not clipped.any()
     assert gradients["logprob"].abs().max() > 0.01
@@ -212,48 +228,24 @@ def test_k2_has_the_gradient_of_kl_and_k3_that_of_the_other_direction():
     assert (k3_gradient - k2_gradient).abs().max() > 0.05
 
 
-def permuted(rollout, order):
-    return Rollout(*(getattr(rollout, name)[order] for name in ("ids", "prompt_lengths", "lengths", "logprobs",
-                                                               "finished")))
-
-
-def gradient(model, rollout, then, rewards, config, tokens):
-    """The gradient of one optimizer step as train.py forms it."""
-    model.zero_grad()
-    normalise, select, aggregate, token_losses = choose(config)
-    keep = select(rewards, rollout.finished.view_as(rewards)).flatten()
-    weights, factors = normalise(rewards).flatten() * keep, torch.zeros(len(keep))
-    factors[keep] = aggregate(rollout.response_lengths[keep])
-    rows = keep.nonzero()[:, 0]
-    start = then - 0.3 * rollout.logprobs  # of a reference, for the KL term
-    update = Learner(model).backward(rollout, rows, token_losses, then, start, weights, factors, tokens)
-    return torch.cat([weight.grad.flatten() for weight in model.parameters()]), update
-
-
-@pytest.mark.parametrize("recipe", RECIPES)
-def test_gradients_depend_neither_on_micro_batches_nor_on_the_order_of_rows(load, recipe):
-    """Of the groups one is without a signal; ratios lie on both sides of the clips; the KL term is on."""
-    model, _ = load("llama")
-    rollout = generate(model, [[5, 6, 7], [8], [9, 10]], 4, 12, list(range(100, 200)), [1, 2, 3])
-    assert len(set(rollout.response_lengths.tolist())) > 3  # else any split would do
-    noise = torch.randn(rollout.logprobs.shape, generator=torch.Generator().manual_seed(0))
-    then = rollout.logprobs + 0.5 * noise * (rollout.logprobs != 0)
-    rewards = torch.tensor([MIXED, EQUAL, ONE])
-    config = parse_train("--recipe", recipe, "--kl_beta", 0.1)
-    whole, update = gradient(model, rollout, then, rewards, config, 10**6)
-    assert whole.abs().max() > 0 and (update["clip_share"] > 0) == (config.loss in ("clip", "gspo"))
-    for tokens in (1, 20, 50):
-        parts, _ = gradient(model, rollout, then, rewards, config, tokens)
-        torch.testing.assert_close(parts, whole, rtol=0, atol=2e-6 * whole.abs().max().item())
-    groups, within = torch.tensor([2, 0, 1]), torch.tensor([3, 1, 0, 2])
-    order = (groups[:, None] * 4 + within).flatten()
-    moved, _ = gradient(model, permuted(rollout, order), then[order], rewards[groups][:, within], config, 10**6)
-    torch.testing.assert_close(moved, whole, rtol=0, atol=2e-6 * whole.abs().max().item())
+def test_weights_of_each_token(name="clip"):
+    """(B, N) weights, here those of a row spread over it: the same numbers; gspo, which cannot, refuses."""
+    generator = torch.Generator().manual_seed(2)
+    now, then, weights = (torch.randn(4, 7, generator=generator) for _ in range(3))
+    inside = torch.arange(7) < torch.tensor([[1], [4], [7], [7]])
+    for name in ("logprob", "clip", "cispo"):
+        spread, _ = LOSSES[name](now, then, weights[:, :1].expand(4, 7), inside, Flags())
+        assert torch.equal(spread, LOSSES[name](now, then, weights[:, :1], inside, Flags())[0])
+        each, _ = LOSSES[name](now, then, weights, inside, Flags())
+        one, _ = LOSSES[name](now[:, 3:4], then[:, 3:4], weights[:, 3:4], inside[:, 3:4], Flags())
+        assert torch.equal(each[:, 3:4], one)
+    with pytest.raises(ValueError, match="gspo has one ratio for a response"):
+        LOSSES["gspo"](now, then, weights, inside, Flags())
 
 
 def test_a_recipe_fills_in_what_was_not_given():
     chosen = parse_train("--recipe", "dapo")
-    assert (chosen.filter, chosen.aggregation, chosen.loss) == ("resample", "token", "clip")
+    assert (chosen.filter, chosen.denominator, chosen.loss) == ("resample", "token", "clip")
     assert (chosen.clip_low, chosen.clip_high, chosen.recipe) == (0.2, 0.28, "dapo")
     assert chosen.max_new_tokens == 32  # the task's preset stays where the recipe says nothing
     mine = parse_train("--recipe", "dapo", "--clip_high", 0.5, "--filter", "none")

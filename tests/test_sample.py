@@ -2,11 +2,13 @@ import pytest
 import tiny
 import torch
 
+import fast.generate
 import sample
-from decode import draw
-from flags import UserError
-from policy import response_logprobs, stop_ids
-from sample import generate
+from fast.generate import generate
+from lib.flags import UserError
+from loss import token_logprobs
+from policy import stop_ids
+from sample import Sampling, join, sample_token
 
 PROMPTS = [[5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15, 16, 17], [300], [40, 41, 42], [77, 78, 79, 80, 81]]
 
@@ -17,7 +19,7 @@ def test_greedy_is_that_of_model_generate_on_prompts_of_mixed_length(load, archi
     for token, with a sliding window of 8 in two of the architectures."""
     model, tokenizer = load(architecture)
     stop = [*stop_ids(model, tokenizer), *range(400, 420)]  # some more, so that rows end at different times
-    rollout = generate(model, PROMPTS, 1, 24, stop, [0] * 4, temperature=0.0)
+    rollout = generate(model, PROMPTS, 1, 24, stop, [0] * 4, sampling=Sampling(0))
     for row, prompt in enumerate(PROMPTS):
         expected = model.generate(torch.tensor([prompt]), attention_mask=torch.ones(1, len(prompt)), do_sample=False,
                                   max_new_tokens=24, eos_token_id=stop, pad_token_id=0)[0].tolist()
@@ -29,11 +31,11 @@ def test_greedy_is_that_of_model_generate_on_prompts_of_mixed_length(load, archi
 @pytest.mark.parametrize("architecture", tiny.ARCHITECTURES)
 def test_the_samplers_logprobs_are_the_learners(load, architecture):
     model, _ = load(architecture)
-    rollout = generate(model, PROMPTS, 3, 20, list(range(400, 440)), [1, 2, 3, 4], temperature=0.8)
+    rollout = generate(model, PROMPTS, 3, 20, list(range(400, 440)), [1, 2, 3, 4], sampling=Sampling(0.8))
     with torch.no_grad():
-        learned = response_logprobs(model, rollout.ids, rollout.prompt_lengths, rollout.lengths, 0.8)
-    torch.testing.assert_close(rollout.logprobs, learned, atol=1e-5, rtol=0)
-    assert (rollout.logprobs < 0).sum() == rollout.response_lengths.sum()
+        learned, _ = token_logprobs(model, rollout, torch.arange(12), Sampling(0.8))
+    torch.testing.assert_close(rollout.old_logprobs, learned, atol=1e-5, rtol=0)
+    assert (rollout.old_logprobs < 0).sum() == rollout.response_lengths.sum()
 
 
 @pytest.mark.parametrize("architecture", ["llama", "gemma2"])
@@ -83,7 +85,7 @@ def test_the_stop_token_ends_a_response_and_belongs_to_it(load):
         assert (response[-1] in stop) == rollout.finished[row].item()
         assert not set(response[:-1]) & set(stop)
         assert rollout.finished[row] or len(response) == 12
-        assert not rollout.ids[row, end:].any() and not rollout.logprobs[row, len(response) :].any()
+        assert not rollout.ids[row, end:].any() and not rollout.old_logprobs[row, len(response) :].any()
 
 
 def test_draws_follow_the_distribution_and_never_have_probability_zero():
@@ -92,7 +94,7 @@ def test_draws_follow_the_distribution_and_never_have_probability_zero():
     logits = torch.tensor([-float("inf"), 0.0, 1.0, -1.0, 2.0, -float("inf")])
     uniform = torch.rand(20_000, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
     uniform[0], uniform[1] = 0.0, 1 - 2**-53
-    token, logprob = draw(logits.repeat(20_000, 1), 0.5, uniform)
+    token, logprob = sample_token(logits.repeat(20_000, 1), uniform, Sampling(0.5))
     probabilities = (logits / 0.5).softmax(0)
     torch.testing.assert_close(logprob, probabilities.log()[token])
     counts = token.bincount(minlength=6)
@@ -108,8 +110,11 @@ def test_draws_over_several_blocks_are_those_of_multinomial(V):
     generator = torch.Generator().manual_seed(0)
     logits = torch.randn(V, generator=generator)
     logits[::3] = -float("inf")
-    ours = torch.cat([draw(logits.repeat(5000, 1), 1.0, torch.rand(5000, dtype=torch.float64, generator=generator))[0]
-                      for _ in range(40)]).bincount(minlength=V).double()
+    def draw():
+        uniforms = torch.rand(5000, dtype=torch.float64, generator=generator)
+        return sample_token(logits.repeat(5000, 1), uniforms, Sampling())[0]
+
+    ours = torch.cat([draw() for _ in range(40)]).bincount(minlength=V).double()
     theirs = logits.softmax(0).multinomial(200_000, True, generator=generator).bincount(minlength=V).double()
     assert ours[::3].sum() == 0
     both = (ours + theirs) > 0
@@ -130,7 +135,7 @@ def test_rows_that_wait_for_a_slot_get_the_same_responses(load, architecture):
     hook.remove()
     assert max(batches[1:]) == 5 and sum(batches[1:]) < 24 * 20
     assert torch.equal(waited.ids, together.ids) and torch.equal(waited.finished, together.finished)
-    torch.testing.assert_close(waited.logprobs, together.logprobs, atol=1e-5, rtol=0)
+    torch.testing.assert_close(waited.old_logprobs, together.old_logprobs, atol=1e-5, rtol=0)
 
 
 def test_looking_seldom_at_what_has_ended_changes_nothing(load, monkeypatch):
@@ -138,11 +143,11 @@ def test_looking_seldom_at_what_has_ended_changes_nothing(load, monkeypatch):
     model, _ = load("llama")
     stop, seeds = list(range(300, 400)), [1, 2, 3, 4]
     often = generate(model, PROMPTS, 6, 20, stop, seeds, max_rows=9)
-    monkeypatch.setitem(sample.CHECK_EVERY, "cpu", 16)
-    monkeypatch.setitem(sample.WIDTH, "cpu", 64)
+    monkeypatch.setitem(fast.generate.CHECK_EVERY, "cpu", 16)
+    monkeypatch.setitem(fast.generate.LENGTH_MULTIPLE, "cpu", 64)
     seldom = generate(model, PROMPTS, 6, 20, stop, seeds, max_rows=9)
     assert torch.equal(seldom.ids, often.ids) and torch.equal(seldom.lengths, often.lengths)
-    torch.testing.assert_close(seldom.logprobs, often.logprobs, atol=1e-5, rtol=0)
+    torch.testing.assert_close(seldom.old_logprobs, often.old_logprobs, atol=1e-5, rtol=0)
 
 
 def test_prompts_that_do_not_fit_are_refused(load):
@@ -151,3 +156,46 @@ def test_prompts_that_do_not_fit_are_refused(load):
         generate(model, PROMPTS, 1, 1524, [], [0] * 4)
     with pytest.raises(UserError, match="a prompt is empty"):
         generate(model, [[1], []], 1, 4, [], [0] * 2)
+
+
+@pytest.mark.parametrize("architecture", tiny.ARCHITECTURES)
+def test_the_plain_and_the_fast_form_sample_the_same(load, architecture):
+    """Token for token, from prompts of 13, 1, 3 and 5 tokens; with fewer rows at once too."""
+    model, _ = load(architecture)
+    arguments = (model, PROMPTS, 5, 20, list(range(400, 440)), [1, 2, 3, 4], Sampling(0.8))
+    expected = generate(*arguments)
+    for found in (sample.generate(*arguments), sample.generate(*arguments, max_rows=2)):
+        for name in ("ids", "prompt_lengths", "lengths", "response_mask", "finished"):
+            assert torch.equal(getattr(found, name), getattr(expected, name)), name
+        torch.testing.assert_close(found.old_logprobs, expected.old_logprobs, atol=1e-5, rtol=0)
+
+
+def test_nothing_is_taken_from_generation_config_but_stop_tokens(load):
+    """These settings once took part in sampling, and changed accuracies without a word."""
+    model, tokenizer = load("llama")
+    arguments = (model, PROMPTS, 4, 20, list(range(400, 440)), [1, 2, 3, 4])
+    before = [form(*arguments).ids for form in (generate, sample.generate)]
+    settings = dict(num_beams=4, min_p=0.5, repetition_penalty=5.0, epsilon_cutoff=0.5, min_new_tokens=20,
+                    top_k=1, temperature=0.01, suppress_tokens=list(range(300)))
+    try:
+        for name, value in settings.items():
+            setattr(model.generation_config, name, value)
+        model.generation_config.eos_token_id = [7, 8]
+        assert stop_ids(model, tokenizer) == [0, 7, 8]
+        after = [form(*arguments).ids for form in (generate, sample.generate)]
+    finally:
+        model.generation_config = type(model.generation_config)()
+    assert all(torch.equal(one, other) for one, other in zip(before, after))
+
+
+def test_rows_of_a_rollout_and_a_mask_with_holes(load):
+    """Tokens that an environment wrote are in the row and out of the mask: nothing counts them."""
+    model, tokenizer = load("llama")
+    rollout = sample.generate(model, PROMPTS, 2, 6, [], [1, 2, 3, 4])
+    rollout.response_mask[3, 1:3] = False
+    assert rollout.response_lengths.tolist() == [6, 6, 6, 4, 6, 6, 6, 6]
+    part = rollout.rows(torch.tensor([3, 0]))
+    assert part.response_lengths.tolist() == [4, 6] and part.prompt_lengths.tolist() == [13, 13]
+    assert part.responses(tokenizer) == [rollout.responses(tokenizer)[i] for i in (3, 0)]
+    parts = join([part, rollout.rows(torch.arange(2))])
+    assert torch.equal(parts.response_mask, torch.cat([part.response_mask, rollout.response_mask[:2]]))

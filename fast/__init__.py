@@ -1,0 +1,126 @@
+"""The machinery that makes the same numbers come faster. Nothing in this folder changes a number.
+
+`choose` compares each fast form with its plain form on the run's own model, and picks: a model
+that a fast form does not fit still trains, and an edit of a plain function takes effect by itself.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+from transformers import PreTrainedModel
+
+import fast.generate
+import fast.logprobs
+import loss
+import sample
+from lib.flags import name_error
+from sample import Rollout, Sampling
+
+# by dtype: largest relative difference between the forms
+TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 4e-2}
+# what a model raises that a fast form does not fit
+MISFIT = (RuntimeError, ValueError, TypeError, AttributeError, LookupError, NotImplementedError)
+
+
+@dataclass(frozen=True)
+class Forms:
+    """The two functions that have a plain and a fast form."""
+
+    generate: Callable = sample.generate
+    token_logprobs: Callable = loss.token_logprobs
+
+
+def choose(
+    policy: PreTrainedModel, prompts: list[list[int]], stop: list[int], sampling: Sampling,
+    max_new_tokens: int, mode: str = "auto",
+) -> Forms:
+    """Tries the fast forms on three of the prompts (token ids; the longest are best), four
+    responses each, and takes those that agree with the plain forms. mode 'off' asks for the plain
+    forms."""
+    if mode == "off":
+        return Forms()
+    tokens = min(16, max_new_tokens)
+    arguments = (policy, prompts[:3], 4, tokens, stop, [0, 1, 2][: len(prompts)], sampling)
+    rollout = sample.generate(*arguments)
+    generate = pick(
+        "sampling functions", policy, sample.generate, [fast.generate.generate],
+        lambda form: sampler_difference(form(*arguments), rollout, policy, sampling))
+
+    expected = values_and_gradients(loss.token_logprobs, policy, rollout, sampling)
+    by_hand = fast.logprobs.token_logprobs
+    by_autograd = partial(by_hand, by_hand=False)
+    token_logprobs = pick(
+        "log-probs", policy, loss.token_logprobs, [by_hand, by_autograd],
+        lambda form: difference(values_and_gradients(form, policy, rollout, sampling), expected))
+    return Forms(generate, token_logprobs)
+
+
+def pick(
+    what: str, policy: PreTrainedModel, plain: Callable, candidates: list[Callable], compare: Callable
+) -> Callable:
+    """The first candidate that `compare` finds close enough to the plain form, else the plain
+    form, and a line that says so."""
+    for form in candidates:
+        try:
+            gap = compare(form)
+        except torch.OutOfMemoryError:  # says nothing about the form
+            return form
+        except MISFIT as error:
+            reason = name_error(error)
+            continue
+        if not gap > TOLERANCE[policy.dtype]:  # nan comes from the model itself
+            return form
+        reason = f"they differ by {gap:.1g}"
+    name = type(policy).__name__
+    tqdm.write(f"the fast {what} do not fit {name} ({reason}): the plain form is used, slower")
+    return plain
+
+
+def sampler_difference(found: Rollout, expected: Rollout, policy: PreTrainedModel, sampling: Sampling) -> float:
+    """Float32: 0 if all tokens are the same. In bfloat16 rounding soon leads to other tokens, so
+    the first tokens must mostly be the same, and log-probs those of a forward pass."""
+    if policy.dtype == torch.float32:
+        same = found.ids.shape == expected.ids.shape and torch.equal(found.ids, expected.ids)
+        return 0.0 if same else 1.0
+    first = found.prompt_lengths[:, None]
+    same = (found.ids.gather(1, first) == expected.ids.gather(1, first)).float().mean()
+    if same < 0.7:
+        return 1.0
+    rows = torch.arange(len(found.ids), device=policy.device)
+    with torch.no_grad():
+        logprobs, _ = loss.token_logprobs(policy, found, rows, sampling)
+    return ((logprobs - found.old_logprobs).abs().sum() / found.response_mask.sum()).item()
+
+
+def values_and_gradients(
+    token_logprobs: Callable, policy: PreTrainedModel, rollout: Rollout, sampling: Sampling
+) -> list[Tensor]:
+    """Log-probs and entropies of a rollout, and the gradients of two losses, one of them with the
+    entropies, by a few of the parameters."""
+    rows = torch.arange(len(rollout.ids), device=policy.device)
+    trained = [parameter for parameter in policy.parameters() if parameter.requires_grad]
+    watched = trained[:: max(1, len(trained) // 8)]
+    found = []
+    for with_entropy in (False, True):
+        logprobs, entropy = token_logprobs(policy, rollout, rows, sampling, with_entropy=with_entropy)
+        weights = torch.linspace(-1, 2, logprobs.numel(), device=policy.device).view_as(logprobs)
+        total = (weights * logprobs).sum()
+        if with_entropy:
+            total = total + entropy.sum()
+            found.append(entropy.detach())
+        found.append(logprobs.detach())
+        found += torch.autograd.grad(total, watched, allow_unused=True, materialize_grads=True)
+    return found
+
+
+def difference(found: list[Tensor], expected: list[Tensor]) -> float:
+    """The largest relative difference (of norms) between tensors."""
+    gaps = []
+    for one, other in zip(found, expected, strict=True):
+        norm = other.float().norm()
+        gaps.append((one.float() - other.float()).norm() / norm if norm > 0 else one.float().norm())
+    return max(gap.item() for gap in gaps)

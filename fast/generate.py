@@ -1,0 +1,325 @@
+"""The fast form of sample.py's `generate`: the same tokens for the same seeds, all prompts at once.
+
+Each prompt is run once for its whole group. Keys and values are written in place into a KV cache
+of slots; a slot whose response has ended takes the next queued row. One decode step is one token
+for every slot. What a step reads and writes stays at the same addresses, so that on CUDA it is
+captured as a CUDA graph and replayed: a small model would otherwise spend most of a step on
+launching kernels. """
+
+import itertools
+import math
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import partial
+
+import torch
+from torch import Tensor
+from torch.nn.functional import scaled_dot_product_attention
+from torch.nn.utils.rnn import pad_sequence
+from transformers import AttentionInterface, Cache, DynamicCache, PreTrainedModel
+
+from policy import CACHE
+from sample import Rollout, Sampling, check_prompts, sample_token, uniform_numbers
+
+# decode steps between checks for finished rows
+CHECK_EVERY = {"cuda": 16, "mps": 16, "cpu": 1}
+# attended lengths are rounded up to a multiple of this
+LENGTH_MULTIPLE = {"cuda": 64, "mps": 64, "cpu": 16}
+
+
+@torch.no_grad()
+def generate(
+    policy: PreTrainedModel, prompts: list[list[int]], group_size: int, max_new_tokens: int,
+    stop: list[int], seeds: list[int], sampling: Sampling = Sampling(),
+    max_rows: int | None = None, buffers: dict | None = None,
+) -> Rollout:
+    """See sample.py. max_rows: slots; the other rows are queued, so a rollout may be larger than
+    the memory."""
+    check_prompts(policy, prompts, max_new_tokens)
+    buffers = {} if buffers is None else buffers
+    B = len(prompts) * group_size
+    slots = min(B, max_rows or B)
+    columns = round_up(max(map(len, prompts)) + max_new_tokens, LENGTH_MULTIPLE[policy.device.type])
+    # what CUDA graphs depend on; they also hold the addresses of the parameters
+    addresses = tuple(parameter.data_ptr() for parameter in policy.parameters())
+    key = (B, slots, max_new_tokens, sampling, addresses)
+    if key not in buffers or buffers[key].cache.columns < columns:
+        buffers.clear()
+        buffers[key] = DecodeState(policy, B, slots, columns, max_new_tokens)
+    state: DecodeState = buffers[key]
+    state.prefill(policy, prompts, group_size, stop, seeds)
+
+    check_every = CHECK_EVERY[policy.device.type]
+    with decode_attention(policy):
+        for step in itertools.count():
+            if step % check_every == 0:
+                state.assign_slots(group_size, check_every)
+                if state.slots == 0:
+                    break
+            state.run_step(policy, sampling)
+    rollout = state.rollout()
+    if not state.cache.static:
+        buffers.clear()  # nothing is captured on a CPU: the memory is the update's until the next rollout
+    return rollout
+
+
+def round_up(n: int, multiple: int) -> int:
+    return math.ceil(n / multiple) * multiple
+
+
+class SlotCache(Cache):
+    """Keys and values of the rows being decoded: two tensors (slots, heads, columns, head size) a
+    layer, written in place. Column c holds the token at position c of a row, so a row's numbers do
+    not depend on the other rows.
+
+    static: the cache has its full size from the start and never moves, as CUDA graphs need it.
+            Otherwise it holds only
+    the attended columns, contiguously, and is copied when it grows: a CPU reads them three times
+    as fast as slices.
+    """
+
+    def __init__(self, slots: int, columns: int, static: bool):
+        super().__init__(layers=[])
+        self.slots, self.columns, self.static, self.tensors = slots, columns, static, None
+
+    def set_prompts(self, prompts: DynamicCache) -> None:
+        """Takes the keys and values of P prompts, to be copied by `load_prompts`. Empties the
+        slots."""
+        self.prompts = [part for layer in prompts.layers for part in (layer.keys, layer.values)]
+        if self.tensors and self.static:
+            return
+        columns = self.columns if self.static else 0
+        self.tensors = []
+        for part in self.prompts:
+            _, heads, _, size = part.shape
+            self.tensors.append(part.new_zeros(self.slots, heads, columns, size))
+
+    def resize(self, survivors: Tensor | None, attended: int) -> None:
+        """Moves the surviving slots (indices; None: all) to the front; `attended` columns are read
+        from now on."""
+        for i, tensor in enumerate(self.tensors):
+            part = tensor[:, :, :attended] if survivors is None else tensor[survivors, :, :attended]
+            if not self.static:
+                room = tensor.new_zeros(*part.shape[:2], attended - part.shape[2], part.shape[3])
+                self.tensors[i] = torch.cat([part, room], 2)
+            elif survivors is not None:
+                tensor[: len(part), :, :attended] = part
+
+    def load_prompts(self, slots: Tensor, prompts: Tensor) -> None:
+        """Copies the keys and values of `prompts` (indices) into `slots` (indices)."""
+        for tensor, prompt in zip(self.tensors, self.prompts):
+            width = min(prompt.shape[2], tensor.shape[2])
+            tensor[slots, :, :width] = prompt[prompts, :, :width]
+
+    def set_positions(self, positions: Tensor, attended: int) -> None:
+        """(R,) positions of the next token of the first R slots."""
+        self.positions, self.attended, self.flat_index = positions, attended, {}
+
+    def update(self, keys: Tensor, values: Tensor, layer: int, *args, **kwargs) -> list[Tensor]:
+        """Called by each attention layer with the newest keys and values, (R, heads, 1, head
+        size)."""
+        tensors = self.tensors[2 * layer : 2 * layer + 2]
+        R, heads = keys.shape[:2]
+        if heads not in self.flat_index:
+            # where the new ones go in a table of (R * heads * columns, head size)
+            first = torch.arange(R * heads, device=keys.device).view(R, heads) * tensors[0].shape[2]
+            self.flat_index[heads] = (first + self.positions[:, None]).flatten()
+        for tensor, new in zip(tensors, (keys, values)):
+            tensor.flatten(0, 2).index_copy_(0, self.flat_index[heads], new.flatten(0, 2))
+        return [tensor[:R, :, : self.attended] for tensor in tensors]
+
+    def get_seq_length(self, layer: int = 0) -> int:
+        return self.attended - 1
+
+
+class DecodeState:
+    """All that a decode step reads and writes, for B rows. Row B is a dummy: idle slots read and
+    write it."""
+
+    def __init__(self, policy: PreTrainedModel, B: int, slots: int, columns: int, N: int):
+        device = policy.device
+        captures = device.type == "cuda"
+        vocabulary = policy.config.get_text_config().vocab_size
+        self.ids = torch.zeros(B + 1, columns, dtype=torch.long, device=device)
+        self.lengths = torch.zeros(B + 1, dtype=torch.long, device=device)
+        self.prompt_lengths = torch.zeros_like(self.lengths)
+        self.logprobs = torch.zeros(B + 1, N, device=device)
+        self.uniforms = uniform_numbers(0, B + 1, N, device)
+        self.finished = torch.zeros(B + 1, dtype=torch.bool, device=device)
+        self.row_of_slot = torch.zeros(slots, dtype=torch.long, device=device)
+        self.is_stop_token = torch.zeros(vocabulary, dtype=torch.bool, device=device)
+        self.most_slots = slots
+        self.cache = SlotCache(slots, columns, static=captures)
+        self.graphs = {} if captures else None
+        self.pool = None  # memory shared by all graphs, which never run at the same time
+
+    def prefill(
+        self, policy: PreTrainedModel, prompts: list[list[int]], group_size: int, stop: list[int], seeds: list[int]
+    ) -> None:
+        """Runs each prompt once, without its last token: the first decode step feeds that one, so
+        every token is sampled in one place. (A prompt of one token is run and then fed again,
+        which writes the same key.)"""
+        B, N = len(prompts) * group_size, self.logprobs.shape[1]
+        table = pad_sequence([torch.tensor(prompt) for prompt in prompts], batch_first=True)
+        table = table.to(policy.device)
+        lengths = torch.tensor([len(prompt) for prompt in prompts])
+        uniforms = [uniform_numbers(seed, group_size, N, policy.device) for seed in seeds]
+        for tensor in (self.ids, self.logprobs, self.finished, self.is_stop_token):
+            tensor.zero_()
+        self.ids[:B, : table.shape[1]] = table.repeat_interleave(group_size, 0)
+        self.prompt_lengths[:B] = lengths.repeat_interleave(group_size)
+        self.prompt_lengths[B] = 1
+        self.lengths.copy_(self.prompt_lengths)
+        self.uniforms[:B] = torch.cat(uniforms)
+        self.row_of_slot.fill_(B)
+        self.slots = self.most_slots  # slots in use
+        self.attended = 0  # columns of the cache that attention reads
+        self.queued = 0  # first row of the queue
+        self.is_stop_token[stop] = True
+        cache = DynamicCache()
+        prompts_without_last = table[:, : max(1, table.shape[1] - 1)]
+        policy(prompts_without_last, use_cache=True, logits_to_keep=1, **{CACHE: cache})
+        self.cache.set_prompts(cache)
+
+    def assign_slots(self, group_size: int, steps: int) -> None:
+        """Gives free slots to queued rows, drops slots when a quarter of them is free, and makes
+        room for the next `steps` tokens. No slots are left when every row has ended. This looks at
+        values, so a GPU is waited for."""
+        B = len(self.ids) - 1
+        kind = self.ids.device.type
+        before = (self.slots, self.attended)
+        rows = self.row_of_slot[: self.slots]
+        free = (rows == B).nonzero()[:, 0]
+        first_new = self.queued
+        self.queued = min(B, self.queued + len(free))
+        new_rows = torch.arange(first_new, self.queued, device=rows.device)
+        rows[free[: len(new_rows)]] = new_rows
+        active = len(rows) - len(free) + len(new_rows)
+        if active == 0:
+            self.slots = 0
+            return
+
+        survivors = None
+        # few sizes, so few CUDA graphs
+        granularity = max(1, self.most_slots // 8) if kind == "cuda" else 1
+        wanted = round_up(active, granularity)
+        if wanted <= self.slots * 3 / 4:  # not for every free slot: dropping slots copies the cache
+            survivors = (rows == B).to(torch.uint8).argsort(stable=True)[:wanted]
+            self.row_of_slot[:wanted] = rows[survivors]
+            self.slots = wanted
+            rows = self.row_of_slot[:wanted]
+        longest = int(self.lengths[rows].max()) + steps
+        self.attended = min(round_up(longest, LENGTH_MULTIPLE[kind]), self.cache.columns)
+        if before != (self.slots, self.attended):
+            self.cache.resize(survivors, self.attended)
+        new = ((rows >= first_new) & (rows < B)).nonzero()[:, 0]
+        if len(new_rows):
+            self.cache.load_prompts(new, rows[new] // group_size)
+
+    def decode_step(self, policy: PreTrainedModel, sampling: Sampling) -> None:
+        """Samples one token for the row of each slot. Nothing in here looks at a value."""
+        B, N = len(self.ids) - 1, self.logprobs.shape[1]
+        rows = self.row_of_slot[: self.slots].clone()
+        positions = self.lengths[rows] - 1  # of the last token, from which the next is predicted
+        n = self.lengths[rows] - self.prompt_lengths[rows]  # response tokens so far
+        columns = torch.arange(self.attended, device=rows.device)[None]
+        self.cache.set_positions(positions, self.attended)
+        output = policy(
+            self.ids[rows, positions, None],
+            position_ids=positions[:, None],
+            attention_mask=attention_masks(policy, positions[:, None], columns),
+            use_cache=True,
+            **{CACHE: self.cache},
+        )
+        logits, uniforms = output.logits[:, -1], self.uniforms[rows, n]
+        token, self.logprobs[rows, n] = sample_token(logits, uniforms, sampling)
+        stopped = self.is_stop_token[token]
+        self.ids[rows, positions + 1] = token
+        self.lengths[rows] += 1
+        self.finished[rows] = stopped
+        self.row_of_slot[: self.slots] = torch.where(stopped | (n + 1 == N), B, rows)
+        self.lengths[-1] = self.prompt_lengths[-1]  # the dummy row never grows
+
+    def run_step(self, policy: PreTrainedModel, sampling: Sampling) -> None:
+        """A decode step. On CUDA it is captured the first time that its sizes are seen, and then
+        replayed."""
+        sizes = (self.slots, self.attended)
+        if self.graphs and sizes in self.graphs:
+            self.graphs[sizes].replay()
+            return
+        self.decode_step(policy, sampling)  # also the warm-up that capture needs
+        if self.graphs is not None:
+            graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph, pool=self.pool):
+                self.decode_step(policy, sampling)
+            self.graphs[sizes] = graph
+            self.pool = graph.pool()
+
+    def rollout(self) -> Rollout:
+        """Copies of the B rows, as short as they are."""
+        lengths, prompt_lengths = self.lengths[:-1].clone(), self.prompt_lengths[:-1].clone()
+        response_lengths = lengths - prompt_lengths
+        N = int(response_lengths.max())
+        mask = torch.arange(N, device=lengths.device) < response_lengths[:, None]
+        ids = self.ids[:-1, : int(lengths.max())].clone()
+        logprobs, finished = self.logprobs[:-1, :N].clone(), self.finished[:-1].clone()
+        return Rollout(ids, prompt_lengths, lengths, mask, logprobs, finished)
+
+
+def attend(
+    module: torch.nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor,
+    scaling: float | None = None, softcap: float | None = None, capping: bool = True, **kwargs,
+) -> tuple[Tensor, None]:
+    """Attention of one query a row: (R, heads, 1, size), keys and values (R, groups, columns,
+    size).
+
+    Heads that share keys and values are several queries of one attention, so nothing is repeated.
+    Two plain products are the fastest on a CPU; they also serve where scores are soft-capped,
+    which sdpa cannot do.
+    capping: False leaves soft-capping out, as transformers' sdpa does
+    """
+    R, heads, _, size = query.shape
+    groups = key.shape[1]
+    scaling = size**-0.5 if scaling is None else scaling
+    softcap = softcap if capping else None
+    query = query.view(R, groups, heads // groups, size)
+    if softcap is None and query.device.type != "cpu":
+        out = scaled_dot_product_attention(query, key, value, attention_mask, scale=scaling)
+        return out.reshape(R, 1, heads, -1), None
+    scores = torch.bmm((query * scaling).flatten(0, 1), key.flatten(0, 1).mT)
+    scores = scores.view(*query.shape[:3], -1)
+    if softcap is not None:
+        scores = (scores / softcap).tanh() * softcap
+    probs = (scores + attention_mask).softmax(-1, dtype=torch.float32).to(value.dtype)
+    return torch.bmm(probs.flatten(0, 1), value.flatten(0, 1)).view(R, 1, heads, -1), None
+
+
+@contextmanager
+def decode_attention(model: PreTrainedModel) -> Iterator[None]:
+    """The model attends by `attend` within the block."""
+    before = model.config._attn_implementation
+    AttentionInterface.register("slots", partial(attend, capping=before != "sdpa"))
+    model.set_attn_implementation("slots")
+    try:
+        yield
+    finally:
+        model.set_attn_implementation(before)
+
+
+def attention_masks(model: PreTrainedModel, queries: Tensor, keys: Tensor) -> Tensor | dict[str, Tensor]:
+    """Positions of the queries (R, Q) and of the keys (R or 1, K), below 0 for no key -> additive
+    mask (R, 1, Q, K): 0 where a query attends, to what is not after it and within the model's
+    window.
+
+    Models that mix kinds of layers take one mask for each kind.
+    """
+    config, lowest = model.config.get_text_config(), torch.finfo(model.dtype).min
+    distance = queries[:, None, :, None] - keys[:, None, None, :]
+    attended = (distance >= 0) & (keys >= 0)[:, None, None, :]
+    full = torch.zeros(distance.shape, dtype=model.dtype, device=distance.device)
+    full.masked_fill_(~attended, lowest)
+    window = getattr(config, "sliding_window", None)
+    sliding = full if window is None else full.masked_fill(distance >= window, lowest)
+    if getattr(config, "layer_types", None):
+        return {"full_attention": full, "sliding_attention": sliding}
+    return sliding

@@ -1,0 +1,190 @@
+"""Out of memory: what to do when it happens, and an estimate that says beforehand whether it
+will."""
+
+import os
+from collections.abc import Callable, MutableMapping
+from typing import TypeVar
+
+import torch
+from tqdm import tqdm
+from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
+from transformers.pytorch_utils import Conv1D
+
+from fast.logprobs import TILE
+from lib.flags import UserError
+
+Result = TypeVar("Result")
+
+
+def halve_on_oom(
+    work: Callable[[int], Result], sizes: MutableMapping, name: str, least: int = 1,
+    undo: Callable[[], None] | None = None,
+) -> Result:
+    """work(sizes[name]). Where the GPU runs out of memory, the same again with half the size, and
+    so on; sizes[name] stays as small as it had to become.
+
+    least: no smaller size would help
+    undo:  drops what a failed attempt has left behind, so that nothing is counted twice
+    """
+    while True:
+        try:
+            return work(sizes[name])
+        except torch.OutOfMemoryError:
+            if sizes[name] <= least:
+                raise UserError(
+                    f"--{name} {sizes[name]}: out of memory, and less would not help; shorter responses, "
+                    "--gradient_checkpointing, --lora_rank 16 and --offload take less memory") from None
+        # outside the except block: the traceback no longer keeps tensors alive
+        if undo:
+            undo()
+        torch.cuda.empty_cache()
+        sizes[name] = max(least, sizes[name] // 2)
+        tqdm.write(f"out of memory: --{name} is {sizes[name]} from now on")
+
+
+# -------------------------------------------------------------------------------------------------
+# The estimate
+
+TINY = dict(
+    model_type="llama", hidden_size=128, num_hidden_layers=4, num_attention_heads=4, num_key_value_heads=4,
+    intermediate_size=352, vocab_size=100, max_position_embeddings=1024, bos_token_id=None, eos_token_id=None)
+QWEN = dict(
+    model_type="qwen2", num_key_value_heads=2, vocab_size=151936, max_position_embeddings=32768,
+    tie_word_embeddings=True)
+SHAPES = {
+    "tiny": TINY,
+    "tiny-32k": TINY | {"vocab_size": 32000},
+    "qwen2.5-0.5b": QWEN | dict(
+        hidden_size=896, num_hidden_layers=24, num_attention_heads=14, intermediate_size=4864),
+    "qwen2.5-1.5b": QWEN | dict(
+        hidden_size=1536, num_hidden_layers=28, num_attention_heads=12, intermediate_size=8960),
+}
+# what to suggest, in this order, until the estimate fits
+SUGGESTIONS = {"micro_batch_tokens": 2048, "gradient_checkpointing": True, "rows_at_once": 64, "offload": True,
+               "lora_rank": 16}
+
+
+def shape(name: str, **changes) -> PreTrainedConfig:
+    """The config of a model of that shape: nothing is downloaded."""
+    return AutoConfig.for_model(**{**SHAPES[name], **changes})
+
+
+def cache_bytes(config: PreTrainedConfig, bytes_each: int) -> int:
+    """Bytes of the KV cache for one token of one row: 2 (keys, values) x layers x KV heads x head
+    size x bytes. Qwen2.5-0.5B in bfloat16: 2 * 24 * 2 * 64 * 2 = 12,288."""
+    head_size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+    return 2 * config.num_hidden_layers * heads * head_size * bytes_each
+
+
+def trained_parameters(model: PreTrainedModel, lora_rank: int) -> int:
+    """All, or rank * (inputs + outputs) of each linear layer except the head."""
+    if not lora_rank:
+        return model.num_parameters()
+    count = 0
+    for name, module in model.named_modules():
+        is_linear = isinstance(module, torch.nn.Linear | Conv1D) and "lora_" not in name
+        if is_linear and module is not model.get_output_embeddings():
+            count += lora_rank * sum(module.weight.shape)
+    return count
+
+
+def activation_bytes(model: PreTrainedModel, tokens: int = 64) -> float:
+    """Bytes a token that a forward pass keeps for the backward pass, counted in a pass of one
+    short row."""
+    sizes = {parameter.untyped_storage()._cdata: 0 for parameter in model.parameters()}
+    alive = []
+
+    def keep(tensor: torch.Tensor) -> torch.Tensor:
+        alive.append(tensor)  # so that its address is not used again
+        storage = tensor.untyped_storage()
+        sizes.setdefault(storage._cdata, storage.nbytes())
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        ids = torch.zeros(1, tokens, dtype=torch.long, device=model.device)
+        model(ids, use_cache=False, logits_to_keep=1)
+    return sum(sizes.values()) / tokens
+
+
+def estimate(flags, model: PreTrainedModel, activations: float, longest_prompt: int) -> dict[str, float]:
+    """Bytes by purpose, from train.py's flags. 'sampling' and 'update' take turns; 'host' is not
+    on the device.
+
+    activations: from `activation_bytes`
+    """
+    config, bytes_each = model.config.get_text_config(), model.dtype.itemsize
+    rows = flags.prompts_per_step * flags.group_size
+    width = longest_prompt + flags.max_new_tokens
+    rows_at_once = min(rows, flags.rows_at_once or rows)
+    tokens = max(width, min(flags.micro_batch_tokens, rows * width))
+    trained = trained_parameters(model, flags.lora_rank)
+    reference = 1 if (flags.kl_beta or flags.log_kl) and not flags.lora_rank else 0
+    # Adam's two moments, and float32 masters of bfloat16 parameters
+    copies = 2 if model.dtype == torch.float32 else 3
+    host = ", host" if flags.offload else ""
+    head = 0 if flags.lora_rank else config.hidden_size * config.vocab_size
+    if flags.gradient_checkpointing:  # the input of each layer, and one layer in full
+        layers = config.num_hidden_layers
+        activations = layers * config.hidden_size * bytes_each + activations / layers
+    logits = min(TILE["cuda"], tokens) * config.vocab_size * (8 + 2 * bytes_each)
+    return {
+        "weights": model.num_parameters() * bytes_each * (1 + reference),
+        f"optimizer{host}": 4 * copies * trained,
+        "keys and values": rows_at_once * width * cache_bytes(config, bytes_each),
+        "sampling: logits": rows_at_once * config.vocab_size * (4 + bytes_each),
+        f"update: gradients{host}": 4 * trained,
+        "update: activations": tokens * activations,
+        "update: logits": logits + head * (4 + bytes_each),  # and the gradient of the head
+    }
+
+
+def peak(parts: dict[str, float]) -> float:
+    """The most bytes that are on the device at one time."""
+    on_device = {name: size for name, size in parts.items() if "host" not in name}
+    sampling = sum(size for name, size in on_device.items() if name.startswith("sampling"))
+    update = sum(size for name, size in on_device.items() if name.startswith("update"))
+    return sum(on_device.values()) - min(sampling, update)
+
+
+def device_memory(device: torch.device) -> int:
+    """Bytes that are free for us on the device, or the host's memory where it is a CPU."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0] + torch.cuda.memory_reserved(device)
+    if device.type == "mps":
+        return torch.mps.recommended_max_memory()
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+
+
+def memory_table(flags, model: PreTrainedModel, available: float, longest_prompt: int) -> str:
+    """The estimate as lines for the screen, and a suggestion where it does not fit. '' where it is
+    less than a tenth of what is available.
+
+    flags: train.Config; model may be without storage (FakeTensorMode). Not counted: a reward model.
+    """
+    activations = activation_bytes(model)
+
+    def with_flags(**changes) -> dict[str, float]:
+        changed = type(flags)(**{**vars(flags), **changes})
+        return estimate(changed, model, activations, longest_prompt)
+
+    parts = with_flags()
+    if peak(parts) < 0.1 * available:
+        return ""
+    rows = {**parts, "at most at one time": peak(parts), "available": available}
+    lines = [f"memory in GB: {model.num_parameters() / 1e6:,.1f} M parameters, {flags.prompts_per_step} x "
+             f"{flags.group_size} rows of up to {longest_prompt} + {flags.max_new_tokens} tokens"]
+    lines += [f"    {name:28}{size / 1e9:8.2f}" for name, size in rows.items()]
+    limit = 0.9 * available  # a tenth for what is not counted
+    changes = {}
+    for name, value in SUGGESTIONS.items():
+        if peak(with_flags(**changes)) > limit:
+            changes[name] = value
+    if changes:
+        needed = peak(with_flags(**changes))
+        text = ""
+        for name, value in changes.items():
+            text += f"--{name} " if value is True else f"--{name} {value} "
+        verdict = "it takes" if needed <= limit else "it still takes"
+        lines.append(f"This may not fit. With {text}{verdict} {needed / 1e9:.2f}.")
+    return "\n".join(lines) + "\n"

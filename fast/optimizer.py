@@ -1,0 +1,91 @@
+"""AdamW on float32 master weights, which may live in the host's memory."""
+
+import math
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+
+class Optimizer:
+    """AdamW (arXiv 1711.05101). bfloat16 parameters keep 8 bits: nearly every update of an RL step
+    is too small to change one, so updates are made on float32 masters and copied back. Float32
+    parameters are their own masters.
+
+    offload: masters, gradients and moments live in the host's memory: 16 bytes a parameter less on
+             the GPU
+    """
+
+    def __init__(self, model: PreTrainedModel, weight_decay: float, offload: bool = False):
+        self.parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+        self.masters = [make_master(parameter, offload) for parameter in self.parameters]
+        self.adam = torch.optim.AdamW(self.masters, weight_decay=weight_decay, fused=True)
+        self.make_moments()
+        for parameter, master in self.copies():
+            parameter.register_post_accumulate_grad_hook(
+                lambda parameter, master=master: move_gradient(parameter, master))
+
+    def make_moments(self) -> None:
+        """Adam would allocate its moments in the first step: if they do not fit, that shows now."""
+        for master in self.masters:
+            master.grad = torch.zeros_like(master)
+        for group in self.adam.param_groups:
+            group["lr"] = 0.0
+        self.adam.step()  # of size 0
+        for state in self.adam.state.values():
+            state["step"].zero_()
+        self.zero_grad()
+
+    def copies(self) -> list[tuple[Tensor, Tensor]]:
+        """Parameters with their masters, where these are not the same tensor."""
+        return [(parameter, master) for parameter, master in zip(self.parameters, self.masters)
+                if parameter is not master]
+
+    def zero_grad(self) -> None:
+        for tensor in (*self.parameters, *self.masters):
+            tensor.grad = None
+
+    def step(self, lr: float, max_grad_norm: float, loss: float = 0.0) -> float:
+        """One update from the gradients of the micro-batches. Returns their norm before clipping.
+        If that or the loss is not finite, the gradients are dropped, nothing changes, and nan is
+        returned."""
+        norm = torch.nn.utils.clip_grad_norm_(self.masters, max_grad_norm)
+        if not math.isfinite(norm + loss):
+            self.zero_grad()
+            return math.nan
+        for group in self.adam.param_groups:
+            group["lr"] = lr
+        self.adam.step()
+        self.zero_grad()
+        with torch.no_grad():
+            for parameter, master in self.copies():
+                parameter.copy_(master)
+        return norm.item()
+
+    def state_dict(self) -> dict:
+        masters = [master.detach() for _, master in self.copies()]
+        return {"adam": self.adam.state_dict(), "masters": masters}
+
+    def load_state_dict(self, state: dict) -> None:
+        self.adam.state.clear()  # room for what is loaded
+        self.adam.load_state_dict(state["adam"])
+        with torch.no_grad():
+            for (_, master), saved in zip(self.copies(), state["masters"], strict=True):
+                master.copy_(saved)
+
+
+def make_master(parameter: Tensor, offload: bool) -> Tensor:
+    if parameter.dtype == torch.float32 and not offload:
+        return parameter
+    device = "cpu" if offload else parameter.device
+    pinned = offload and parameter.is_cuda
+    master = torch.empty(parameter.shape, dtype=torch.float32, device=device, pin_memory=pinned)
+    return master.copy_(parameter.detach()).requires_grad_()
+
+
+def move_gradient(parameter: Tensor, master: Tensor) -> None:
+    """Micro-batches add up in float32, where the master is; the parameter's own gradient is freed
+    at once."""
+    gradient = parameter.grad.to(master.device, torch.float32)
+    master.grad = gradient if master.grad is None else master.grad.add_(gradient)
+    parameter.grad = None

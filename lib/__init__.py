@@ -1,0 +1,1 @@
+"""House-keeping: flags, files, checkpoints, run folders, pictures. Nothing here is about GRPO."""

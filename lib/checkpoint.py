@@ -1,0 +1,155 @@
+"""Checkpoints: whole or not there, with all that an exact resume needs. Also locks and signals.
+
+    <run>/checkpoint/       the policy as a Hugging Face folder, and state.pt
+    <run>/checkpoint.old/   the one before it
+    <run>/checkpoint.bad/   one that could not be read
+"""
+
+import json
+import random
+import shutil
+import signal
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import TextIO
+
+import torch
+from safetensors import safe_open
+from tqdm import tqdm
+
+from lib.files import sync, writing
+from lib.flags import UserError, first_line
+
+try:
+    import fcntl
+except ImportError:  # Windows: runs are not locked there
+    fcntl = None
+
+
+@contextmanager
+def new_checkpoint(folder: Path, name: str = "checkpoint") -> Iterator[Path]:
+    """A folder to write into. At the end of the block it becomes folder/name.
+
+    The checkpoint before it is kept as checkpoint.old; under any other name it is deleted.
+    """
+    final = folder / name
+    aside = folder / f"{name}.part"
+    old = folder / f"{name}.old"
+    outdated = folder / f"{name}.old.part"
+    with writing(final):
+        for leftover in (aside, outdated):  # of a run that was killed
+            shutil.rmtree(leftover, ignore_errors=True)
+        aside.mkdir()
+        yield aside
+        # the metrics too: a checkpoint must not be ahead of them
+        for path in [aside, *aside.rglob("*"), *folder.glob("*.jsonl")]:
+            sync(path)
+        if old.exists():
+            old.rename(outdated)
+        if final.exists():
+            final.rename(old if name == "checkpoint" else outdated)
+        aside.rename(final)
+        sync(folder)
+        shutil.rmtree(outdated, ignore_errors=True)
+
+
+def save_state(folder: Path, state: dict) -> None:
+    """Writes state.pt: `state`, and the random states of torch and Python."""
+    random_states = {"torch_rng": torch.get_rng_state(), "python_rng": random.getstate()}
+    torch.save({**state, **random_states}, folder / "state.pt")
+
+
+def restore_random_state(state: dict) -> None:
+    torch.set_rng_state(state["torch_rng"])
+    random.setstate(state["python_rng"])
+
+
+def read_checkpoint(folder: Path) -> dict:
+    """The state in state.pt. UserError names a file that is damaged, whether weights or settings.
+
+    Pickled code is refused, never executed.
+    """
+    for path in [*folder.rglob("*.json"), *folder.rglob("*.safetensors"), folder / "state.pt"]:
+        try:
+            if path.suffix == ".json":
+                json.loads(path.read_text(encoding="utf-8"))
+            elif path.suffix == ".safetensors":
+                with safe_open(path, "pt"):  # checks that the file has the length it should have
+                    pass
+            else:
+                return torch.load(path, weights_only=True, map_location="cpu")
+        except Exception as error:  # a damaged file may raise anything
+            raise UserError(f"{path} cannot be read ({first_line(error)})") from None
+
+
+def find_checkpoint(folder: Path) -> tuple[Path, dict] | None:
+    """The newest checkpoint of a run, and its state. None if there is none.
+
+    If it is damaged, or was being replaced when the run was killed, the one before it takes its
+    place, with a warning. UserError if both are damaged.
+    """
+    newest = folder / "checkpoint"
+    old = folder / "checkpoint.old"
+    if not newest.exists() and not old.exists():
+        return None
+    try:
+        return newest, read_checkpoint(newest)
+    except UserError as error:
+        problem = error
+    try:
+        state = read_checkpoint(old)
+    except UserError as error:
+        raise UserError(f"{folder}: no checkpoint to resume from: {problem}, {error}") from None
+    print(f"warning: {problem}: resuming from the checkpoint before it", file=sys.stderr)
+    bad = folder / "checkpoint.bad"
+    shutil.rmtree(bad, ignore_errors=True)
+    if newest.exists():
+        newest.rename(bad)
+    old.rename(newest)
+    return newest, state
+
+
+def lock(folder: Path) -> TextIO:
+    """Locks folder/lock until the file is closed. The system does that when a process dies.
+
+    UserError if another process holds the lock.
+    """
+    file = (folder / "lock").open("a")
+    try:
+        if fcntl:
+            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except (BlockingIOError, PermissionError):
+        raise UserError(f"--name {folder.name}: another process is at work on {folder}") from None
+    except OSError:  # a file system without locks
+        pass
+    return file
+
+
+@contextmanager
+def catch_signals() -> Iterator[list[int]]:
+    """A list into which the first SIGINT or SIGTERM is put, so that the caller can stop cleanly.
+
+    A second signal has its usual effect at once.
+    """
+    received = []
+    before = {}
+
+    def remember(number: int, frame) -> None:
+        received.append(number)
+        restore()
+        name = signal.Signals(number).name
+        tqdm.write(f"{name}: finishing this step and saving it; once more to stop at once")
+
+    def restore() -> None:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+    with suppress(ValueError):  # only the main thread may set handlers
+        for number in (signal.SIGINT, signal.SIGTERM):
+            before[number] = signal.signal(number, remember)
+    try:
+        yield received
+    finally:
+        restore()

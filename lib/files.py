@@ -1,0 +1,145 @@
+"""Files that are whole or not there at all, and JSON lines.
+
+A file is written under a name that ends in .part and renamed once it is on the disk, so a process
+may be killed at any moment.
+"""
+
+import hashlib
+import json
+import os
+import sys
+import urllib.request
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from http.client import HTTPException
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError
+
+from lib.flags import UserError, first_line
+
+
+@contextmanager
+def writing(path: Path) -> Iterator[None]:
+    """Turns an error of the disk (full, read-only, gone) into a UserError that names `path`."""
+    try:
+        yield
+    except (OSError, RuntimeError, SafetensorError) as error:  # RuntimeError: torch.save
+        raise UserError(
+            f"{path}: cannot be written ({first_line(error)}): is the disk full, or read-only? "
+            "What was there before is whole"
+        ) from error
+
+
+def sync(path: Path) -> None:
+    """Waits until the content of a file, or the names in a folder, are on the disk."""
+    if os.name == "posix":  # Windows cannot open folders
+        descriptor = os.open(path, os.O_RDONLY)
+        os.fsync(descriptor)
+        os.close(descriptor)
+
+
+def write_text(path: Path, text: str) -> None:
+    aside = path.with_name(path.name + ".part")
+    with writing(path):
+        aside.write_text(text, encoding="utf-8")
+        sync(aside)
+        aside.replace(path)
+
+
+def write_json(path: Path, content: dict) -> None:
+    write_text(path, json.dumps(content, indent=1) + "\n")
+
+
+def json_lines(rows: list[dict]) -> str:
+    """One line of JSON per row, numbers in full: equal runs give equal files."""
+    return "".join(json.dumps(row) + "\n" for row in rows)
+
+
+def write_rows(path: Path, rows: list[dict]) -> None:
+    write_text(path, json_lines(rows))
+
+
+def append_rows(path: Path, rows: list[dict]) -> None:
+    with writing(path), path.open("a") as file:
+        file.write(json_lines(rows))
+
+
+def read_rows(path: Path, wanted: Callable[[str], bool] = lambda key: True) -> list[dict]:
+    """The rows of a run's own .jsonl file, each with the wanted keys. No file has no rows.
+
+    Only the last line can be cut short (by a kill), and it is left out. A long run reads its own
+    metrics again and again. To save memory, lines are read one by one and rows share their keys.
+    """
+    rows = []
+    if not path.exists():
+        return rows
+    with path.open(errors="replace") as file:
+        for number, line in enumerate(file, 1):
+            if not line.endswith("\n"):
+                break
+            try:
+                row = json.loads(line).items()
+            except (ValueError, AttributeError) as error:  # no JSON, or no object
+                raise UserError(
+                    f"{path}, line {number}: is damaged ({error}): mend or delete that line"
+                ) from None
+            rows.append({sys.intern(key): value for key, value in row if wanted(key)})
+    return rows
+
+
+def read_jsonl(path: Path, fields: dict[str, Callable[[Any], bool]]) -> list[dict]:
+    """The rows of a user's file: one JSON object per line, empty lines are skipped.
+
+    fields: each must be in every row, and its value must pass the check
+    UserError names the file and the line.
+    """
+    try:
+        lines = path.read_text(encoding="utf-8-sig").split("\n")  # a byte-order mark is skipped
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path}: not UTF-8 at byte {error.start}, save it as UTF-8") from None
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read: {error.strerror}") from None
+    rows = []
+    for number, line in enumerate(lines, 1):
+        if not line.strip():
+            continue
+        place = f"{path}, line {number}"
+        try:
+            row = json.loads(line)
+            json.dumps(row, ensure_ascii=False).encode()  # refuses half a surrogate pair
+        except (ValueError, RecursionError) as error:
+            raise UserError(f"{place}: not JSON ({error})") from None
+        if not isinstance(row, dict):
+            raise UserError(f"{place}: not an object with {' and '.join(fields)}")
+        for field, check in fields.items():
+            if field not in row or not check(row[field]):
+                raise UserError(f'{place}: "{field}" is missing, empty or of the wrong type')
+        rows.append(row)
+    if not rows:
+        raise UserError(f"{path}: no problems in it")
+    return rows
+
+
+def download(url: str, path: Path, sha256: str) -> None:
+    """Fetches a file, unless it is there. It is checked, and written whole or not at all."""
+    if path.exists():
+        return
+    print(f"fetching {url}", file=sys.stderr)
+    try:
+        with urllib.request.urlopen(url, timeout=30) as response:
+            content = response.read()
+    except (OSError, HTTPException) as error:
+        raise UserError(
+            f"{path} is not there and {url} cannot be fetched ({error}): get the file by other "
+            "means, or name its folder with --data_dir"
+        ) from None
+    found = hashlib.sha256(content).hexdigest()
+    if found != sha256:
+        raise UserError(f"{url} is not the file expected (SHA-256 {found}), nothing was written")
+    aside = path.with_name(f"{path.name}.{os.getpid()}.part")  # two processes may fetch at once
+    with writing(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        aside.write_bytes(content)
+        aside.replace(path)

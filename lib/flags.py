@@ -1,0 +1,133 @@
+"""A frozen dataclass becomes the flags of a script, and a user's mistake becomes one sentence.
+
+Every script ends in `run_script(main, Config, __doc__)`. HfArgumentParser (transformers) parses.
+"""
+
+import argparse
+import json
+import os
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from transformers import HfArgumentParser
+
+
+class UserError(Exception):
+    """A mistake of the user's, in one sentence: the flag, the value and the cure."""
+
+
+class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
+    """Shows the default of every flag, and keeps the line breaks of the docstring."""
+
+
+def first_line(error: Exception) -> str:
+    """The first line of an error's message, or the name of its type if the message is empty."""
+    text = str(error).strip() or type(error).__name__
+    return text.splitlines()[0]
+
+
+def name_error(error: Exception) -> str:
+    """-> "TypeError: unsupported operand" """
+    return f"{type(error).__name__}: {first_line(error)}"
+
+
+def check_range(config: Any, least: float, flags: str, most: float = 1e12) -> None:
+    """UserError unless each of the flags is a number from `least` to `most`.
+
+    flags: names with spaces between, "steps lr"
+    """
+    for flag in flags.split():
+        value = getattr(config, flag)
+        if not value >= least:  # this way round, nan is refused too
+            raise UserError(f"--{flag} {value}: must be at least {least:g}")
+        if value > most:
+            raise UserError(f"--{flag} {value}: must be at most {most:g}")
+
+
+def parse(
+    config_class: type,
+    doc: str,
+    argv: list[str] | None = None,
+    fill: Callable[[dict], dict] | None = None,
+    **positionals: dict,
+) -> tuple[Any, dict]:
+    """argv -> (config, positional arguments by name)
+
+    fill:        gets the value of every flag, returns defaults for those that the user did not give
+    positionals: name -> arguments of `ArgumentParser.add_argument`
+    Exits with 2 and one line on an unknown flag or a value of the wrong type.
+    """
+    argv = sys.argv[1:] if argv is None else argv
+    for word in argv:
+        if word.encode(errors="ignore").decode() != word:  # half a surrogate pair
+            raise UserError(f"{word!a}: is not UTF-8")
+    parser = HfArgumentParser(
+        config_class,
+        prog=Path(sys.argv[0]).name,
+        description=doc,
+        usage=argparse.SUPPRESS,
+        formatter_class=HelpFormatter,
+        allow_abbrev=False,
+    )
+    for name, options in positionals.items():
+        parser.add_argument(name, **options)
+    if fill:
+        known = vars(parser.parse_known_args(argv)[0])
+        defaults = fill(known)
+        # a run of an older version may have flags that are gone
+        parser.set_defaults(**{name: value for name, value in defaults.items() if name in known})
+    values = vars(parser.parse_args(argv))
+    arguments = {name: values.pop(name) for name in positionals}
+    return config_class(**values), arguments
+
+
+def run_script(main: Callable, config_class: type, doc: str, fill=None, **positionals) -> None:
+    """Calls main(config, **arguments) with what `parse` makes of sys.argv.
+
+    A mistake of the user's, a file that cannot be used or a lack of memory ends the script with one
+    line and exit status 2. Ctrl-C ends it without a traceback, with status 130.
+    """
+    try:
+        config, arguments = parse(config_class, doc, None, fill, **positionals)
+        main(config, **arguments)
+        sys.stdout.flush()
+        return
+    except BrokenPipeError:  # as in `... | head -1`: avoid a second error in the flush at exit
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return
+    except (UserError, OSError) as error:
+        message = str(error)
+    except (MemoryError, RuntimeError) as error:  # torch raises several types
+        if isinstance(error, RuntimeError) and "memory" not in str(error):
+            raise
+        message = f"out of memory ({first_line(error)}): lower the sizes, see --help"
+    except KeyboardInterrupt:
+        sys.exit(130)
+    message = " ".join(message.split())
+    print(f"{Path(sys.argv[0]).name}: error: {message}", file=sys.stderr)
+    sys.exit(2)
+
+
+def shorten(text: str | list, limit: int = 300) -> str:
+    """Text or chat messages in one line for the screen: "two\\n  words" -> "two words"
+
+    White space is folded, and a line of more than `limit` characters ends in "..."
+    """
+    if not isinstance(text, str):
+        text = json.dumps(text)
+    line = " ".join(text.split())
+    if len(line) > limit:
+        line = f"{line[: limit - 3]}..."
+    return line
+
+
+def align(rows: list[list[str]]) -> str:
+    """Columns as wide as their widest cell: [["a", "b"], ["long", "c"]] -> 'a     b\\nlong  c'"""
+    widths = [max(map(len, column)) for column in zip(*rows)]
+    lines = []
+    for row in rows:
+        cells = [cell.ljust(width) for cell, width in zip(row, widths)]
+        lines.append("  ".join(cells).rstrip())
+    return "\n".join(lines)

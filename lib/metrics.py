@@ -1,0 +1,124 @@
+"""The numbers of a step, for metrics.jsonl and the screen. The README defines each."""
+
+import math
+from statistics import fmean
+
+import torch
+from torch import Tensor
+
+
+def rollout_metrics(
+    samples: list[dict],
+    rewards: Tensor,
+    weights: Tensor,
+    response_lengths: Tensor,
+    finished: Tensor,
+) -> dict[str, float]:
+    """The responses of a step in numbers. A number without a meaning (NaN) is omitted, such as the
+    mean length of truncated responses if there are none.
+
+    samples:          B = P * G dicts with "response", "true_reward" and "parts"
+    rewards:          (P, G)
+    weights:          (B,) or (B, N), 0 for responses that were filtered out
+    response_lengths: (B,) tokens
+    finished:         (B,) bool
+    All tensors are on the CPU.
+    """
+    true_rewards = torch.tensor(
+        [sample["true_reward"] for sample in samples], dtype=torch.float64
+    ).view_as(rewards)
+    right = true_rewards == 1  # float32 would round 0.99999999 to 1
+    weights = weights.reshape(len(samples), -1).sum(1)
+    numbers = {
+        "reward": rewards,
+        "reward_std": rewards.std(1, correction=0),
+        "reward_std_between": rewards.mean(1).std(correction=0),
+        "informative": rewards.amax(1) != rewards.amin(1),
+        "true_reward": true_rewards,
+        "accuracy": right,
+        "all_right": right.all(1),
+        "all_wrong": ~right.any(1),
+        "thinking": torch.tensor(["</think>" in sample["response"] for sample in samples]),
+        "response_length": response_lengths,
+        "response_length_finished": response_lengths[finished],
+        "response_length_cut": response_lengths[~finished],
+        "finished": finished,
+        "effective_samples": weights.abs().sum() ** 2 / weights.square().sum(),
+    }
+    for part in samples[0]["parts"]:
+        numbers[f"reward/{part}"] = torch.tensor([sample["parts"][part] for sample in samples])
+    means = {name: values.double().mean().item() for name, values in numbers.items()}
+    return {name: mean for name, mean in means.items() if not math.isnan(mean)}
+
+
+class UpdateStatistics:
+    """One optimizer step in numbers, collected over its micro-batches.
+
+    loss:      sum of the losses of the micro-batches
+    grad_norm: set by the caller after the step; not finite if the step was skipped
+    """
+
+    def __init__(self):
+        self.loss = 0.0
+        self.grad_norm = 0.0
+        self.ratios = []  # (K,) of each micro-batch, with K response tokens; so are the next two
+        self.clipped = []
+        self.entropies = []
+
+    @torch.no_grad()
+    def add(self, loss, logprobs, old_logprobs, clipped, mask, entropy=None) -> None:
+        """loss: a number. The others: (R, N), of which only the tokens in the mask count."""
+        self.loss += float(loss)
+        self.ratios.append((logprobs - old_logprobs)[mask].exp())
+        self.clipped.append(clipped[mask].float())
+        if entropy is not None:
+            self.entropies.append(entropy[mask])
+
+    def summary(self) -> dict[str, float]:
+        """Means over the response tokens, except loss, grad_norm and ratio_max."""
+        ratio = torch.cat(self.ratios)
+        numbers = {
+            "loss": self.loss,
+            "grad_norm": self.grad_norm,
+            "ratio_mean": ratio.mean().item(),
+            "ratio_max": ratio.max().item(),
+            "clip_share": torch.cat(self.clipped).mean().item(),
+        }
+        if self.entropies:
+            numbers["entropy"] = torch.cat(self.entropies).mean().item()
+        return numbers
+
+
+def update_metrics(updates: list[UpdateStatistics]) -> dict[str, float]:
+    """The optimizer steps of one rollout: means over them, except the largest ratio.
+
+    Skipped steps (a gradient that is not finite) are only counted. Ratios are left out if there is
+    a single step: its policy is the one that sampled.
+    """
+    done = [update.summary() for update in updates if math.isfinite(update.grad_norm)]
+    counts = {"updates": len(done), "skipped": len(updates) - len(done)}
+    if not done:
+        return {**counts, "loss": 0.0, "grad_norm": 0.0}
+    means = {key: fmean(update[key] for update in done) for key in done[0]}
+    means["ratio_max"] = max(update["ratio_max"] for update in done)
+    if len(done) == 1:
+        for key in ("ratio_mean", "ratio_max", "clip_share"):
+            del means[key]
+    return {**counts, **means}
+
+
+def step_line(metrics: dict) -> str:
+    """A step for the screen: "step    1  reward 0.250  informative 0.50 ..." """
+    line = (
+        f"step {metrics['step']:4d}  reward {metrics['reward']:.3f}  "
+        f"informative {metrics['informative']:.2f}  thinking {metrics['thinking']:.2f}  "
+        f"length {metrics['response_length']:.1f}  entropy {metrics['entropy']:.3f}  "
+        f"grad {metrics['grad_norm']:.2f}  {metrics['seconds']:.2f} s"
+    )
+    if metrics["skipped"]:
+        line += f"  {metrics['skipped']} updates skipped: their numbers are not finite"
+    elif not metrics["updates"]:
+        line += "  all weights are zero: no update"
+    if "eval_accuracy" in metrics:
+        line += f"  held-out accuracy {metrics['eval_accuracy']:.3f}"
+    return line

@@ -1,0 +1,298 @@
+"""The run folder: everything that a run leaves on disk.
+
+    runs/<name>/config.json     every flag, versions, device, git commit
+                metrics.jsonl   one object per step; the README defines each key
+                samples.jsonl   a few responses per step, with rewards and weights
+                code/           the scripts as they ran
+                checkpoint/     the policy as a Hugging Face folder, and state.pt to resume from
+                checkpoint.old/ the one before it
+                curves.png      redrawn while the run trains
+                lock            held while a process is at work on the run
+
+    run = Run("runs", "add", task="add", resume=False)      # checks the name, makes nothing
+    config = run.start(config, device, 0, Tracker("none"))
+    for step in run.steps(1, config.steps):
+        ...
+        run.record(metrics, samples, log_samples=4)
+        run.exit_if_stopped(step)
+
+Nothing here knows what GRPO is.
+"""
+
+import importlib
+import json
+import math
+import os
+import platform
+import shlex
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import suppress
+from dataclasses import asdict, replace
+from importlib.metadata import version
+from pathlib import Path
+from statistics import fmean
+from typing import Any
+
+import torch
+from tqdm import tqdm
+
+from lib.checkpoint import catch_signals, find_checkpoint, lock
+from lib.files import append_rows, read_rows, write_json, write_rows, writing
+from lib.flags import UserError
+from lib.metrics import step_line
+
+ROOT = Path(__file__).parent.parent
+
+
+def is_run(folder: Path) -> bool:
+    return (folder / "config.json").exists() and (folder / "code").is_dir()
+
+
+def read_config(folder: Path) -> dict:
+    """The flags of a run. UserError if there is no run in `folder`."""
+    try:
+        return json.loads((folder / "config.json").read_text())["config"]
+    except (OSError, ValueError, KeyError, TypeError):
+        raise UserError(f"{folder}: no run there (its config.json cannot be read)") from None
+
+
+class Tracker:
+    """Sends metrics to a program that draws them. "none" does nothing.
+
+    tensorboard: files in the run folder
+    trackio:     a local database
+    wandb:       files in the run folder; WANDB_MODE=online sends them to its server
+    """
+
+    def __init__(self, kind: str):
+        """UserError if the package is missing."""
+        self.kind = kind
+        self.writer = None
+        modules = {"none": "math", "tensorboard": "torch.utils.tensorboard"}
+        try:
+            self.module = importlib.import_module(modules.get(kind, kind))
+        except ImportError:
+            raise UserError(
+                f"--tracker {kind}: the package is not installed: pip install {kind}"
+            ) from None
+
+    def begin(self, folder: Path, config: dict) -> Any:
+        if self.kind == "tensorboard":
+            return self.module.SummaryWriter(folder / "tensorboard")
+        options = {}
+        if self.kind == "wandb":
+            options = {"dir": folder, "mode": os.environ.get("WANDB_MODE", "offline")}
+        return self.module.init(project="grpo-basics", name=folder.name, config=config, **options)
+
+    def send(self, folder: Path, config: dict, metrics: dict) -> None:
+        if self.kind == "none":
+            return
+        self.writer = self.writer or self.begin(folder, config)
+        numbers = {key: value for key, value in metrics.items() if isinstance(value, (int, float))}
+        step = numbers.pop("step")
+        if self.kind == "tensorboard":
+            for key, value in numbers.items():
+                self.writer.add_scalar(key, value, step)
+            self.writer.flush()
+        else:
+            self.writer.log(numbers, step=step)
+
+
+def is_free(folder: Path) -> bool:
+    """Whether a new run may have this folder: not there, or left by a run killed in its start."""
+    if not folder.exists():
+        return True
+    leftovers = {"lock", "config.json.part"}
+    if not folder.is_dir() or {path.name for path in folder.iterdir()} - leftovers:
+        return False
+    try:
+        lock(folder).close()
+    except UserError:  # another process is about to start there
+        return False
+    return True
+
+
+def free_folder(runs_dir: str, name: str, task: str) -> Path:
+    """runs_dir/name; without a name the first free one of runs_dir/task, task-2, task-3 ..."""
+    if name != Path(name).name:
+        raise UserError(f"--name {name}: must be the name of a folder in --runs_dir, not a path")
+    stem = Path(task).stem
+    folder = Path(runs_dir) / (name or stem)
+    number = 1
+    while not is_free(folder):
+        if name:
+            raise UserError(
+                f"--name {name}: {folder} is there already: choose another name, or --resume"
+            )
+        number += 1
+        folder = folder.with_name(f"{stem}-{number}")
+    return folder
+
+
+def git_commit() -> str | None:
+    command = ["git", "describe", "--always", "--dirty", "--abbrev=40"]
+    with suppress(OSError, subprocess.CalledProcessError):  # no git, or no repository
+        output = subprocess.check_output(command, cwd=ROOT, stderr=subprocess.DEVNULL, text=True)
+        return output.strip()
+
+
+def copy_code(folder: Path) -> None:
+    """Copies the scripts and their packages into folder/code."""
+    with writing(folder / "code"):
+        for part in (".", "lib", "fast", "tools"):
+            (folder / "code" / part).mkdir(exist_ok=True)
+            for script in (ROOT / part).glob("*.py"):
+                shutil.copy(script, folder / "code" / part)
+
+
+def rewind(folder: Path, step: int) -> None:
+    """Removes what was recorded after `step`: those steps are done again."""
+    for name in ("metrics.jsonl", "samples.jsonl"):
+        rows = [row for row in read_rows(folder / name) if row["step"] <= step]
+        steps = [row["step"] for row in rows]
+        if name == "metrics.jsonl" and steps != list(range(1, step + 1)):
+            raise UserError(
+                f"{folder}/metrics.jsonl: does not have each of the steps 1 to {step}: put the "
+                f"file back, or start a new run with --model {folder}"
+            )
+        write_rows(folder / name, rows)
+
+
+class Run:
+    """A run at work.
+
+    folder:     where it is
+    checkpoint: the folder to resume from, or None
+    state:      what the run remembered at that checkpoint, or None
+    """
+
+    def __init__(self, runs_dir: str, name: str, task: str, resume: bool):
+        """A run to resume must be there, and is locked. A new one needs a free name; nothing is
+        made until `start`."""
+        self.wanted = runs_dir, name, task
+        self.resumed = resume
+        self.checkpoint = None
+        self.state = None
+        self.signals = []
+        if not resume:
+            self.folder = free_folder(*self.wanted)
+            return
+        self.folder = Path(runs_dir) / name
+        read_config(self.folder)
+        self.lock_file = lock(self.folder)
+        if found := find_checkpoint(self.folder):
+            self.checkpoint, self.state = found
+
+    def start(self, config: Any, device: torch.device, step: int, tracker: Tracker) -> Any:
+        """Writes config.json and code/, and removes what was recorded after `step`.
+
+        Returns the config with the run's name filled in.
+        """
+        if self.resumed:
+            rewind(self.folder, step)
+        else:
+            self.folder = free_folder(*self.wanted)  # again: another process may have been faster
+            with writing(self.folder):
+                self.folder.mkdir(parents=True, exist_ok=True)
+            self.lock_file = lock(self.folder)
+        config = replace(config, name=self.folder.name, resume=False)
+        self.config = asdict(config)
+        self.tracker = tracker
+        versions = {name: version(name) for name in ("torch", "transformers", "tokenizers")}
+        hardware = f"{device} ({platform.machine()})"
+        if device.type == "cuda":
+            hardware = torch.cuda.get_device_name()
+        content = {
+            "config": self.config,
+            "versions": {"python": platform.python_version(), **versions},
+            "device": hardware,
+            "threads": torch.get_num_threads(),
+            "git_commit": git_commit(),
+            "started": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
+        }
+        self.write_json("config.json", content)
+        copy_code(self.folder)
+        return config
+
+    def steps(self, first: int, last: int) -> Iterator[int]:
+        """Step numbers, with a progress bar. A signal only sets `stop_requested` meanwhile."""
+        self.last = last
+        steps = range(first, last + 1)
+        with catch_signals() as self.signals:
+            yield from tqdm(steps, initial=first - 1, total=last, dynamic_ncols=True)
+
+    def is_due(self, step: int, every: int) -> bool:
+        """Whether the step is the last one, or a multiple of `every`."""
+        return step == self.last or step % every == 0
+
+    @property
+    def stop_requested(self) -> bool:
+        return bool(self.signals)
+
+    def exit_if_stopped(self, step: int) -> None:
+        """After a signal: says how to resume, and exits with 130 (SIGINT) or 143 (SIGTERM)."""
+        if not self.signals or step == self.last:
+            return
+        command = f"python {sys.argv[0]} --name {shlex.quote(self.folder.name)} --resume"
+        if self.folder.parent != Path("runs"):
+            command += f" --runs_dir {shlex.quote(str(self.folder.parent))}"
+        tqdm.write(f"stopped; step {step} is saved. To go on:\n\n    {command}")
+        raise SystemExit(128 + self.signals[0])
+
+    def write_json(self, name: str, content: dict) -> None:
+        write_json(self.folder / name, content)
+
+    def record(self, metrics: dict, samples: list[dict], log_samples: int) -> None:
+        """Writes a step down: its metrics, and `log_samples` of its samples from the largest to the
+        smallest "weight". UserError after three steps in a row with skipped updates."""
+        path = self.folder / "metrics.jsonl"
+        finite = dict(metrics)
+        for key, value in metrics.items():
+            if isinstance(value, float) and not math.isfinite(value):  # it is not JSON
+                del finite[key]
+        append_rows(path, [finite])
+        rows = [{"step": metrics["step"], **sample} for sample in samples]
+        rows.sort(key=lambda row: row["weight"], reverse=True)
+        every = max(1, len(rows) // max(1, log_samples))
+        append_rows(self.folder / "samples.jsonl", rows[::every][:log_samples])
+        tqdm.write(step_line(metrics))
+        self.tracker.send(self.folder, self.config, metrics)
+        if metrics["skipped"]:
+            recent = [row["skipped"] > 0 for row in read_rows(path)[-3:]]
+            if recent == [True, True, True]:
+                self.give_up(rows)
+
+    def give_up(self, rows: list[dict]) -> None:
+        """Writes all samples of the step to bad-step.jsonl, and raises UserError."""
+        path = self.folder / "bad-step.jsonl"
+        write_rows(path, rows)
+        raise UserError(
+            f"step {rows[0]['step']}: the third in a row with a loss, a gradient or log-probs that "
+            f"are not finite; those updates were skipped. {path} has the samples: --resume with a "
+            "lower --lr"
+        )
+
+    def track_true_reward(self, every: int) -> bool:
+        """Whether the mean true reward of the last `every` steps is the best so far.
+
+        Warns when reward and true reward diverge: since the true reward was at its best, the reward
+        has risen, and the true reward has fallen by more than 0.05.
+        """
+        wanted = {"step", "reward", "true_reward"}
+        rows = read_rows(self.folder / "metrics.jsonl", wanted.__contains__)
+        blocks = [rows[first : first + every] for first in range(0, len(rows), every)]
+        reward = [fmean(row["reward"] for row in block) for block in blocks]
+        true = [fmean(row["true_reward"] for row in block) for block in blocks]
+        best = true.index(max(true))
+        if reward[-1] > reward[best] and true[-1] < true[best] - 0.05:
+            tqdm.write(
+                f"warning: since step {blocks[best][-1]['step']} the reward has risen from "
+                f"{reward[best]:.3f} to {reward[-1]:.3f}, but the true reward has fallen from "
+                f"{true[best]:.3f} to {true[-1]:.3f}: the policy learns what the reward likes, not "
+                f"what is right. {self.folder}/best is the policy at its best"
+            )
+        return best == len(blocks) - 1

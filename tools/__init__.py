@@ -1,0 +1,1 @@
+"""Scripts beside the main ones. Run them from the top folder: python -m tools.NAME"""

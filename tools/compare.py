@@ -1,0 +1,178 @@
+"""Train the built-in model by every recipe of loss.py, several seeds each, and compare them.
+
+    python -m tools.compare              # 39 runs in runs/recipes, 20 minutes on one CPU core
+    python -m tools.compare --steps 100 --minibatches 1 --runs_dir runs/other
+
+All runs have the same base model, problems, learning rate and number of sampled responses, and are
+measured on the same held-out problems. Writes the table in docs/recipes.md and docs/recipes.png.
+A run that is finished is not trained again.
+"""
+
+import math
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+from matplotlib.figure import Figure
+from tqdm import tqdm
+from transformers.hf_argparser import HfArg
+
+from lib.files import read_rows
+from lib.flags import UserError, check_range, run_script
+from loss import RECIPES
+
+HERE = Path(__file__).parent.parent
+CONTROL = "grpo, random rewards"
+RUNS = {recipe: ["--recipe", recipe] for recipe in RECIPES}
+RUNS["reinforce_rej, wrong -1"] = ["--recipe", "reinforce_rej", "--reward", "2*exact - 1"]
+RUNS[CONTROL] = ["--recipe", "grpo", "--reward", "coin.coin"]
+COIN = '''"""A reward that does not look at the response: all that is learned is noise."""
+import random
+
+
+def coin(prompt, response, answer):
+    return float(random.random() < 0.5)
+'''
+P = 16  # prompts per rollout
+G = 16  # responses to each
+# columns of the table, with the format of their numbers
+COLUMNS = {"accuracy": ".3f", "on the way": ".3f", "entropy": ".3f", "thinking": ".2f"}
+COLUMNS |= {"responses": ",.0f", "seconds": ".0f"}
+T95 = 2.06  # a 95 % interval reaches as many standard errors: t with 24 degrees of freedom
+
+
+@dataclass(frozen=True)
+class Config:
+    steps: int = HfArg(default=20, help="rollouts per run")
+    minibatches: int = HfArg(
+        default=4, help="optimizer steps per rollout; with 1 nothing is clipped"
+    )
+    seeds: int = HfArg(default=3, help="runs of each recipe")
+    runs_dir: str = HfArg(default="runs/recipes", help="folder of the runs")
+
+
+def train(name: str, seed: int, config: Config) -> Path:
+    """The folder of a finished run, which is trained unless it is there. In the folder of the
+    runs, because train.py looks for coin.py in the current folder."""
+    runs_dir = HERE / config.runs_dir
+    folder = runs_dir / f"{name.replace(', ', '_').replace(' ', '_')}-{seed}"
+    if (folder / "after.json").exists():
+        return folder
+    runs_dir.mkdir(parents=True, exist_ok=True)
+    (runs_dir / "coin.py").write_text(COIN)
+    flags = {
+        "model": HERE / "models" / "add",
+        "name": folder.name,
+        "runs_dir": ".",
+        "seed": seed,
+        "steps": config.steps,
+        "prompts_per_step": P,
+        "group_size": G,
+        "minibatches": config.minibatches,
+        "eval_every": 2,
+    }
+    command = [sys.executable, HERE / "train.py", *RUNS[name]]
+    command += [f"--{flag}={value}" for flag, value in flags.items()]
+    done = subprocess.run(command, cwd=runs_dir, capture_output=True, text=True, check=False)
+    if done.returncode:
+        raise UserError(f"the run {folder.name} failed: {done.stderr.strip().splitlines()[-1]}")
+    return folder
+
+
+def summarise(folder: Path, config: Config) -> dict:
+    """A run at the point where it had sampled as many responses as the others: a recipe that
+    resamples takes more per step, so its last steps are left out.
+
+    on the way: mean of the evaluations so far; entropy, thinking: mean of the last five steps
+    """
+    rows = read_rows(folder / "metrics.jsonl")
+    rows = [row for row in rows if row["prompts_seen"] <= config.steps * P]
+    evaluated = [row for row in rows if "eval_accuracy" in row]
+    rows = rows[: evaluated[-1]["step"]]  # one row per step
+    return {
+        "accuracy": evaluated[-1]["eval_accuracy"],
+        "on the way": average(evaluated, "eval_accuracy"),
+        "entropy": average(rows[-5:], "entropy"),
+        "thinking": average(rows[-5:], "thinking"),
+        "responses": rows[-1]["prompts_seen"] * G,
+        "seconds": sum(row["seconds"] for row in rows),
+        "rows": rows,
+    }
+
+
+def average(rows: list[dict], key: str) -> float:
+    return sum(row[key] for row in rows) / len(rows)
+
+
+def half_interval(results: dict[str, list[dict]], key: str) -> float:
+    """Half of the 95 % interval of a recipe's mean. The noise of a run is taken to be the same in
+    all recipes and pooled over them, except the control, which wanders further."""
+    recipes = [runs for name, runs in results.items() if name != CONTROL]
+    squares = [(run[key] - average(runs, key)) ** 2 for runs in recipes for run in runs]
+    noise = math.sqrt(sum(squares) / (len(squares) - len(recipes)))
+    return T95 * noise / math.sqrt(len(recipes[0]))
+
+
+def results_table(results: dict[str, list[dict]]) -> str:
+    """Markdown, best first."""
+    half = {key: half_interval(results, key) for key in ("accuracy", "on the way")}
+    lines = [f"| recipe | {' | '.join(COLUMNS)} | accuracy of each run |"]
+    lines.append("|---" * (len(COLUMNS) + 2) + "|")
+    for name in sorted(results, key=lambda name: -average(results[name], "accuracy")):
+        cells = [name]
+        for key, form in COLUMNS.items():
+            cell = format(average(results[name], key), form)
+            if key in half and name != CONTROL:
+                cell += f" ± {half[key]:.3f}"
+            cells.append(cell)
+        cells.append(", ".join(f"{run['accuracy']:.3f}" for run in results[name]))
+        lines.append(f"| {' | '.join(cells)} |")
+    apart = " and ".join(f"{value * 2**0.5:.3f} ({key})" for key, value in half.items())
+    text = f"Two recipes, chosen before looking, differ by more than noise if {apart} apart."
+    return "\n".join([*lines, "", text])
+
+
+def plot(results: dict[str, list[dict]], path: Path) -> None:
+    """A panel for each recipe: held-out accuracy (blue) and entropy (red) of each run; in grey the
+    accuracy of the runs of grpo, for comparison."""
+    height = math.ceil(len(results) / 5)
+    figure = Figure(figsize=(12, 2.3 * height), layout="constrained")
+    panels = figure.subplots(height, 5, sharex=True, sharey=True).flat
+    for name, panel in zip(results, panels):  # this order: zip takes no panel too many
+        for run in results["grpo"]:
+            draw(panel, run, "eval_accuracy", "0.8", 3)
+        for run in results[name]:
+            draw(panel, run, "entropy", "C3", 0.8)
+            draw(panel, run, "eval_accuracy", "C0", 1)
+        panel.set_title(name, fontsize=9)
+        panel.set_ylim(0, 1)
+        panel.grid(alpha=0.3)
+    for panel in panels:  # the rest are empty
+        panel.axis("off")
+    figure.supxlabel("responses sampled", fontsize=9)
+    figure.supylabel("accuracy (blue), entropy in nats (red)", fontsize=9)
+    figure.savefig(path, dpi=80)
+
+
+def draw(panel, run: dict, key: str, color: str, linewidth: float) -> None:
+    points = [(row["prompts_seen"] * G, row[key]) for row in run["rows"] if key in row]
+    panel.plot(*zip(*points), color=color, linewidth=linewidth)
+
+
+def main(config: Config) -> None:
+    check_range(config, 1, "steps minibatches")
+    check_range(config, 2, "seeds", most=1000)  # one run does not tell noise from effect
+    jobs = [(name, seed) for seed in range(config.seeds) for name in RUNS]
+    results = {name: [] for name in RUNS}
+    for name, seed in tqdm(jobs):
+        results[name].append(summarise(train(name, seed, config), config))
+    page = HERE / "docs" / "recipes.md"
+    head, _, rest = page.read_text().partition("<!-- table -->\n")
+    _, _, tail = rest.partition("<!-- end -->")
+    page.write_text(f"{head}<!-- table -->\n{results_table(results)}\n<!-- end -->{tail}")
+    plot(results, page.with_suffix(".png"))
+
+
+if __name__ == "__main__":
+    run_script(main, Config, __doc__)

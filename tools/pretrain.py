@@ -1,0 +1,177 @@
+"""Make the tiny base model of the default run, by imitation of written examples.
+
+    python -m tools.pretrain --output models/add --seed 0    # how models/add was made, 40 seconds
+    python -m tools.pretrain --output models/other --seed 1
+
+The folder must not exist yet: to remake models/add, delete it first.
+
+The model adds two-digit numbers, badly, on purpose: there must be something for reinforcement to
+find. It is first shown worked examples ("<think>8+7=15;4+2+1=7;</think>75", always right), then a
+mix in which only 30 % are worked. The others answer straight away, and 60 % of those are wrong by
+one in one digit. So the model can do the sum when it thinks, mostly does not think, and is then
+mostly wrong. Nothing tells it to think: the reward for the answer alone must bring that out. (A
+model that is shown the mix from the start takes twice as long to learn the working out.)
+"""
+
+import os
+import random
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import torch
+from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers
+from torch import Tensor
+from tqdm import trange
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers.hf_argparser import HfArg
+
+from lib.flags import UserError, check_range, run_script
+from policy import pick_device, save_policy
+from tasks import load_task
+
+THINKING = 0.3  # share of worked examples in the mix
+MISTAKES = 0.6  # share of the other examples that are wrong in one digit
+
+
+@dataclass(frozen=True)
+class Config:
+    output: str = HfArg(default="models/add", help="folder to write")
+    steps: int = HfArg(default=400, help="optimizer steps")
+    worked_steps: int = HfArg(default=280, help="first steps, which show worked examples only")
+    batch_size: int = HfArg(default=128, help="examples per step")
+    lr: float = HfArg(default=3e-3, help="highest learning rate")
+    seed: int = HfArg(default=0, help="same seed, same model")
+    device: Literal["auto", "cuda", "mps", "cpu"] = HfArg(
+        default="auto", help="auto: the first of these that is available"
+    )
+
+
+def make_tokenizer() -> PreTrainedTokenizerFast:
+    """One token per character (printable ASCII, newline), and one each for <think>, </think>."""
+    tokens = ["<pad>", "<eos>", "<unk>", *map(chr, range(32, 127)), "\n"]
+    vocabulary = {token: i for i, token in enumerate(tokens)}
+    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex(r"[\s\S]"), "isolated")
+    tokenizer.decoder = decoders.Fuse()
+    for mark in ("<think>", "</think>"):
+        # not special: decoding must keep it, because rewards look for it
+        tokenizer.add_tokens([AddedToken(mark, special=False, normalized=False)])
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        pad_token="<pad>",
+        eos_token="<eos>",
+        unk_token="<unk>",
+        clean_up_tokenization_spaces=False,
+        model_max_length=128,
+    )
+
+
+def make_model(tokenizer: PreTrainedTokenizerFast) -> LlamaForCausalLM:
+    """A Llama with half a million parameters."""
+    config = LlamaConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=128,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=4,
+        intermediate_size=448,
+        max_position_embeddings=128,
+        tie_word_embeddings=True,
+        initializer_range=0.05,
+        bos_token_id=None,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+    )
+    return LlamaForCausalLM(config)
+
+
+def worked(a: int, b: int) -> str:
+    """The sum digit by digit, always right.
+
+    48, 27 -> '<think>8+7=15;4+2+1=7;</think>75'
+    50, 72 -> '<think>0+2=2;5+7=12;</think>122'
+    """
+    units = a % 10 + b % 10
+    carry = "+1" if units > 9 else ""
+    tens = (a + b) // 10
+    return f"<think>{a % 10}+{b % 10}={units};{a // 10}+{b // 10}{carry}={tens};</think>{a + b}"
+
+
+def hasty(a: int, b: int, rng: random.Random) -> str:
+    """48, 27 -> '75', or more often with one digit off by one: '74', '85' ..."""
+    digits = [int(digit) for digit in str(a + b)]
+    if rng.random() < MISTAKES:
+        place = rng.randrange(len(digits))
+        digits[place] = (digits[place] + rng.choice((-1, 1))) % 10
+    return "".join(map(str, digits))
+
+
+def response_loss(model: LlamaForCausalLM, ids: Tensor, start: int, lengths: Tensor) -> Tensor:
+    """(B, T) ids padded on the right -> cross entropy, mean over all response tokens.
+
+    start: where all responses start; lengths: (B,) tokens of prompt and response together
+    """
+    columns = torch.arange(start, ids.shape[1], device=ids.device)
+    # the logits at a position predict the token at the next
+    logits = model(ids, use_cache=False, logits_to_keep=columns - 1).logits
+    logprobs = logits.gather(2, ids[:, columns, None])[:, :, 0] - logits.logsumexp(-1)
+    mask = columns < lengths[:, None]  # (B, N) from lengths: the end of text is learned too
+    return -torch.where(mask, logprobs, 0.0).sum() / mask.sum()
+
+
+def main(config: Config) -> None:
+    check_range(config, 1, "steps batch_size", most=1e6)
+    check_range(config, 0, "worked_steps seed")
+    check_range(config, 0, "lr", most=1)
+    output = Path(config.output)
+    if output.exists():
+        raise UserError(f"--output {output}: exists already, delete it or choose another")
+
+    device = pick_device(config.device)
+    rng = random.Random(config.seed)
+    torch.manual_seed(config.seed)
+    tokenizer = make_tokenizer()
+    model = make_model(tokenizer).to(device)
+    optimizer = torch.optim.AdamW(
+        model.parameters(), lr=config.lr, betas=(0.9, 0.98), weight_decay=0.01, fused=True
+    )
+    schedule = torch.optim.lr_scheduler.OneCycleLR(
+        optimizer, config.lr, max(11, config.steps), pct_start=0.1, cycle_momentum=False
+    )  # with 10 steps torch divides by zero
+    problems = load_task("add").train  # its held-out problems stay unseen here too
+    start = len(problems[0].prompt)  # all prompts are as long as "48+27=", one token per character
+
+    bar = trange(config.steps, desc=f"making {output}", dynamic_ncols=True)
+    for step in bar:
+        rows = []
+        for problem in rng.choices(problems, k=config.batch_size):
+            a, b = map(int, problem.prompt.rstrip("=").split("+"))
+            if step < config.worked_steps or rng.random() < THINKING:
+                response = worked(a, b)
+            else:
+                response = hasty(a, b, rng)
+            text = problem.prompt + response + tokenizer.eos_token
+            rows.append(torch.tensor(tokenizer(text)["input_ids"]))
+
+        lengths = torch.tensor([len(row) for row in rows], device=device)
+        ids = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True).to(device)
+        loss = response_loss(model, ids, start, lengths)
+        if not loss.isfinite():
+            raise UserError(f"--lr {config.lr}: the loss is not finite at step {step}, lower it")
+
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        schedule.step()
+        optimizer.zero_grad()
+        bar.set_postfix(loss=f"{loss.item():.3f}")
+
+    # written aside first: a folder that has its final name is whole
+    aside = output.with_name(f"{output.name}.{os.getpid()}.part")
+    save_policy(model.cpu(), tokenizer, aside)
+    aside.rename(output)
+
+
+if __name__ == "__main__":
+    run_script(main, Config, __doc__)

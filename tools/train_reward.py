@@ -1,0 +1,267 @@
+"""Fit a reward model to preferences: of two responses to a prompt, which is the better one?
+
+    python -m tools.train_reward --task add --label exact               # a policy answers
+    python -m tools.train_reward runs/add/samples.jsonl --label exact   # a run has answered
+    python -m tools.train_reward pairs.jsonl --model FOLDER             # a person has preferred
+    python train.py --reward 'model("runs/rm")' --normaliser mean --lr 5e-5 --true_reward exact
+
+Each line of pairs.jsonl has "prompt", "chosen" and "rejected". The base may be any causal language
+model. Its last hidden state at the last token becomes one number, the score. The loss is that of
+Bradley and Terry, -log sigmoid(score of chosen - score of rejected), plus 0.01 (sum of the two
+scores)^2, which keeps scores near 0. One prompt in ten is held out, with its pairs. The result is
+an ordinary Hugging Face folder.
+"""
+
+import json
+import os
+import random
+import time
+from collections import defaultdict
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Literal
+
+import torch
+from matplotlib.figure import Figure
+from torch import Tensor
+from torch.nn.functional import logsigmoid
+from tqdm import trange
+from transformers.hf_argparser import HfArg
+
+import fast
+from fast.optimizer import Optimizer
+from lib.files import read_jsonl, write_json
+from lib.flags import UserError, check_range, run_script
+from lib.run import is_run
+from lib.stats import wilson
+from policy import load_policy, pick_device, save_policy, stop_ids
+from reward import RewardModel, load_reward, read_samples, score
+from sample import Sampling
+from tasks import hold_out, is_prompt, load_task, prompt_ids, stable_hash, take_problems
+
+
+@dataclass(frozen=True)
+class Config:
+    output: str = HfArg(default="runs/rm", help="folder to write")
+    model: str = HfArg(default="", help="base: Hugging Face name or folder; default: the policy")
+    # where pairs come from without a file of pairs
+    task: str = HfArg(default="add", help="task whose training problems the policy answers")
+    data_dir: str = HfArg(default="", help="folder with the task's files, if it needs any")
+    policy: str = HfArg(default="models/add", help="model or run folder that answers them")
+    label: str = HfArg(default="", help="reward that decides which is better; default: the task's")
+    prompts: int = HfArg(default=512, help="problems to answer")
+    group_size: int = HfArg(default=16, help="responses to each problem")
+    max_new_tokens: int = HfArg(default=32, help="tokens after which a response is truncated")
+    pairs_per_prompt: int = HfArg(default=8, help="most pairs to take from one prompt")
+    # the fit
+    epochs: int = HfArg(default=4, help="times that each pair is seen, on average")
+    batch_size: int = HfArg(default=64, help="pairs per step")
+    lr: float = HfArg(
+        default=0.0, help="highest learning rate; 0: 1e-3 below 10 M parameters, else 1e-5"
+    )
+    seed: int = HfArg(default=0, help="same seed, same model")
+    device: Literal["auto", "cuda", "mps", "cpu"] = HfArg(
+        default="auto", help="auto: the first of these that is available"
+    )
+
+
+@dataclass(frozen=True)
+class Pair:
+    prompt: str | list
+    chosen: str
+    rejected: str
+
+
+def make_pairs(groups: dict[str, dict[str, float]], most: int, rng: random.Random) -> list[Pair]:
+    """Prompts (as JSON) with their responses and values -> at most `most` pairs for each prompt.
+
+    {'"2+2="': {"4": 1.0, "5": 0.0, "6": 0.0}} -> Pair("2+2=", "4", "5"), Pair("2+2=", "4", "6")
+    """
+    pairs = []
+    for prompt, values in groups.items():
+        unequal = [(a, b) for a in values for b in values if values[a] > values[b]]
+        for chosen, rejected in rng.sample(unequal, min(most, len(unequal))):
+            pairs.append(Pair(json.loads(prompt), chosen, rejected))
+    return pairs
+
+
+def sample_responses(config: Config, device: torch.device) -> tuple[list, list, list, list]:
+    """Prompts, the policy's responses, answers and lengths (tokens), a row for each response."""
+    policy, tokenizer = load_policy(config.policy, device)
+    task = load_task(config.task, config.data_dir)
+    problems = take_problems(task.train, 0, config.prompts, config.seed)
+    prompts = [prompt_ids(task, problem, tokenizer) for problem in problems]
+    seeds = [stable_hash(f"{config.seed}/pairs/{i}") for i in range(len(problems))]
+    stop = stop_ids(policy, tokenizer)
+    sampling = Sampling(temperature=1.0)
+    G, N = config.group_size, config.max_new_tokens
+    print(f"sampling {G} responses to each of {len(problems)} prompts")
+    forms = fast.choose(policy, prompts[:8], stop, sampling, N)
+    rollout = forms.generate(policy, prompts, G, N, stop, seeds, sampling, max_rows=512)
+    rows = [problem for problem in problems for _ in range(G)]
+    return (
+        [row.prompt for row in rows],
+        rollout.responses(tokenizer),
+        [row.answer for row in rows],
+        rollout.response_lengths.tolist(),
+    )
+
+
+def read_pairs(config: Config, source: str | None, device: torch.device) -> list[Pair]:
+    """Pairs from a file of pairs, from a file of samples, or from new responses of the policy."""
+    if source and "chosen" in read_jsonl(Path(source), {"prompt": is_prompt})[0]:
+        fields = {"prompt": is_prompt, "chosen": is_string, "rejected": is_string}
+        rows = read_jsonl(Path(source), fields)
+        return [Pair(row["prompt"], row["chosen"], row["rejected"]) for row in rows]
+    if source:
+        prompts, responses, answers, lengths = read_samples(Path(source))
+    else:
+        prompts, responses, answers, lengths = sample_responses(config, device)
+    label = config.label or load_task(config.task, config.data_dir).reward
+    reward = load_reward(label, device)
+    values, _ = score(reward, prompts, responses, answers, lengths, config.max_new_tokens)
+    groups = defaultdict(dict)
+    for prompt, response, value in zip(prompts, responses, values):
+        groups[json.dumps(prompt)][response] = value
+    return make_pairs(groups, config.pairs_per_prompt, random.Random(config.seed))
+
+
+def is_string(value) -> bool:
+    return isinstance(value, str)
+
+
+def encode(reward_model: RewardModel, pairs: list[Pair]) -> list[list[int]]:
+    """M pairs -> 2 M rows of token ids: chosen, rejected, chosen, rejected ..."""
+    texts = [(pair.prompt, text) for pair in pairs for text in (pair.chosen, pair.rejected)]
+    return [reward_model.ids(prompt, text) for prompt, text in texts]
+
+
+def pair_scores(reward_model: RewardModel, rows: list[list[int]]) -> tuple[Tensor, Tensor]:
+    """2 M rows from `encode` -> (M,) scores of the chosen, (M,) scores of the rejected."""
+    return reward_model.scores(rows).view(-1, 2).unbind(1)
+
+
+@torch.no_grad()
+def accuracy(reward_model: RewardModel, rows: list[list[int]]) -> float:
+    """Share of the pairs in which the model prefers the chosen response. A tie counts half."""
+    chosen, rejected = pair_scores(reward_model, rows)
+    return share_above(chosen - rejected)
+
+
+def longer_wins(pairs: list[Pair]) -> float:
+    """The accuracy of the rule that the longer response is the better one."""
+    gaps = [len(pair.chosen) - len(pair.rejected) for pair in pairs]
+    return share_above(torch.tensor(gaps, dtype=torch.float))
+
+
+def share_above(gaps: Tensor) -> float:
+    """(-1, 0, 2, 3) -> 0.625"""
+    return ((gaps.sign() + 1) / 2).mean().item()
+
+
+def fit(
+    reward_model: RewardModel, rows: list[list[int]], held_out: list[list[int]], config: Config
+) -> list[dict]:
+    """Trains on pairs (rows from `encode`) -> step, loss and sometimes accuracy of each step."""
+    lr = config.lr
+    if lr == 0:
+        lr = 1e-3 if reward_model.model.num_parameters() < 10e6 else 1e-5
+    optimizer = Optimizer(reward_model.model, weight_decay=0.0)
+    rng = random.Random(config.seed)
+    pairs = len(rows) // 2
+    steps = config.epochs * -(-pairs // config.batch_size)
+    curve = []
+    bar = trange(1, steps + 1, desc=f"fitting {config.output}", dynamic_ncols=True)
+    for step in bar:
+        batch = []
+        for i in rng.sample(range(pairs), min(config.batch_size, pairs)):
+            batch += rows[2 * i : 2 * i + 2]
+        chosen, rejected = pair_scores(reward_model, batch)
+        loss = (-logsigmoid(chosen - rejected) + 0.01 * (chosen + rejected) ** 2).mean()
+        if not loss.isfinite():
+            raise UserError(f"--lr {lr}: the loss is {loss.item()} at step {step}, lower it")
+        loss.backward()
+        optimizer.step(lr * min(step / 10, 1 - 0.9 * step / steps), max_grad_norm=1.0)
+        bar.set_postfix(loss=f"{loss.item():.3f}")
+        curve.append({"step": step, "loss": loss.item()})
+        if step == steps or step % max(1, steps // 8) == 0:
+            curve[-1]["accuracy"] = accuracy(reward_model, held_out)
+    return curve
+
+
+def main(config: Config, source: str | None = None) -> Path:
+    """Fits, measures, writes; returns the folder."""
+    at_least_1 = "prompts group_size max_new_tokens pairs_per_prompt epochs batch_size"
+    check_range(config, 1, at_least_1, most=1e6)
+    check_range(config, 0, "seed")
+    check_range(config, 0, "lr", most=1)
+    started = time.perf_counter()
+    device = pick_device(config.device)
+    output = Path(config.output)
+    if output.exists():
+        raise UserError(f"--output {output}: exists already, delete it or choose another")
+
+    pairs = read_pairs(config, source, device)
+    if len({json.dumps(pair.prompt) for pair in pairs}) < 10:
+        raise UserError(
+            f"{source or config.policy}: fewer than 10 prompts on which one response is better "
+            "than another: give more --prompts or a larger --group_size (a run keeps --log_samples "
+            "per step)")
+    held_out, pairs = hold_out(pairs, 0.1)
+    base = config.model or config.policy
+    if is_run(Path(base)):
+        base = f"{base}/checkpoint"
+    torch.manual_seed(config.seed)  # the head for the score starts at random
+    reward_model = RewardModel(base, device, num_labels=1)
+    rows = encode(reward_model, pairs)
+    curve = fit(reward_model, rows, encode(reward_model, held_out), config)
+
+    right = curve[-1]["accuracy"]
+    low, high = wilson(right * len(held_out), len(held_out))
+    result = {
+        "config": asdict(config),
+        "source": source,
+        "pairs": len(pairs),
+        "held_out": len(held_out),
+        "accuracy": right,
+        "interval": [low, high],
+        "longer_wins": longer_wins(held_out),
+    }
+    with torch.no_grad():
+        result["mean_chosen_score"] = reward_model.scores(rows[::2]).mean().item()
+    model = reward_model.model
+    model.config.mean_chosen_score = result["mean_chosen_score"]  # model("...") subtracts it
+    model.config.get_text_config().pad_token_id = reward_model.tokenizer.pad_token_id
+
+    aside = output.with_name(f"{output.name}.{os.getpid()}.part")
+    save_policy(model, reward_model.tokenizer, aside)
+    write_json(aside / "fit.json", {**result, "curve": curve})
+    plot(curve, aside / "curve.png")
+    aside.rename(output)  # last: a folder that has its final name is whole
+    seconds = time.perf_counter() - started
+    print(f"""
+{len(held_out)} held-out pairs (fitted to {len(pairs)}), {seconds:.0f} s in all
+the reward model prefers the chosen one in {right:.3f} [{low:.3f}, {high:.3f}]
+the longer one is the chosen one in         {result['longer_wins']:.3f}
+
+{output}/: a Hugging Face folder, curve.png, fit.json
+
+    python train.py --reward 'model("{output}")' --normaliser mean --lr 5e-5""")
+    return output
+
+
+def plot(curve: list[dict], path: Path) -> None:
+    """The loss of each step, and the accuracy on held-out pairs."""
+    figure = Figure(figsize=(8, 3.5), layout="constrained")
+    left, right = figure.subplots(1, 2)
+    left.plot([row["step"] for row in curve], [row["loss"] for row in curve])
+    left.set(title="loss", xlabel="step", ylim=(0, None))
+    points = [(row["step"], row["accuracy"]) for row in curve if "accuracy" in row]
+    right.plot(*zip(*points), "o-")
+    right.set(title="accuracy on held-out pairs", xlabel="step", ylim=(0.45, 1.02))
+    figure.savefig(path, dpi=110)
+
+
+if __name__ == "__main__":
+    source = {"nargs": "?", "help": "pairs.jsonl, or samples.jsonl of a run"}
+    run_script(main, Config, __doc__, source=source)
