@@ -8,20 +8,18 @@ denominator (DENOMINATORS). What LOSSES adds, ratios and clips, acts from the se
 same rollout. RECIPES are methods as published.
 
 Each piece is a function of three lines, chosen by its name. To try your own, write one and add it
-to its table: it gets train.py's Config, so it may have a flag of its own. """
+to its table: it gets train.py's Config, so it may have a flag of its own."""
 
 import torch
-from torch import Tensor
-from transformers import PreTrainedModel
 
-from sample import Rollout, Sampling, policy_distribution
+from sample import policy_distribution
 
 # -------------------------------------------------------------------------------------------------
 # NORMALISERS: rewards r (P, G), one group a row -> weights (P, G). Below, m and s are a group's
 # mean and deviation.
 
 
-def mean(rewards: Tensor, config=None) -> Tensor:
+def mean(rewards, config=None):
     """r - m. (1, 0, 0, 1) -> (0.5, -0.5, -0.5, 0.5). Dr. GRPO, arXiv 2503.20783.
 
     Measured from the lowest reward, so that equal rewards give exactly 0: else zscore would divide
@@ -30,13 +28,13 @@ def mean(rewards: Tensor, config=None) -> Tensor:
     return above - above.mean(1, keepdim=True)
 
 
-def zscore(rewards: Tensor, config=None, eps: float = 1e-4) -> Tensor:
+def zscore(rewards, config=None, eps=1e-4):
     """(r - m) / s: a rare success weighs more than a common one. (1, 0, 0, 1) -> (1, -1, -1, 1),
     (1, 0, 0, 0) -> (1.73, -0.58, -0.58, -0.58). GRPO, arXiv 2402.03300."""
     return mean(rewards) / (rewards.std(1, correction=0, keepdim=True) + eps)
 
 
-def loo(rewards: Tensor, config=None) -> Tensor:
+def loo(rewards, config=None):
     """r - mean of the other rewards = (r - m) * G / (G - 1): a baseline that does not depend on
     the response itself, so without bias. (1, 0, 0, 1) -> (2/3, -2/3, -2/3, 2/3). RLOO, arXiv
     2402.14740."""
@@ -44,52 +42,53 @@ def loo(rewards: Tensor, config=None) -> Tensor:
     return mean(rewards) * G / max(1, G - 1)
 
 
-def batch_std(rewards: Tensor, config=None, eps: float = 1e-4) -> Tensor:
+def batch_std(rewards, config=None, eps=1e-4):
     """(r - m) / deviation over all groups: one scale for the whole batch, so that small
     differences within a group stay small. Lite PPO, arXiv 2508.08221."""
     return mean(rewards) / (rewards.std(correction=0) + eps)
 
 
-def maxrl(rewards: Tensor, config=None, eps: float = 1e-4) -> Tensor:
+def maxrl(rewards, config=None, eps=1e-4):
     """(r - m) / m, for rewards from 0 up: the gradient of log m, where `mean` has the gradient of
     m. (1, 0, 0, 0) -> (3, -1, -1, -1), (1, 0, 0, 1) -> (1, -1, -1, 1). MaxRL, arXiv 2602.02710."""
     return mean(rewards) / (rewards.mean(1, keepdim=True) + eps)
 
 
-def softmax(rewards: Tensor, config) -> Tensor:
+def softmax(rewards, config):
     """G * softmax(r / beta) - 1: reward-weighted regression, centred. For a large beta it is
     `mean` / beta, for a small one only the best response gains."""
     shares = ((rewards - rewards.amax(1, keepdim=True)) / config.softmax_beta).exp()
     return shares / shares.mean(1, keepdim=True) - 1
 
 
-def rank(rewards: Tensor, config=None) -> Tensor:
+def rank(rewards, config=None):
     """(how many of the group are below - how many are above) / (G - 1): only the order counts.
     (0.2, 0.4, 0.9, 0.9) -> (-1, -1/3, 2/3, 2/3)."""
     differences = rewards[:, :, None] - rewards[:, None, :]
     return differences.sign().sum(2) / max(1, rewards.shape[1] - 1)
 
 
-def best(rewards: Tensor, config=None) -> Tensor:
+def best(rewards, config=None):
     """1 for the best of the group, shared between ties, else 0. (0.2, 0.4, 0.9, 0.9) -> (0, 0,
     0.5, 0.5). Best of n."""
     is_best = (rewards == rewards.amax(1, keepdim=True)).to(rewards.dtype)
     return is_best / is_best.sum(1, keepdim=True)
 
 
-def positive(rewards: Tensor, config=None) -> Tensor:
+def positive(rewards, config=None):
     """max(r, 0): imitate what was good, learn nothing from the rest. Fast, but entropy collapses.
     RAFT, 2504.11343."""
     return rewards.clamp(min=0)
 
 
-def raw(rewards: Tensor, config=None) -> Tensor:
+def raw(rewards, config=None):
     """r itself: REINFORCE without a baseline."""
     return rewards
 
 
-NORMALISERS = {f.__name__: f for f in (
-    zscore, mean, loo, batch_std, maxrl, softmax, rank, best, positive, raw)}
+NORMALISERS = {
+    f.__name__: f for f in (zscore, mean, loo, batch_std, maxrl, softmax, rank, best, positive, raw)
+}
 # these compare with the group: pointless in a group of one
 BASELINED = set(NORMALISERS) - {"positive", "raw"}
 
@@ -98,32 +97,32 @@ BASELINED = set(NORMALISERS) - {"positive", "raw"}
 # weights are taken from the whole group, before the filter.
 
 
-def none(rewards: Tensor, finished: Tensor, config=None) -> Tensor:
+def none(rewards, finished, config=None):
     """All of them. (A row of weight 0 needs no forward pass, but its tokens stay in the
     denominator.)"""
     return torch.ones_like(finished)
 
 
-def informative(rewards: Tensor, finished: Tensor, config=None) -> Tensor:
+def informative(rewards, finished, config=None):
     """Groups whose rewards differ. With centred weights only the denominator changes.
     Reinforce-Rej, 2504.11343."""
     differ = rewards.amax(1, keepdim=True) != rewards.amin(1, keepdim=True)
     return differ.expand_as(rewards)
 
 
-def resample(rewards: Tensor, finished: Tensor, config=None) -> Tensor:
+def resample(rewards, finished, config=None):
     """The same, after train.py has sampled more prompts until P such groups are there. DAPO, arXiv
     2503.14476."""
     return informative(rewards, finished)
 
 
-def finished(rewards: Tensor, finished: Tensor, config=None) -> Tensor:
+def finished(rewards, finished, config=None):
     """Responses that ended by themselves: a truncated one says little about what it contains.
     DAPO's overlong filter."""
     return finished
 
 
-def top(rewards: Tensor, finished: Tensor, config) -> Tensor:
+def top(rewards, finished, config):
     """The best `top_share` of each group, at least one, and what ties with the last of them.
     Rejection sampling."""
     count = max(1, round(config.top_share * rewards.shape[1]))
@@ -138,19 +137,19 @@ FILTERS = {f.__name__: f for f in (none, informative, resample, finished, top)}
 # their size affects memory only.
 
 
-def token(counts: Tensor, config=None) -> Tensor:
+def token(counts, config=None):
     """1 / all tokens: every token of the step weighs the same, a long response more than a short
     one. DAPO."""
     return (1.0 / counts.sum()).expand(len(counts))
 
 
-def sequence(counts: Tensor, config=None) -> Tensor:
+def sequence(counts, config=None):
     """1 / (rows * tokens of the row): every response weighs the same, so a token of a long one
     less: long mistakes are cheap. GRPO as published, 2402.03300."""
     return 1.0 / (counts * len(counts))
 
 
-def constant(counts: Tensor, config) -> Tensor:
+def constant(counts, config):
     """1 / (rows * max_new_tokens): the sum over a response's tokens, whatever its length. Dr.
     GRPO."""
     scale = 1.0 / (len(counts) * config.max_new_tokens)
@@ -165,19 +164,19 @@ DENOMINATORS = {f.__name__: f for f in (token, sequence, constant)}
 # exp(logprobs - old_logprobs).
 
 
-def logprob(logprobs: Tensor, old: Tensor, weights: Tensor, mask: Tensor, config=None):
+def logprob(logprobs, old, weights, mask, config=None):
     """-w log pi: the objective itself, without a ratio. Right for one update per rollout."""
     return -weights * logprobs, torch.zeros_like(mask)
 
 
-def clip(logprobs: Tensor, old: Tensor, weights: Tensor, mask: Tensor, config):
+def clip(logprobs, old, weights, mask, config):
     """-min(ratio w, clip(ratio, 1 - clip_low, 1 + clip_high) w): a token that has moved that far
     in its direction has no gradient. PPO, arXiv 1707.06347; GRPO; DAPO with clip_high > clip_low,
     to leave rare tokens room to rise."""
     return clipped_loss((logprobs - old).exp(), weights, mask, config)
 
 
-def cispo(logprobs: Tensor, old: Tensor, weights: Tensor, mask: Tensor, config):
+def cispo(logprobs, old, weights, mask, config):
     """-stopgrad(min(ratio, cispo_cap)) w log pi: importance sampling with a bound; no token loses
     its gradient. MiniMax-M1, arXiv 2506.13585."""
     ratio = (logprobs - old).exp().detach()
@@ -185,17 +184,19 @@ def cispo(logprobs: Tensor, old: Tensor, weights: Tensor, mask: Tensor, config):
     return loss, (ratio > config.cispo_cap) & mask
 
 
-def gspo(logprobs: Tensor, old: Tensor, weights: Tensor, mask: Tensor, config):
+def gspo(logprobs, old, weights, mask, config):
     """`clip` with one ratio for the response, (pi / pi_old)^(1 / length). The ratio hardly moves,
     so clip_low and clip_high are small. It is of the whole response, and so must the weight be.
     arXiv 2507.18071."""
     if weights.shape[1] > 1:
-        raise ValueError("--loss gspo has one ratio for a response: weights must be (B,), not (B, N)")
+        raise ValueError(
+            "--loss gspo has one ratio for a response: weights must be (B,), not (B, N)"
+        )
     change = ((logprobs - old) * mask).sum(1, keepdim=True) / mask.sum(1, keepdim=True)
     return clipped_loss(change.exp().expand_as(logprobs), weights, mask, config)
 
 
-def clipped_loss(ratio: Tensor, weights: Tensor, mask: Tensor, config):
+def clipped_loss(ratio, weights, mask, config):
     """Ratios (R, N) -> the loss of PPO, and where it is clipped."""
     unclipped = ratio * weights
     clipped = ratio.clamp(1 - config.clip_low, 1 + config.clip_high) * weights
@@ -209,12 +210,12 @@ LOSSES = {f.__name__: f for f in (logprob, clip, cispo, gspo)}
 # pi (Schulman, 2020).
 
 
-def k2(logprobs: Tensor, ref_logprobs: Tensor) -> Tensor:
+def k2(logprobs, ref_logprobs):
     """(log pi - log ref)^2 / 2: the one to train on, its mean gradient is that of KL(pi || ref)."""
     return (logprobs - ref_logprobs).square() / 2
 
 
-def k3(logprobs: Tensor, ref_logprobs: Tensor) -> Tensor:
+def k3(logprobs, ref_logprobs):
     """ref / pi - 1 - log(ref / pi): the one to log, unbiased and never below 0. In a loss its mean
     gradient would be that of KL(ref || pi)."""
     log_ratio = ref_logprobs - logprobs
@@ -230,22 +231,44 @@ CLIP = {"loss": "clip", "clip_low": 0.2, "clip_high": 0.2}
 RECIPES = {
     "grpo": {"normaliser": "zscore", "denominator": "sequence", **CLIP},
     "dr_grpo": {"normaliser": "mean", "denominator": "constant", **CLIP},
-    "dapo": {"normaliser": "zscore", "filter": "resample", "denominator": "token", **CLIP, "clip_high": 0.28},
+    "dapo": {
+        "normaliser": "zscore",
+        "filter": "resample",
+        "denominator": "token",
+        **CLIP,
+        "clip_high": 0.28,
+    },
     "lite_ppo": {"normaliser": "batch_std", "denominator": "token", **CLIP},
-    "gspo": {"normaliser": "zscore", "denominator": "sequence", "loss": "gspo", "clip_low": 3e-4, "clip_high": 4e-4},
+    "gspo": {
+        "normaliser": "zscore",
+        "denominator": "sequence",
+        "loss": "gspo",
+        "clip_low": 3e-4,
+        "clip_high": 4e-4,
+    },
     "cispo": {"normaliser": "zscore", "denominator": "token", "loss": "cispo", "cispo_cap": 5.0},
     "rloo": {"normaliser": "loo", "denominator": "constant", "loss": "logprob"},
     "maxrl": {"normaliser": "maxrl", "denominator": "token", "loss": "logprob"},
     "raft": {"normaliser": "positive", "denominator": "sequence", "loss": "logprob"},
-    "reinforce_rej": {"normaliser": "raw", "filter": "informative", "denominator": "sequence", "loss": "logprob"},
-    "expert_iteration": {"normaliser": "best", "filter": "informative", "denominator": "sequence", "loss": "logprob"},
+    "reinforce_rej": {
+        "normaliser": "raw",
+        "filter": "informative",
+        "denominator": "sequence",
+        "loss": "logprob",
+    },
+    "expert_iteration": {
+        "normaliser": "best",
+        "filter": "informative",
+        "denominator": "sequence",
+        "loss": "logprob",
+    },
 }
 
 # -------------------------------------------------------------------------------------------------
 # Log-probs of a rollout. fast/logprobs.py has the fast form, with the same arguments.
 
 
-def token_stats(logits: Tensor, tokens: Tensor, sampling: Sampling) -> tuple[Tensor, Tensor]:
+def token_stats(logits, tokens, sampling):
     """(K, V) logits, (K,) tokens -> (K,) log-probs of the tokens, (K,) entropies in nats of the
     distributions that they were sampled from."""
     logp = policy_distribution(logits, sampling).log_softmax(-1)
@@ -253,10 +276,7 @@ def token_stats(logits: Tensor, tokens: Tensor, sampling: Sampling) -> tuple[Ten
     return logp.gather(-1, tokens[:, None])[:, 0], entropy
 
 
-def token_logprobs(
-    policy: PreTrainedModel, rollout: Rollout, rows: Tensor, sampling: Sampling,
-    known: Tensor | None = None, with_entropy: bool = False,
-) -> tuple[Tensor, Tensor]:
+def token_logprobs(policy, rollout, rows, sampling, known=None, with_entropy=False):
     """R rows of a rollout (indices) -> (R, N) float32 log-probs of their response tokens and (R,
     N) entropies, both differentiable, 0 where response_mask is False.
 

@@ -1,7 +1,7 @@
 """The policy: loading and saving it with its tokenizer, adapters, stop tokens, the learning rate.
 
 A policy is any causal language model that transformers loads. It stays in eval mode throughout:
-dropout would make the trained policy another one than the sampling policy. """
+dropout would make the trained policy another one than the sampling policy."""
 
 import os
 import warnings
@@ -27,10 +27,11 @@ from lib.flags import UserError, first_line
 logging.disable_progress_bar()  # of loading and saving: they garble the bar of the steps
 # the argument and the output that hold the KV cache: renamed in transformers 5.24
 CACHE = "cache" if Version(transformers.__version__) >= Version("5.24") else "past_key_values"
+DEVICES = ("auto", "cuda", "mps", "cpu")
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
-def pick_device(name: str) -> torch.device:
+def pick_device(name) -> torch.device:
     """'auto' -> cuda, else mps, else cpu. UserError if the named one is not available."""
     available = {
         "cuda": torch.cuda.is_available(),
@@ -44,9 +45,7 @@ def pick_device(name: str) -> torch.device:
     return torch.device(name)
 
 
-def load_policy(
-    name: str, device: torch.device, dtype: str = "auto"
-) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+def load_policy(name, device, dtype="auto") -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """A Hugging Face name, a model folder or a run folder (its checkpoint) -> (model in eval mode,
     tokenizer).
 
@@ -54,7 +53,8 @@ def load_policy(
     UserError: it cannot be loaded, parameters are missing, or the tokenizer does not fit
     """
     if name.startswith(("/", "./", "../", "~", "runs/", "models/")) and not Path(name).is_dir():
-        raise UserError(f"--model {name}: there is no such folder")  # rather than ask the hub for it
+        # rather than ask the hub for it
+        raise UserError(f"--model {name}: there is no such folder")
     if (Path(name) / "checkpoint").is_dir():
         name = str(Path(name) / "checkpoint")
     if dtype == "auto":
@@ -68,31 +68,40 @@ def load_policy(
             output_loading_info=True,
         )
         if (Path(name) / "generation_config.json").is_file():
-            GenerationConfig.from_pretrained(name)  # else a corrupt one is ignored, and its stop tokens lost
+            # from_pretrained ignores a corrupt one, and its stop tokens would be lost
+            GenerationConfig.from_pretrained(name)
+        if Path(name).is_dir() and not any(Path(name).glob("tokenizer*")):
+            raise OSError("there is no tokenizer in the folder")  # it would be an empty one
         tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=False)
     except Exception as error:  # transformers, tokenizers and safetensors raise many kinds
-        raise UserError(f"--model {name}: cannot be loaded as a causal language model with its "
-                        f"tokenizer: {first_line(error)}") from None
+        reason = f"cannot be loaded as a causal language model: {first_line(error)}"
+        raise UserError(f"--model {name}: {reason}") from None
     if missing := sorted(info["missing_keys"]):  # transformers would fill them with random numbers
-        raise UserError(f"--model {name}: {len(missing)} of its parameters are not in its files, "
-                        f"{missing[0]} for one")
-    if Path(name).is_dir() and not any(Path(name).glob("tokenizer*")):  # it would be an empty one
-        raise UserError(f"--model {name}: there is no tokenizer in the folder, save it there too")
+        count = f"{len(missing)} of its parameters are not in its files"
+        raise UserError(f"--model {name}: {count}, {missing[0]} for one")
     eos = tokenizer.eos_token_id
     vocabulary = model.get_input_embeddings().num_embeddings
     if eos is None:
-        raise UserError(f"--model {name}: its tokenizer has no end-of-text token (eos_token), so "
-                        "responses could not end")
+        raise UserError(
+            f"--model {name}: its tokenizer has no end-of-text token (eos_token), so "
+            "responses could not end"
+        )
     if eos >= vocabulary:
-        raise UserError(f"--model {name}: its tokenizer ends by token {eos}, but the model knows "
-                        f"{vocabulary}: that tokenizer is another model's")
+        raise UserError(
+            f"--model {name}: its tokenizer ends by token {eos}, but the model knows "
+            f"{vocabulary}: that tokenizer is another model's"
+        )
     model.config.use_cache = True
-    if device.type == "cpu" and model.num_parameters() < 10e6 and not os.environ.get("OMP_NUM_THREADS"):
+    if (
+        device.type == "cpu"
+        and model.num_parameters() < 10e6
+        and not os.environ.get("OMP_NUM_THREADS")
+    ):
         torch.set_num_threads(1)  # small matrices: threads would mostly wait for each other
     return model.to(device).eval(), tokenizer
 
 
-def stop_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+def stop_ids(model, tokenizer) -> list[int]:
     """Every token that ends a response: the tokenizer's end of text, and what
     generation_config.json says (chat models end their turns with a token of their own)."""
     ids = model.generation_config.eos_token_id or []
@@ -100,16 +109,18 @@ def stop_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> list
     return sorted({tokenizer.eos_token_id, *ids})
 
 
-def context_length(model: PreTrainedModel) -> int | None:
+def context_length(model) -> int | None:
     """The most tokens of prompt and response together, or None where the model names no limit."""
     return getattr(model.config.get_text_config(), "max_position_embeddings", None)
 
 
-def save_policy(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
+def save_policy(model, tokenizer, folder) -> None:
     """Writes an ordinary Hugging Face folder. An adapter is merged into the parameters, and also
     saved by itself in folder/adapter as peft has it."""
     tokenizer.save_pretrained(folder)
-    adapted = {name: layer for name, layer in model.named_modules() if hasattr(layer, "get_delta_weight")}
+    adapted = {
+        name: layer for name, layer in model.named_modules() if hasattr(layer, "get_delta_weight")
+    }
     if not adapted:
         model.save_pretrained(folder)
         return
@@ -128,7 +139,7 @@ def save_policy(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, fold
     model.save_pretrained(folder / "adapter")
 
 
-def add_adapter(model: PreTrainedModel, rank: int, saved: Path | None = None) -> None:
+def add_adapter(model, rank, saved=None) -> None:
     """From now on only low-rank adapters on all linear layers of the body are trained, alpha 32.
     LoRA, 2106.09685.
 
@@ -139,14 +150,16 @@ def add_adapter(model: PreTrainedModel, rank: int, saved: Path | None = None) ->
     try:
         from peft import LoraConfig, set_peft_model_state_dict
     except ImportError:
-        raise UserError(f"--lora_rank {rank}: needs the package peft, install it by: pip install peft") from None
+        raise UserError(
+            f"--lora_rank {rank}: needs the package peft, install it by: pip install peft"
+        ) from None
     model.add_adapter(LoraConfig(r=rank, lora_alpha=32, target_modules="all-linear"))
     if saved:
         set_peft_model_state_dict(model, load_file(saved / "adapter_model.safetensors"))
 
 
 @contextmanager
-def adapter_off(model: PreTrainedModel) -> Iterator[None]:
+def adapter_off(model) -> Iterator[None]:
     """Within the block the model is what it was before `add_adapter`. A model without an adapter
     stays as it is."""
     adapted = any(hasattr(layer, "get_delta_weight") for layer in model.modules())
@@ -159,7 +172,7 @@ def adapter_off(model: PreTrainedModel) -> Iterator[None]:
             model.enable_adapters()
 
 
-def enable_gradient_checkpointing(model: PreTrainedModel) -> None:
+def enable_gradient_checkpointing(model) -> None:
     """Layers recompute their activations in the backward pass. transformers does that only in train
     mode, which also drops the KV cache: so only the layers are put into it, for passes with a
     gradient."""
@@ -176,7 +189,7 @@ def enable_gradient_checkpointing(model: PreTrainedModel) -> None:
     model.recomputes_activations = True  # fast/logprobs.py: such a model cannot share prompts
 
 
-def learning_rate(step: int, lr: float, warmup_steps: int, steps: int) -> float:
+def learning_rate(step, lr, warmup_steps, steps) -> float:
     """Steps count from 1. Rises to `lr` over the warm-up, then falls in a straight line to a
     tenth."""
     if step <= warmup_steps:

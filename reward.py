@@ -18,23 +18,18 @@ rule runs what a model wrote, and none is slow on any text.
 import ast
 import operator
 import re
-import runpy
-from collections.abc import Callable
 from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
 
 import torch
-from torch.nn.utils.rnn import pad_sequence
-from transformers import AutoModelForSequenceClassification, AutoTokenizer
-from transformers.hf_argparser import HfArg
 
-from lib.batching import micro_batches
 from lib.files import read_jsonl
-from lib.flags import UserError, align, check_range, first_line, name_error, run_script, shorten
+from lib.flags import UserError, align, check_range, flag, run_script, shorten
 from lib.mixture import OPERATORS, Mixture, arithmetic, call_part, evaluate_mixture, parse_mixture
-from policy import context_length, pick_device
-from tasks import as_messages, is_answer, is_prompt
+from lib.reward_model import RewardModel
+from policy import pick_device
+from tasks import is_answer, is_prompt
 
 NUMBER = re.compile(  # the minus in 8-5, x-5 or (2)-5 is no sign
     r"(?<![0-9A-Za-z)])-?\$?[0-9]{1,3}(?:,[0-9]{3})+(?:\.[0-9]+)?(?![0-9])"  # -1,012.50
@@ -44,12 +39,12 @@ ANNOUNCEMENT = re.compile(r"####|\banswer is:?", re.IGNORECASE)
 LETTER = re.compile(r"(?<![A-Za-z0-9])[A-E](?![A-Za-z0-9])")
 
 
-def final_answer(response: str) -> str:
+def final_answer(response) -> str:
     """What follows the last </think>, or the whole response: '<think>8+7=15</think>75' -> '75'"""
     return response.rpartition("</think>")[2]
 
 
-def last_number(text: str) -> str | None:
+def last_number(text) -> str | None:
     """'so 3 x 4 is $1,012.' -> '1012';  'it fell to -7.50 %' -> '-7.5';  'no idea' -> None"""
     found = NUMBER.findall(text)
     if not found:
@@ -61,20 +56,20 @@ def last_number(text: str) -> str | None:
     return f"-{value}" if negative else value
 
 
-def last_letter(text: str) -> str | None:
+def last_letter(text) -> str | None:
     """'Not (A), so the answer is (C).' -> 'C';  'Because' -> None"""
     found = LETTER.findall(text)
     return found[-1] if found else None
 
 
-def last_expression(text: str) -> str | None:
+def last_expression(text) -> str | None:
     """'<answer>(3 * 8) / 1</answer>' -> '(3 * 8) / 1';  '3 * 8' -> None"""
     before_end = text.rpartition("</answer>")[0]
     _, tag, expression = before_end.rpartition("<answer>")
     return " ".join(expression.split()) if tag else None
 
 
-def same(find: Callable, response: str, answer: str) -> float:
+def same(find, response, answer) -> float:
     """1 if `find` (last_number, last_letter) finds the same in the final answer and the answer."""
     found = find(final_answer(response))
     return float(found is not None and found == find(answer))
@@ -118,6 +113,7 @@ def choice(prompt, response, answer):
 
     Not (A), so the answer is (C). | C -> 1
     C, though B fits as well | C -> 0
+    Because | B -> 0
     """
     return same(last_letter, response, answer)
 
@@ -135,7 +131,7 @@ def countdown(prompt, response, answer):
         return 0.0
     used = []
 
-    def use_number(node: ast.expr) -> Fraction:
+    def use_number(node) -> Fraction:
         if not isinstance(node, ast.Constant):
             raise ValueError("a sign, a power or a call")
         used.append(node.value)
@@ -156,6 +152,7 @@ def format(prompt, response, answer):
 
     <think>hm</think>75 | 76 -> 1
     <think>hm</think> | 76 -> 0
+    75 | 75 -> 0
     """
     starts = response.lstrip().startswith("<think>")
     once = response.count("<think>") == response.count("</think>") == 1
@@ -192,158 +189,60 @@ ANSWERS = {"number": last_number, "choice": last_letter, "countdown": last_expre
 STRICT_AND_LENIENT = {"exact": ("exact", "number"), "number": ("stated", "number")}
 
 
-class RewardModel:
-    """A learned reward: a Hugging Face model for sequence classification with one output.
-
-    bounded: sigmoid(score - mean score of the preferred responses in its training), in (0, 1),
-             instead of the raw score
-    options: for from_pretrained
-    """
-
-    def __init__(self, name: str, device: torch.device, bounded: bool = True, **options):
-        dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
-        try:
-            self.tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=False)
-            model = AutoModelForSequenceClassification.from_pretrained(
-                name, dtype=dtype, use_safetensors=True, trust_remote_code=False, **options
-            )
-        except Exception as error:  # transformers, tokenizers and safetensors raise many kinds
-            reason = f"cannot be loaded as a reward model: {first_line(error)}"
-            raise UserError(f'model("{name}"): {reason}') from None
-        if model.config.num_labels != 1:
-            reason = f"has {model.config.num_labels} outputs, a reward model has one"
-            raise UserError(f'model("{name}"): {reason}; tools/train_reward.py makes one')
-        self.model = model.to(device).eval()
-        self.bounded = bounded
-
-    def ids(self, prompt: str | list, response: str) -> list[int]:
-        """Token ids of prompt and response, by the reward model's chat template if it has one.
-
-        A response could spell out special tokens, to end its turn and praise itself as the user:
-        they are removed.
-        """
-        for token in self.tokenizer.added_tokens_decoder.values():
-            if token.special:
-                response = response.replace(token.content, " ")
-        messages = as_messages(prompt)
-        if self.tokenizer.chat_template:
-            messages = [*messages, {"role": "assistant", "content": response}]
-            return self.tokenizer.apply_chat_template(messages, return_dict=False)
-        text = "\n".join(message["content"] for message in messages) + response
-        ids = self.tokenizer(text)["input_ids"]
-        end = [self.tokenizer.eos_token_id]
-        return ids if end in ([None], ids[-1:]) else ids + end  # some tokenizers add it themselves
-
-    def scores(self, rows: list[list[int]], tokens: int = 16384) -> torch.Tensor:
-        """B rows of token ids -> (B,) float32 raw scores, in micro-batches of so many tokens."""
-        room = context_length(self.model) or 0
-        rows = [torch.tensor(row[-room:]) for row in rows]  # room 0 keeps all
-        lengths = torch.tensor([len(row) for row in rows])
-        # The model reads the score at the last token that is not padding, and knows padding by its
-        # id, which may be that of the end of text. So pad with an id that is no row's last.
-        last = {int(row[-1]) for row in rows}
-        padding = min(set(range(len(last) + 1)) - last)
-        self.model.config.get_text_config().pad_token_id = padding
-        scores = torch.zeros(len(rows), device=self.model.device)
-        for batch in micro_batches(lengths, tokens):
-            ids = pad_sequence([rows[i] for i in batch], batch_first=True, padding_value=padding)
-            ids = ids.to(scores.device)  # (R, T)
-            mask = torch.arange(ids.shape[1]) < lengths[batch, None]
-            logits = self.model(ids, attention_mask=mask.to(ids)).logits  # (R, 1)
-            scores[batch] = logits[:, 0].float()
-        return scores
-
-    @torch.no_grad()
-    def __call__(self, prompts, responses, answers) -> list[float]:
-        scores = self.scores(list(map(self.ids, prompts, responses)))
-        if self.bounded:
-            scores = torch.sigmoid(scores - getattr(self.model.config, "mean_chosen_score", 0.0))
-        return scores.tolist()
-
-
-def load_reward(text: str, device: torch.device | str = "cpu") -> Mixture:
+def load_reward(text, device="cpu") -> Mixture:
     """'number + 0.2*format' -> what `score` takes. UserError where the syntax is not supported."""
     device = torch.device(device)
     makers = {
         "model": lambda name: RewardModel(name, device),
         "raw_model": lambda name: RewardModel(name, device, bounded=False),
     }
-    return parse_mixture(text, REWARDS, makers, own_function)
+    return parse_mixture(text, REWARDS, makers)
 
 
-def own_function(module: str, name: str) -> Callable:
-    """The function `name` of module.py in the current folder. UserError if it is not there."""
-    flag = f"--reward {module}.{name}"
-    path = Path(f"{module}.py").resolve()
-    if not path.exists():
-        raise UserError(f"{flag}: there is no {module}.py in the current folder")
-    try:
-        function = runpy.run_path(str(path)).get(name)
-    except Exception as error:  # the user's file may raise anything
-        raise UserError(f"{flag}: {path} raised {name_error(error)}") from error
-    if not callable(function):
-        raise UserError(f"{flag}: there is no function {name} in {path}")
-    return function
+def score(reward, samples, limit=0) -> list[dict]:
+    """Samples {"prompt", "response", "answer", "length"} -> {"reward", "parts"} for each.
 
-
-def score(
-    reward: Mixture,
-    prompts: list,
-    responses: list,
-    answers: list,
-    lengths: list | None = None,
-    limit: int = 0,
-) -> tuple[list[float], dict[str, list[float]]]:
-    """B responses -> B rewards, and for each part of the mixture its B values.
-
-    lengths: tokens of each response; limit: the most that they may have
+    '2*number + format' -> [{"reward": 3.0, "parts": {"number": 1.0, "format": 1.0}}, ...]
+    limit: most tokens that a response may have; "length" is needed only by parts that look at it
     UserError names the sample: a part raised, or returned what is not a finite number
     """
-    columns = {"prompt": prompts, "response": responses, "answer": answers}
-    if lengths is not None:
-        columns |= {"length": lengths, "limit": [limit] * len(lengths)}
-    parts = {part: call_part(part, function, columns) for part, function in reward.parts.items()}
-    rewards = evaluate_mixture(reward, parts)
-    for value, response in zip(rewards, responses):
+    parts = {}
+    for part, function in reward.parts.items():
+        parts[part] = call_part(part, function, samples, limit)
+    scores = []
+    for i, value in enumerate(evaluate_mixture(reward, parts)):
         if not abs(value) < 1e15:  # its square must fit into float32
-            sample = f"(response: {shorten(response, 100)})"
-            raise UserError(f"--reward: {value:g} is too large a number {sample}")
-    return rewards, parts
+            response = shorten(samples[i]["response"], 100)
+            raise UserError(f"--reward: {value:g} is too large a number (response: {response})")
+        scores.append({"reward": value, "parts": {part: parts[part][i] for part in parts}})
+    return scores
 
 
-def read_samples(path: Path) -> tuple[list, list, list, list | None]:
-    """A .jsonl file -> prompts, responses, answers, and lengths if every line has one."""
+def read_samples(path) -> list[dict]:
+    """The lines of a .jsonl file, each with prompt, response and answer."""
     fields = {"prompt": is_prompt, "response": is_string, "answer": is_answer}
-    rows = read_jsonl(path, fields)
-    prompts = [row["prompt"] for row in rows]
-    responses = [row["response"] for row in rows]
-    answers = [str(row["answer"]) for row in rows]
-    lengths = [row.get("length") for row in rows]
-    known = all(isinstance(length, int) for length in lengths)
-    return prompts, responses, answers, lengths if known else None
+    return [{**row, "answer": str(row["answer"])} for row in read_jsonl(Path(path), fields)]
 
 
-def is_string(value) -> bool:
+def is_string(value):
     return isinstance(value, str)
 
 
 @dataclass(frozen=True)
 class Config:
-    reward: str = HfArg(default="number", help="what to score with")
-    limit: int = HfArg(default=512, help="the most tokens of a response, for the rule overlong")
+    reward: str = flag("number", "what to score with")
+    limit: int = flag(512, "the most tokens of a response, for the rule overlong")
 
 
-def main(config: Config, file: str) -> None:
+def main(config, file):
     check_range(config, 1, "limit")
-    reward = load_reward(config.reward, pick_device("auto"))
-    prompts, responses, answers, lengths = read_samples(Path(file))
-    rewards, parts = score(reward, prompts, responses, answers, lengths, config.limit)
-    columns = {"reward": rewards, **parts}
-    table = [[*columns, "response"]]
-    for *values, response in zip(*columns.values(), responses):
-        table.append([*map("{:.3f}".format, values), shorten(response, 80)])
-    means = [f"{sum(values) / len(values):.3f}" for values in columns.values()]
-    table.append([*means, "mean"])
+    samples = read_samples(file)
+    scores = score(load_reward(config.reward, pick_device("auto")), samples, config.limit)
+    rows = [[found["reward"], *found["parts"].values()] for found in scores]
+    means = [sum(column) / len(rows) for column in zip(*rows)]
+    table = [["reward", *scores[0]["parts"], "response"]]
+    for numbers, text in zip([*rows, means], [*(row["response"] for row in samples), "mean"]):
+        table.append([*map("{:.3f}".format, numbers), shorten(text, 80)])
     print(align(table))
 
 

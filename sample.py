@@ -1,12 +1,11 @@
 """Samples several responses to each prompt from a policy.
 
-    python sample.py runs/add "48+27=" --samples 8            # responses of a run, a model folder
-    or a Hugging Face name
-    python sample.py Qwen/Qwen2.5-0.5B-Instruct --chat        # a conversation
+    python sample.py runs/add "48+27=" --samples 8      # a run, a folder or a model's name
+    python sample.py Qwen/Qwen2.5-0.5B-Instruct --chat  # a conversation
 
-`generate` is the sampler in its plain form. train.py and eval.py use fast/generate.py, which
-samples the same tokens
-faster: both call `policy_distribution` and `sample_token`, so a change there is made once.
+`generate` is the sampler in its plain form. train.py and eval.py mostly use fast/generate.py, which
+samples the same tokens faster. Both call `policy_distribution` and `sample_token`, so whoever
+changes one of these changes it for both.
 """
 
 import math
@@ -17,11 +16,9 @@ from typing import Literal
 import torch
 from torch import Tensor
 from torch.nn.functional import pad
-from transformers import PreTrainedModel
-from transformers.hf_argparser import HfArg
 
-from lib.flags import UserError, check_range, run_script
-from policy import CACHE, context_length, load_policy, pick_device, stop_ids
+from lib.flags import UserError, check_range, flag, run_script
+from policy import CACHE, DEVICES, context_length, load_policy, pick_device, stop_ids
 from tasks import NO_TASK, Problem, prompt_ids
 
 
@@ -48,9 +45,22 @@ class Rollout:
         """(B,) tokens that the policy wrote"""
         return self.response_mask.sum(1)
 
-    def rows(self, index: Tensor) -> "Rollout":
+    def rows(self, index) -> "Rollout":
         """A rollout of some of the rows."""
         return Rollout(*(getattr(self, field.name)[index] for field in fields(self)))
+
+    def samples(self, problems, tokenizer) -> list[dict]:
+        """A dict for each row: prompt, response, answer, length (tokens), finished."""
+        group_size = len(self.ids) // len(problems)
+        responses = self.responses(tokenizer)
+        lengths = self.response_lengths.tolist()
+        finished = self.finished.tolist()
+        samples = []
+        for b, response in enumerate(responses):
+            problem = problems[b // group_size]
+            sample = {"prompt": problem.prompt, "response": response, "answer": problem.answer}
+            samples.append({**sample, "length": lengths[b], "finished": finished[b]})
+        return samples
 
     def responses(self, tokenizer) -> list[str]:
         """The response of each row as text, for rewards and people. It is never tokenised again."""
@@ -59,7 +69,7 @@ class Rollout:
         return tokenizer.batch_decode(responses, skip_special_tokens=True)
 
 
-def join(rollouts: list[Rollout]) -> Rollout:
+def join(rollouts) -> Rollout:
     """Concatenates rollouts, padded on the right to the longest."""
     columns = []
     for field in fields(Rollout):
@@ -71,7 +81,7 @@ def join(rollouts: list[Rollout]) -> Rollout:
     return Rollout(*columns)
 
 
-def policy_distribution(logits: Tensor, sampling: Sampling) -> Tensor:
+def policy_distribution(logits, sampling) -> Tensor:
     """(R, V) logits of the model -> (R, V) float32 logits of the distribution that is sampled from
     and learned.
 
@@ -83,7 +93,7 @@ def policy_distribution(logits: Tensor, sampling: Sampling) -> Tensor:
     return logits / sampling.temperature
 
 
-def sample_token(logits: Tensor, uniforms: Tensor, sampling: Sampling) -> tuple[Tensor, Tensor]:
+def sample_token(logits, uniforms, sampling) -> tuple[Tensor, Tensor]:
     """(R, V) logits, overwritten, (R,) float64 random numbers in [0, 1) -> (R,) tokens, (R,) their
     log-probs.
 
@@ -111,16 +121,20 @@ def sample_token(logits: Tensor, uniforms: Tensor, sampling: Sampling) -> tuple[
     return token, (prob / block_sums.sum(1)).log()
 
 
-def inverse_cdf(weights: Tensor, uniforms: Tensor) -> tuple[Tensor, Tensor]:
+def inverse_cdf(weights, uniforms) -> tuple[Tensor, Tensor]:
     """(R, K) weights, (R,) in [0, 1) -> (R,) index of the weight in which the number falls, (R,)
     where within it, [0, 1)
 
     [[1, 0, 3]], [0.5] -> [2], [1/3]. A weight of 0 is never chosen."""
-    weights = weights.to(uniforms.dtype)  # float64: in float32 a sum over a large V loses the rare tokens
+    weights = weights.to(
+        uniforms.dtype
+    )  # float64: in float32 a sum over a large V loses the rare tokens
     cumulative = weights.cumsum(1)
     total = cumulative[:, -1:]
     below_total = total.nextafter(torch.zeros_like(total))
-    target = torch.minimum(uniforms[:, None] * total, below_total)  # the product may round up to total
+    target = torch.minimum(
+        uniforms[:, None] * total, below_total
+    )  # the product may round up to total
     index = torch.searchsorted(cumulative, target, right=True).clamp(max=weights.shape[1] - 1)
     weight = weights.gather(1, index)
     within = (target - cumulative.gather(1, index) + weight) / weight
@@ -129,9 +143,15 @@ def inverse_cdf(weights: Tensor, uniforms: Tensor) -> tuple[Tensor, Tensor]:
 
 @torch.no_grad()
 def generate(
-    policy: PreTrainedModel, prompts: list[list[int]], group_size: int, max_new_tokens: int,
-    stop: list[int], seeds: list[int], sampling: Sampling = Sampling(),
-    max_rows: int | None = None, buffers: dict | None = None,
+    policy,
+    prompts,
+    group_size,
+    max_new_tokens,
+    stop,
+    seeds,
+    sampling=Sampling(),
+    max_rows=None,
+    buffers=None,
 ) -> Rollout:
     """Samples `group_size` responses to each of P prompts (token ids), one prompt at a time.
 
@@ -150,9 +170,7 @@ def generate(
     return join(rollouts)
 
 
-def sample_rows(
-    policy: PreTrainedModel, prompt: list[int], uniforms: Tensor, stop: list[int], sampling: Sampling
-) -> Rollout:
+def sample_rows(policy, prompt, uniforms, stop, sampling) -> Rollout:
     """R responses to one prompt, with random numbers (R, N): all rows have the same length, so
     there is no padding and no attention mask. Right for every architecture; fast/generate.py has
     the fast form."""
@@ -180,7 +198,7 @@ def sample_rows(
     return Rollout(ids, prompt_lengths, prompt_lengths + mask.sum(1), mask, logprobs, finished)
 
 
-def uniform_numbers(seed: int, rows: int, columns: int, device: torch.device) -> Tensor:
+def uniform_numbers(seed, rows, columns, device) -> Tensor:
     """(rows, columns) random numbers in [0, 1): the same for a seed on every device."""
     generator = torch.Generator().manual_seed(seed)
     numbers = torch.rand(rows, columns, dtype=torch.float64, generator=generator)
@@ -189,7 +207,7 @@ def uniform_numbers(seed: int, rows: int, columns: int, device: torch.device) ->
     return numbers.to(device)
 
 
-def check_prompts(policy: PreTrainedModel, prompts: list[list[int]], max_new_tokens: int) -> None:
+def check_prompts(policy, prompts, max_new_tokens) -> None:
     """UserError unless every prompt has a token and fits into the model's context with its
     response."""
     longest = max(map(len, prompts))
@@ -198,32 +216,34 @@ def check_prompts(policy: PreTrainedModel, prompts: list[list[int]], max_new_tok
     highest = max(map(max, prompts))
     vocabulary = policy.get_input_embeddings().num_embeddings
     if highest >= vocabulary:
-        raise UserError(f"a prompt has token {highest}, but the model knows {vocabulary}: its tokenizer is another "
-                        "model's")
+        knows = f"but the model knows {vocabulary}: its tokenizer is another model's"
+        raise UserError(f"a prompt has token {highest}, {knows}")
     room = context_length(policy)
     if room is not None and longest + max_new_tokens > room:
-        raise UserError(f"a prompt of {longest} tokens and --max_new_tokens {max_new_tokens} do not fit into the "
-                        f"model's context of {room}: lower the flag, or leave that prompt out")
+        raise UserError(
+            f"a prompt of {longest} tokens and --max_new_tokens {max_new_tokens} do not fit into "
+            f"the model's context of {room}: lower the flag, or leave that prompt out"
+        )
 
 
 @dataclass(frozen=True)
 class Config:
-    samples: int = HfArg(default=4, help="responses to the prompt")
-    chat: bool = HfArg(default=False, help="a conversation: read a line, print a response, and so on")
-    temperature: float = HfArg(default=1.0, help="0 takes the most likely token")
-    max_new_tokens: int = HfArg(default=256, help="tokens after which a response is truncated")
-    seed: int = HfArg(default=0, help="same seed, same responses")
-    device: Literal["auto", "cuda", "mps", "cpu"] = HfArg(default="auto", help="auto: cuda if there")
+    samples: int = flag(4, "responses to the prompt")
+    chat: bool = flag(False, "a conversation: read a line, print a response, and so on")
+    temperature: float = flag(1.0, "0 takes the most likely token")
+    max_new_tokens: int = flag(256, "tokens after which a response is truncated")
+    seed: int = flag(0, "same seed, same responses")
+    device: Literal[DEVICES] = flag("auto", "auto: the first of the others that is available")
 
 
-def main(config: Config, model: str, prompt: str | None = None) -> None:
+def main(config, model, prompt=None) -> None:
     check_range(config, 1, "samples max_new_tokens", most=1e6)
     check_range(config, 0, "seed temperature")
     if prompt is None and not config.chat:
         raise UserError(f"{model}: needs a prompt, or --chat")
     policy, tokenizer = load_policy(model, pick_device(config.device))
 
-    def respond(prompt: str | list, samples: int) -> list[str]:
+    def respond(prompt, samples) -> list[str]:
         ids = prompt_ids(NO_TASK, Problem(prompt, ""), tokenizer)
         room = (context_length(policy) or 10**9) - len(ids)
         limit = max(1, min(config.max_new_tokens, room))
@@ -235,7 +255,8 @@ def main(config: Config, model: str, prompt: str | None = None) -> None:
     if not config.chat:
         print("\n".join(respond(prompt, config.samples)))
         return
-    history = []  # what the model sees: the whole conversation, or without a chat template only the line
+    # the model sees the whole conversation, or without a chat template only the line
+    history = []
     print("> ", end="", flush=True)
     for line in sys.stdin:
         history.append({"role": "user", "content": line.strip()})

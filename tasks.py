@@ -59,13 +59,13 @@ class Task:
 NO_TASK = Task("", [], [], [], reward="")  # prompts are passed on as they are
 
 
-def stable_hash(text: str) -> int:
+def stable_hash(text) -> int:
     """8 bytes of SHA-256: the same number in every process, and without a pattern."""
     digest = hashlib.sha256(text.encode("utf-8", "surrogatepass")).digest()
     return int.from_bytes(digest[:8], "big")
 
 
-def hold_out(problems: list[Problem], share: float) -> tuple[list[Problem], list[Problem]]:
+def hold_out(problems, share) -> tuple[list[Problem], list[Problem]]:
     """-> (held out, the rest). Chosen by a hash of the prompt, and sorted by it.
 
     So the choice depends on nothing else, equal prompts are never on both sides, and the first few
@@ -73,7 +73,7 @@ def hold_out(problems: list[Problem], share: float) -> tuple[list[Problem], list
     one, all sums that were held out ended in 0.
     """
 
-    def key(problem: Problem) -> int:
+    def key(problem) -> int:
         return stable_hash(json.dumps(problem.prompt))
 
     hashes = sorted({key(problem) for problem in problems})
@@ -83,7 +83,7 @@ def hold_out(problems: list[Problem], share: float) -> tuple[list[Problem], list
     return sorted(held_out, key=key), rest
 
 
-def split(name: str, problems: list[Problem], reward: str, *prompting: str) -> Task:
+def split(name, problems, reward, *prompting) -> Task:
     """A tenth of the problems for test, a tenth of the others for validation."""
     test, rest = hold_out(problems, 0.1)
     validation, train = hold_out(rest, 0.1) if rest else ([], [])
@@ -94,11 +94,11 @@ def split(name: str, problems: list[Problem], reward: str, *prompting: str) -> T
 
 
 @lru_cache(maxsize=2)
-def shuffled(n: int, seed: int, epoch: int) -> list[int]:
+def shuffled(n, seed, epoch) -> list[int]:
     return random.Random(f"{seed}/{epoch}").sample(range(n), n)
 
 
-def take_problems(problems: list[Problem], start: int, count: int, seed: int) -> list[Problem]:
+def take_problems(problems, start, count, seed) -> list[Problem]:
     """`count` problems from position `start` of an endless sequence of epochs, each shuffled anew.
 
     The result depends only on the arguments: a resumed run gets the problems it would have had.
@@ -117,7 +117,7 @@ ADD_SYSTEM = (
 )
 
 
-def add(data_dir: str) -> Task:
+def add(data_dir) -> Task:
     """The sums "48+27=" -> "75", for all 8,100 pairs of two-digit numbers."""
     problems = []
     for a in range(10, 100):
@@ -140,7 +140,7 @@ Question: {prompt}
 """
 
 
-def countdown(data_dir: str) -> Task:
+def countdown(data_dir) -> Task:
     """12,000 problems with 3 or 4 numbers below 100 and a target below 1,000, always the same."""
     rng = random.Random(0)
     problems = {}
@@ -158,7 +158,7 @@ def countdown(data_dir: str) -> Task:
     return split("countdown", list(problems.values()), "countdown", *prompting)
 
 
-def random_target(numbers: list[int], rng: random.Random) -> int:
+def random_target(numbers, rng) -> int:
     """Combines two random numbers until one is left, so there always is a solution."""
     left = rng.sample(numbers, len(numbers))
     while len(left) > 1:
@@ -198,7 +198,7 @@ Question: {prompt}
 Answer:"""
 
 
-def gsm8k(data_dir: str) -> Task:
+def gsm8k(data_dir) -> Task:
     """7,473 problems, 5 % of them for validation, and 1,319 for test (arXiv 2110.14168)."""
     splits = {}
     for name, sha256 in GSM8K_SHA256.items():
@@ -218,7 +218,7 @@ def gsm8k(data_dir: str) -> Task:
 TASKS = {"add": add, "countdown": countdown, "gsm8k": gsm8k}
 
 
-def load_task(name: str, data_dir: str = "") -> Task:
+def load_task(name, data_dir="") -> Task:
     """A task by its name in TASKS, or from a .jsonl file. UserError: no such task, a bad line."""
     if name in TASKS:
         return TASKS[name](data_dir)
@@ -253,12 +253,12 @@ def is_message(value) -> bool:
     return is_text(value.get("role")) and is_text(value.get("content"))
 
 
-def as_messages(prompt: str | list) -> list[dict]:
+def as_messages(prompt) -> list[dict]:
     """A prompt as chat messages: "hi" -> [{"role": "user", "content": "hi"}]"""
     return prompt if isinstance(prompt, list) else [{"role": "user", "content": prompt}]
 
 
-def prompt_ids(task: Task, problem: Problem, tokenizer) -> list[int]:
+def prompt_ids(task, problem, tokenizer) -> list[int]:
     """The token ids that the model gets, by the tokenizer's chat template or by task.template."""
     prompt = problem.prompt
     is_chat = isinstance(prompt, list)

@@ -2,29 +2,23 @@
 
     prompts -> G responses to each -> rewards -> weights -> loss.backward() -> optimizer.step()
 
-and the loss is  -sum(weight * log pi(token)) / number of tokens.  A response that scores above the
-other responses to its prompt has a weight above 0 and becomes more likely; one below them becomes
-less likely.
+and the loss is  -sum(weight * log pi(token)) / number of tokens.  A response with a reward above
+those of the other responses to its prompt gets a weight above 0 and becomes more likely; one below
+them becomes less likely.
 
-There is no value network and no advantage estimator: the other responses to the prompt are the
-baseline. There is no
-clipping by default: with one optimizer step per rollout pi / pi_old is 1, and PPO's clip does
-nothing (--loss clip is
-for more steps). There is no reference model and no KL term: a small learning rate and a true
-reward need none (--kl_beta adds both). A prompt whose responses all score the same teaches
-nothing, and costs no forward pass.
+What is left out, and why. No value network and no advantage estimator: the other responses to the
+prompt are the baseline. No clipping: with one optimizer step per rollout the ratio pi / pi_old is
+1 and PPO's clip does nothing (--loss clip is for more steps). No reference model and no KL term: a
+small learning rate and a reward that cannot be gamed need none (--kl_beta adds both).
 
-    sample.py  generate        reward.py  score        loss.py  token_logprobs, weights, losses,
-    denominators
-    tasks.py   problems        eval.py    evaluate     fast/    generate and token_logprobs, the
-    same but faster
+    sample.py  generate        reward.py  score        loss.py  weights, losses, token_logprobs
+    tasks.py   problems        eval.py    evaluate     fast/    generate, token_logprobs: the same,
+    policy.py  load and save   lib/       run folder, checkpoints, plots          but faster
 
-    python train.py                                                   # a tiny model learns to
-    think: under a minute
+    python train.py                                           # a tiny model learns to think
     python train.py --model Qwen/Qwen2.5-0.5B-Instruct --task gsm8k
-    python train.py --model FOLDER --task my.jsonl --reward exact     # your model, your problems
-    python train.py --name add --resume                               # resume a run that was
-    stopped
+    python train.py --model FOLDER --task my.jsonl            # your model, your problems
+    python train.py --name add --resume                       # resume a run that was stopped
 """
 
 import random
@@ -36,21 +30,22 @@ from pathlib import Path
 from typing import Literal
 
 import torch
-from torch import Tensor
-from transformers.hf_argparser import HfArg
 
 import fast
-from eval import evaluate, report
+from eval import evaluate
 from fast.memory import device_memory, halve_on_oom, memory_table
 from fast.optimizer import Optimizer
 from lib.batching import micro_batches
 from lib.checkpoint import new_checkpoint, restore_random_state, save_state
-from lib.flags import UserError, check_range, run_script
+from lib.flags import UserError, check_range, flag, list_presets, run_script
 from lib.metrics import UpdateStatistics, rollout_metrics, update_metrics
 from lib.plots import plot_run
-from lib.run import Run, Tracker, read_config
+from lib.report import before_and_after
+from lib.run import TRACKERS, Run, Tracker, read_config
 from loss import BASELINED, DENOMINATORS, FILTERS, LOSSES, NORMALISERS, RECIPES, informative, k2, k3
 from policy import (
+    DEVICES,
+    DTYPES,
     adapter_off,
     add_adapter,
     enable_gradient_checkpointing,
@@ -61,74 +56,76 @@ from policy import (
     stop_ids,
 )
 from reward import load_reward, score
-from sample import Rollout, Sampling, check_prompts, join
+from sample import Sampling, check_prompts, join
 from tasks import load_task, prompt_ids, stable_hash, take_problems
 
 
 @dataclass(frozen=True)
 class Config:
     # model, task, reward
-    model: str = HfArg(default="models/add", help="Hugging Face name, model folder or run folder")
-    task: str = HfArg(default="add", help="add, countdown, gsm8k, or a .jsonl file of prompts and answers")
-    data_dir: str = HfArg(default="", help="folder with the task's files (gsm8k: data/gsm8k)")
-    reward: str = HfArg(default="", help="a rule, module.function, model(...) or a mixture; default: the task's rule")
-    true_reward: str = HfArg(default="", help="the reward that really counts: logged, not trained on")
+    model: str = flag("models/add", "Hugging Face name, model folder or run folder")
+    task: str = flag("add", "add, countdown, gsm8k, or a .jsonl file of prompts and answers")
+    data_dir: str = flag("", "folder with the task's files (gsm8k: data/gsm8k)")
+    reward: str = flag("", "rule, module.function, model(...) or mixture; default: the task's rule")
+    true_reward: str = flag("", "the reward that really counts: logged, not trained on")
     # sampling
-    prompts_per_step: int = HfArg(default=8, help="P, prompts per step")
-    group_size: int = HfArg(default=16, help="G, responses to each prompt")
-    max_new_tokens: int = HfArg(default=512, help="tokens after which a response is truncated")
-    temperature: float = HfArg(default=1.0, help="sampling temperature; the loss uses the same")
-    rows_at_once: int = HfArg(default=0, help="most responses sampled in parallel, 0 for all; the rest are queued")
-    fast: Literal["auto", "off"] = HfArg(default="auto", help="off: plain sampler and log-probs, slower, same numbers")
+    prompts_per_step: int = flag(8, "P, prompts per step")
+    group_size: int = flag(16, "G, responses to each prompt")
+    max_new_tokens: int = flag(512, "tokens after which a response is truncated")
+    temperature: float = flag(1.0, "sampling temperature; the loss uses the same")
+    rows_at_once: int = flag(0, "most responses sampled in parallel, the rest are queued; 0: all")
+    fast: Literal["auto", "off"] = flag("auto", "off: plain sampler and log-probs: same, slower")
     # weights and loss (loss.py)
-    recipe: Literal[tuple(RECIPES)] | None = HfArg(default=None, help="a published method: sets the flags below")
-    normaliser: Literal[tuple(NORMALISERS)] = HfArg(default="zscore", help="turns rewards into weights")
-    softmax_beta: float = HfArg(default=0.5, help="with --normaliser softmax: small values keep only the best response")
-    filter: Literal[tuple(FILTERS)] = HfArg(default="none", help="which responses are trained on")
-    top_share: float = HfArg(default=0.5, help="with --filter top: share of each group that is kept")
-    resample_tries: int = HfArg(default=4, help="with --filter resample: most batches of P prompts per step")
-    denominator: Literal[tuple(DENOMINATORS)] = HfArg(default="token", help="what the loss is divided by")
-    loss: Literal[tuple(LOSSES)] = HfArg(default="logprob", help="what is minimised")
-    clip_low: float = HfArg(default=0.2, help="with --loss clip, gspo: ratios are clipped below 1 - this")
-    clip_high: float = HfArg(default=0.2, help="with --loss clip, gspo: ratios are clipped above 1 + this")
-    cispo_cap: float = HfArg(default=5.0, help="with --loss cispo: ratios are capped here")
-    kl_beta: float = HfArg(default=0.0, help="adds this times KL(policy || starting policy), as k2")
-    log_kl: bool = HfArg(default=False, help="record KL(policy || starting policy): takes a second model")
-    entropy_coef: float = HfArg(default=0.0, help="subtracts this times the policy's entropy at each response token")
+    recipe: Literal[tuple(RECIPES)] | None = flag(
+        None, "published method: sets flags of this group"
+    )
+    normaliser: Literal[tuple(NORMALISERS)] = flag("zscore", "turns rewards into weights")
+    softmax_beta: float = flag(0.5, "with --normaliser softmax: small values keep only the best")
+    filter: Literal[tuple(FILTERS)] = flag("none", "which responses are trained on")
+    top_share: float = flag(0.5, "with --filter top: share of each group that is kept")
+    resample_tries: int = flag(4, "with --filter resample: most batches of P prompts a step")
+    denominator: Literal[tuple(DENOMINATORS)] = flag("token", "what the loss is divided by")
+    loss: Literal[tuple(LOSSES)] = flag("logprob", "what is minimised")
+    clip_low: float = flag(0.2, "with --loss clip, gspo: ratios are clipped below 1 - this")
+    clip_high: float = flag(0.2, "with --loss clip, gspo: ratios are clipped above 1 + this")
+    cispo_cap: float = flag(5.0, "with --loss cispo: ratios are capped here")
+    kl_beta: float = flag(0.0, "adds this times KL(policy || starting policy), as k2")
+    log_kl: bool = flag(False, "record KL(policy || starting policy): needs a second model")
+    entropy_coef: float = flag(0.0, "subtracts this times the entropy at each response token")
     # update
-    steps: int = HfArg(default=200, help="training steps, one rollout each")
-    updates_per_rollout: int = HfArg(default=1, help="epochs over each rollout; above 1 use --loss clip, cispo or gspo")
-    minibatches: int = HfArg(default=1, help="optimizer steps per epoch")
-    lr: float = HfArg(default=0.0, help="peak learning rate; 0: 2e-4 under 10 M parameters, 1e-5 with LoRA, else 1e-6")
-    warmup_steps: int = HfArg(default=10, help="steps over which the learning rate rises; then it falls to a tenth")
-    weight_decay: float = HfArg(default=0.0, help="AdamW weight decay")
-    max_grad_norm: float = HfArg(default=1.0, help="gradients are scaled down to at most this norm")
-    micro_batch_tokens: int = HfArg(default=4096, help="tokens per forward pass: affects memory only")
-    lora_rank: int = HfArg(default=0, help="trains only adapters of this rank (needs peft), 0 for all parameters")
-    offload: bool = HfArg(default=False, help="keeps float32 masters and Adam's moments in the host's memory")
-    gradient_checkpointing: bool = HfArg(default=False, help="recomputes activations: slower, less memory")
+    steps: int = flag(200, "training steps, one rollout each")
+    updates_per_rollout: int = flag(
+        1, "epochs over a rollout; above 1 use --loss clip, cispo, gspo"
+    )
+    minibatches: int = flag(1, "optimizer steps per epoch")
+    lr: float = flag(0.0, "peak; 0: 2e-4 under 10 M parameters, 1e-5 with LoRA, else 1e-6")
+    warmup_steps: int = flag(10, "steps over which --lr is reached; then it falls to a tenth")
+    weight_decay: float = flag(0.0, "AdamW weight decay")
+    max_grad_norm: float = flag(1.0, "gradients are scaled down to at most this norm")
+    micro_batch_tokens: int = flag(4096, "tokens per forward pass: affects memory only")
+    lora_rank: int = flag(0, "train only adapters of this rank (needs peft); 0: all parameters")
+    offload: bool = flag(False, "keep float32 masters and Adam's moments in the host's memory")
+    gradient_checkpointing: bool = flag(False, "recompute activations: slower, less memory")
     # evaluation and logging
-    eval_every: int = HfArg(default=20, help="steps between evaluations on held-out problems")
-    eval_problems: int = HfArg(default=200, help="held-out problems to evaluate on, 0 for none")
-    save_every: int = HfArg(default=20, help="steps between checkpoints")
-    log_samples: int = HfArg(default=4, help="responses per step that samples.jsonl keeps")
-    tracker: Literal["none", "tensorboard", "trackio", "wandb"] = HfArg(default="none", help="also send metrics there")
-    name: str = HfArg(default="", help="name of the run; default: the task's, numbered")
-    runs_dir: str = HfArg(default="runs", help="folder of the runs")
-    resume: bool = HfArg(default=False, help="resume run --name from its checkpoint, with its flags")
-    seed: int = HfArg(default=0, help="same seed, same run (on a CPU to the last bit)")
-    device: Literal["auto", "cuda", "mps", "cpu"] = HfArg(default="auto", help="auto: the first that is available")
-    dtype: Literal["auto", "float32", "bfloat16"] = HfArg(default="auto", help="auto: bfloat16 on cuda, else float32")
+    eval_every: int = flag(20, "steps between evaluations on held-out problems")
+    eval_problems: int = flag(200, "held-out problems to evaluate on, 0 for none")
+    save_every: int = flag(20, "steps between checkpoints")
+    log_samples: int = flag(4, "responses per step that samples.jsonl keeps")
+    tracker: Literal[TRACKERS] = flag("none", "also send metrics there")
+    name: str = flag("", "name of the run; default: the task's, numbered")
+    runs_dir: str = flag("runs", "folder of the runs")
+    resume: bool = flag(False, "resume run --name from its checkpoint, with its flags")
+    seed: int = flag(0, "same seed, same run (on a CPU to the last bit)")
+    device: Literal[DEVICES] = flag("auto", "auto: the first of the others that is available")
+    dtype: Literal["auto", *DTYPES] = flag("auto", "auto: bfloat16 on cuda, else float32")
 
 
-PRESETS = {"add": dict(prompts_per_step=32, max_new_tokens=32, steps=100, eval_every=10, eval_problems=500)}
-HELP = __doc__
-for kind, table in (("task", PRESETS), ("recipe", RECIPES)):
-    for name, flags in table.items():
-        HELP += f"\n--{kind} {name}: " + " ".join(f"--{flag} {value}" for flag, value in flags.items())
+ADD = dict(prompts_per_step=32, max_new_tokens=32, steps=100, eval_every=10, eval_problems=500)
+PRESETS = {"add": ADD}  # defaults of the flags for a task
+HELP = f"{__doc__}\n{list_presets('task', PRESETS)}\n{list_presets('recipe', RECIPES)}"
 
 
-def fill(known: dict) -> dict:
+def fill(known) -> dict:
     """Defaults of flags: those of the resumed run, or of the task and the recipe."""
     if known["resume"]:
         if not known["name"]:
@@ -137,25 +134,36 @@ def fill(known: dict) -> dict:
     return PRESETS.get(known["task"], {}) | RECIPES.get(known["recipe"], {})
 
 
-def check(config: Config) -> None:
+def check(config) -> None:
     """UserError for a value that cannot work."""
     check_range(config, 1, "resample_tries steps micro_batch_tokens eval_every save_every")
-    check_range(config, 1, "prompts_per_step group_size max_new_tokens minibatches updates_per_rollout", most=1e6)
-    check_range(config, 0, "clip_low clip_high kl_beta warmup_steps eval_problems log_samples seed rows_at_once")
+    check_range(config, 1, "prompts_per_step group_size max_new_tokens", most=1e6)
+    check_range(config, 1, "minibatches updates_per_rollout", most=1e6)
+    check_range(config, 0, "clip_low clip_high kl_beta warmup_steps eval_problems")
+    check_range(config, 0, "log_samples seed rows_at_once")
     check_range(config, 0, "lr weight_decay top_share", most=1)
     check_range(config, 0, "lora_rank", most=1e4)
     check_range(config, -1e4, "entropy_coef", most=1e4)
     check_range(config, 1e-4, "temperature softmax_beta cispo_cap max_grad_norm", most=1e9)
-    if config.prompts_per_step * config.group_size > 1e6:
-        raise UserError(f"--group_size {config.group_size}: times --prompts_per_step is over a million, lower either")
-    if config.group_size == 1 and config.normaliser in BASELINED:
-        raise UserError(f"--group_size 1: --normaliser {config.normaliser} compares within a group, give at least 2")
+    G = config.group_size
+    if config.prompts_per_step * G > 1e6:
+        raise UserError(f"--group_size {G}: times --prompts_per_step is over a million")
+    if G == 1 and config.normaliser in BASELINED:
+        raise UserError(f"--group_size 1: --normaliser {config.normaliser} needs at least 2")
 
 
 def backward(
-    forms, policy, rollout: Rollout, rows: Tensor, weights: Tensor, loss_scale: Tensor,
-    ref_logprobs: Tensor | None, known: bool, config: Config, micro_batch_tokens: int,
-) -> UpdateStatistics:
+    forms,
+    policy,
+    rollout,
+    rows,
+    weights,
+    loss_scale,
+    ref_logprobs,
+    known,
+    config,
+    micro_batch_tokens,
+):
     """Adds the gradient of the loss over `rows` (indices) of a rollout. The size of the
     micro-batches changes nothing.
 
@@ -168,7 +176,13 @@ def backward(
         mask = rollout.response_mask[r]  # (R, N)
         old_logprobs = rollout.old_logprobs[r]  # (R, N)
         logprobs, entropy = forms.token_logprobs(
-            policy, rollout, r, sampling, known=old_logprobs if known else None, with_entropy=config.entropy_coef != 0)
+            policy,
+            rollout,
+            r,
+            sampling,
+            known=old_logprobs if known else None,
+            with_entropy=config.entropy_coef != 0,
+        )
 
         token_loss, clipped = LOSSES[config.loss](logprobs, old_logprobs, weights[r], mask, config)
         if config.kl_beta:
@@ -182,7 +196,7 @@ def backward(
     return statistics
 
 
-def has_gradient(weights: Tensor, config: Config) -> Tensor:
+def has_gradient(weights, config):
     """(B, 1) or (B, N) weights -> (B,) bool: rows that a term of the loss reaches. The others need
     no forward pass."""
     if config.kl_beta or config.entropy_coef:  # these terms do not depend on the weight
@@ -191,10 +205,10 @@ def has_gradient(weights: Tensor, config: Config) -> Tensor:
 
 
 @torch.no_grad()
-def all_logprobs(forms, policy, rollout: Rollout, sampling: Sampling, sizes) -> Tensor:
+def all_logprobs(forms, policy, rollout, sampling, sizes):
     """(B, N) log-probs of a rollout's responses, 0 outside the mask."""
 
-    def work(micro_batch_tokens: int) -> Tensor:
+    def work(micro_batch_tokens):
         logprobs = torch.zeros_like(rollout.old_logprobs)
         for rows in micro_batches(rollout.lengths.cpu(), micro_batch_tokens):
             rows = rows.to(logprobs.device)
@@ -204,28 +218,7 @@ def all_logprobs(forms, policy, rollout: Rollout, sampling: Sampling, sizes) -> 
     return halve_on_oom(work, sizes, "micro_batch_tokens", least=int(rollout.lengths.max()))
 
 
-def score_responses(reward, true_reward, problems: list, rollout: Rollout, tokenizer, config: Config) -> list[dict]:
-    """-> one dict for each of the B rows: prompt, response, answer, length, reward, its parts,
-    true_reward."""
-    rows = [problem for problem in problems for _ in range(config.group_size)]
-    prompts = [problem.prompt for problem in rows]
-    answers = [problem.answer for problem in rows]
-    responses = rollout.responses(tokenizer)
-    lengths = rollout.response_lengths.tolist()
-    arguments = (prompts, responses, answers, lengths, config.max_new_tokens)
-    rewards, parts = score(reward, *arguments)
-    true_rewards, _ = score(true_reward, *arguments)
-    samples = []
-    for b in range(len(rows)):
-        samples.append({
-            "prompt": prompts[b], "response": responses[b], "answer": answers[b], "length": lengths[b],
-            "reward": rewards[b], "parts": {part: values[b] for part, values in parts.items()},
-            "true_reward": true_rewards[b],
-        })
-    return samples
-
-
-def main(config: Config) -> Path:
+def main(config) -> Path:
     """Trains; returns the run folder."""
     # ------------------------------------------------------------------ set-up
     check(config)
@@ -245,36 +238,54 @@ def main(config: Config) -> Path:
     if config.lr == 0:
         small = policy.num_parameters() < 10e6
         config = replace(config, lr=2e-4 if small else 1e-5 if config.lora_rank else 1e-6)
-    torch.manual_seed(config.seed)  # for LoRA's start and rewards of the user's; our own sampling has its own generators
+    torch.manual_seed(
+        config.seed
+    )  # for LoRA's start and rewards of the user's; our own sampling has its own generators
     random.seed(config.seed)
     if config.lora_rank:
         add_adapter(policy, config.lora_rank, run.checkpoint and run.checkpoint / "adapter")
     if config.gradient_checkpointing:
         enable_gradient_checkpointing(policy)
-    reference = None  # what the run started from, also after --resume; with LoRA the policy without its adapter
+    # what the run started from, also after --resume; with LoRA the policy without its adapter
+    reference = None
     if config.kl_beta or config.log_kl:
-        reference = policy if config.lora_rank else load_policy(config.model, device, config.dtype)[0]
+        reference = (
+            policy if config.lora_rank else load_policy(config.model, device, config.dtype)[0]
+        )
 
     longest = sorted(task.train + held_out, key=lambda problem: len(str(problem.prompt)))[-64:]
-    longest = sorted((prompt_ids(task, problem, tokenizer) for problem in longest), key=len, reverse=True)
+    longest = sorted(
+        (prompt_ids(task, problem, tokenizer) for problem in longest), key=len, reverse=True
+    )
     check_prompts(policy, longest, N)
     print(memory_table(config, policy, device_memory(device), len(longest[0])), end="")
     forms = fast.choose(policy, longest, stop, sampling, N, config.fast)
     measure = partial(evaluate, forms, policy, tokenizer, task, held_out, max_new_tokens=N)
 
     optimizer = Optimizer(policy, config.weight_decay, config.offload)
-    state = {"step": 0, "prompts_seen": 0, "halved": {}}  # all that a run must remember: saved and loaded whole
+    state = {
+        "step": 0,
+        "prompts_seen": 0,
+        "halved": {},
+    }  # all that a run must remember: saved and loaded whole
     if run.state:
         state = run.state
         optimizer.load_state_dict(state.pop("optimizer"))
         restore_random_state(state)
     # sizes that were halved when the GPU ran out of memory stay so
-    sizes = ChainMap(state["halved"], {"rows_at_once": config.rows_at_once or P * G,
-                                       "micro_batch_tokens": config.micro_batch_tokens})
+    sizes = ChainMap(
+        state["halved"],
+        {
+            "rows_at_once": config.rows_at_once or P * G,
+            "micro_batch_tokens": config.micro_batch_tokens,
+        },
+    )
     buffers = {}  # the sampler's KV cache and CUDA graphs
     config = run.start(config, device, state["step"], tracker)
     if held_out and state["step"] == 0:
-        run.write_json("before.json", {"greedy": measure(Sampling(0)), "sampled": measure(sampling)})
+        run.write_json(
+            "before.json", {"greedy": measure(Sampling(0)), "sampled": measure(sampling)}
+        )
 
     for step in run.steps(state["step"] + 1, config.steps):
         started, seconds_generate = time.perf_counter(), 0.0
@@ -289,21 +300,30 @@ def main(config: Config) -> Path:
             state["prompts_seen"] += P
 
             began = time.perf_counter()
-            generate = partial(forms.generate, policy, prompts, G, N, stop, seeds, sampling, buffers=buffers)
+            generate = partial(
+                forms.generate, policy, prompts, G, N, stop, seeds, sampling, buffers=buffers
+            )
             rollouts.append(halve_on_oom(generate, sizes, "rows_at_once", undo=buffers.clear))
             seconds_generate += time.perf_counter() - began
 
-            samples += score_responses(reward, true_reward, problems, rollouts[-1], tokenizer, config)
+            new = rollouts[-1].samples(problems, tokenizer)
+            scores, true_scores = score(reward, new, N), score(true_reward, new, N)
+            for sample, found, true in zip(new, scores, true_scores):  # "reward" and its "parts"
+                samples.append({**sample, **found, "true_reward": true["reward"]})
             rewards = torch.tensor([sample["reward"] for sample in samples]).view(-1, G)  # (P, G)
             if informative(rewards, None)[:, 0].sum() >= P:
                 break
         rollout = join(rollouts)  # B = P * G rows: row b answers prompt b // G
 
         # -------------------------------------------------------------- 2. weights
-        weights = NORMALISERS[config.normaliser](rewards, config)  # (P, G): in other papers the advantage
+        weights = NORMALISERS[config.normaliser](
+            rewards, config
+        )  # (P, G): in other papers the advantage
         finished = rollout.finished.view(-1, G).cpu()
         selected = FILTERS[config.filter](rewards, finished, config)  # (P, G) bool
-        weights = weights.where(selected, 0.0).view(-1, 1).to(device)  # (B, 1); (B, N) gives each token its own
+        weights = (
+            weights.where(selected, 0.0).view(-1, 1).to(device)
+        )  # (B, 1); (B, N) gives each token its own
         selected = selected.flatten().to(device)  # (B,)
 
         # -------------------------------------------------------------- 3. log-probs from before t
@@ -331,17 +351,34 @@ def main(config: Config) -> Path:
                 if len(rows) == 0:
                     continue
                 known = not updates  # the policy is still the one that sampled
-                work = partial(backward, forms, policy, rollout, rows, weights, loss_scale, ref_logprobs, known, config)
+                work = partial(
+                    backward,
+                    forms,
+                    policy,
+                    rollout,
+                    rows,
+                    weights,
+                    loss_scale,
+                    ref_logprobs,
+                    known,
+                    config,
+                )
                 least = int(rollout.lengths[rows].max())
-                update = halve_on_oom(work, sizes, "micro_batch_tokens", least, undo=optimizer.zero_grad)
-                update.grad_norm = optimizer.step(lr, config.max_grad_norm, update.loss)  # nan: it was skipped
+                update = halve_on_oom(
+                    work, sizes, "micro_batch_tokens", least, undo=optimizer.zero_grad
+                )
+                update.grad_norm = optimizer.step(
+                    lr, config.max_grad_norm, update.loss
+                )  # nan: it was skipped
                 updates.append(update)
 
         # -------------------------------------------------------------- 5. record, evaluate, save
         metrics = {
             "step": step,
             **rollout_metrics(samples, rewards, weights.cpu(), counts.cpu(), finished.flatten()),
-            "entropy": -(rollout.old_logprobs.sum() / counts.sum()).item(),  # update_metrics may know it exactly
+            "entropy": -(
+                rollout.old_logprobs.sum() / counts.sum()
+            ).item(),  # update_metrics may know it exactly
             "trained": (selected & has_gradient(weights, config)).float().mean().item(),
             **update_metrics(updates),
             "sampler_gap": sampler_gap,
@@ -371,16 +408,19 @@ def main(config: Config) -> Path:
         if due and config.true_reward and run.track_true_reward(config.save_every):
             with new_checkpoint(run.folder, "best") as folder:
                 save_policy(policy, tokenizer, folder)
-        if due or run.stop_requested:  # must be last: resume takes a saved final step for a finished run
+        if (
+            due or run.stop_requested
+        ):  # must be last: resume takes a saved final step for a finished run
             with new_checkpoint(run.folder) as folder:
                 save_policy(policy, tokenizer, folder)
                 save_state(folder, {**state, "optimizer": optimizer.state_dict()})
         run.exit_if_stopped(step)
 
     if held_out and (run.folder / "before.json").exists():
-        report(run.folder, task, held_out)
-    print(f"\n{run.folder}/: curves.png, metrics.jsonl, samples.jsonl, checkpoint/ (a Hugging Face folder), config.json, "
-          f"code/\n\n    python eval.py {run.folder}      # on the test problems, which training has not touched")
+        prompts = [problem.prompt for problem in held_out]
+        print("\n" + before_and_after(run.folder, task.name, prompts))
+    print(f"\n{run.folder}/: curves.png, metrics.jsonl, samples.jsonl, checkpoint/ ...")
+    print(f"\n    python eval.py {run.folder}      # on the test problems, unseen in training")
     return run.folder
 
 

@@ -170,18 +170,28 @@ class Ours:
         loss_scale = DENOMINATORS[self.flags.denominator](rollout.response_lengths, self.flags)
         rows = train.has_gradient(weights, self.flags).nonzero()[:, 0]
         train.backward(
-            self.forms, self.model, rollout, rows, weights, loss_scale, ref_logprobs=None,
-            known=True, config=self.flags, micro_batch_tokens=self.config.micro_batch_tokens,
+            self.forms,
+            self.model,
+            rollout,
+            rows,
+            weights,
+            loss_scale,
+            ref_logprobs=None,
+            known=True,
+            config=self.flags,
+            micro_batch_tokens=self.config.micro_batch_tokens,
         )
         norm = self.optimizer.step(1e-5, max_grad_norm=1.0)
-        self.log.append({
-            "step": time.process_time() - start,
-            "sampling": sampled - start,
-            "reward": mean(rewards),
-            "tokens": int(rollout.response_lengths.sum()),
-            "norm": norm,
-            "trained": len(rows) / (P * G),
-        })
+        self.log.append(
+            {
+                "step": time.process_time() - start,
+                "sampling": sampled - start,
+                "reward": mean(rewards),
+                "tokens": int(rollout.response_lengths.sum()),
+                "norm": norm,
+                "trained": len(rows) / (P * G),
+            }
+        )
 
 
 def run_trl(config: Config, ours: Ours | None) -> list[dict]:

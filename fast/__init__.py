@@ -35,8 +35,12 @@ class Forms:
 
 
 def choose(
-    policy: PreTrainedModel, prompts: list[list[int]], stop: list[int], sampling: Sampling,
-    max_new_tokens: int, mode: str = "auto",
+    policy: PreTrainedModel,
+    prompts: list[list[int]],
+    stop: list[int],
+    sampling: Sampling,
+    max_new_tokens: int,
+    mode: str = "auto",
 ) -> Forms:
     """Tries the fast forms on three of the prompts (token ids; the longest are best), four
     responses each, and takes those that agree with the plain forms. mode 'off' asks for the plain
@@ -47,20 +51,32 @@ def choose(
     arguments = (policy, prompts[:3], 4, tokens, stop, [0, 1, 2][: len(prompts)], sampling)
     rollout = sample.generate(*arguments)
     generate = pick(
-        "sampling functions", policy, sample.generate, [fast.generate.generate],
-        lambda form: sampler_difference(form(*arguments), rollout, policy, sampling))
+        "sampling functions",
+        policy,
+        sample.generate,
+        [fast.generate.generate],
+        lambda form: sampler_difference(form(*arguments), rollout, policy, sampling),
+    )
 
     expected = values_and_gradients(loss.token_logprobs, policy, rollout, sampling)
     by_hand = fast.logprobs.token_logprobs
     by_autograd = partial(by_hand, by_hand=False)
     token_logprobs = pick(
-        "log-probs", policy, loss.token_logprobs, [by_hand, by_autograd],
-        lambda form: difference(values_and_gradients(form, policy, rollout, sampling), expected))
+        "log-probs",
+        policy,
+        loss.token_logprobs,
+        [by_hand, by_autograd],
+        lambda form: difference(values_and_gradients(form, policy, rollout, sampling), expected),
+    )
     return Forms(generate, token_logprobs)
 
 
 def pick(
-    what: str, policy: PreTrainedModel, plain: Callable, candidates: list[Callable], compare: Callable
+    what: str,
+    policy: PreTrainedModel,
+    plain: Callable,
+    candidates: list[Callable],
+    compare: Callable,
 ) -> Callable:
     """The first candidate that `compare` finds close enough to the plain form, else the plain
     form, and a line that says so."""
@@ -80,7 +96,9 @@ def pick(
     return plain
 
 
-def sampler_difference(found: Rollout, expected: Rollout, policy: PreTrainedModel, sampling: Sampling) -> float:
+def sampler_difference(
+    found: Rollout, expected: Rollout, policy: PreTrainedModel, sampling: Sampling
+) -> float:
     """Float32: 0 if all tokens are the same. In bfloat16 rounding soon leads to other tokens, so
     the first tokens must mostly be the same, and log-probs those of a forward pass."""
     if policy.dtype == torch.float32:
@@ -106,7 +124,9 @@ def values_and_gradients(
     watched = trained[:: max(1, len(trained) // 8)]
     found = []
     for with_entropy in (False, True):
-        logprobs, entropy = token_logprobs(policy, rollout, rows, sampling, with_entropy=with_entropy)
+        logprobs, entropy = token_logprobs(
+            policy, rollout, rows, sampling, with_entropy=with_entropy
+        )
         weights = torch.linspace(-1, 2, logprobs.numel(), device=policy.device).view_as(logprobs)
         total = (weights * logprobs).sum()
         if with_entropy:

@@ -4,7 +4,7 @@ Each prompt is run once for its whole group. Keys and values are written in plac
 of slots; a slot whose response has ended takes the next queued row. One decode step is one token
 for every slot. What a step reads and writes stays at the same addresses, so that on CUDA it is
 captured as a CUDA graph and replayed: a small model would otherwise spend most of a step on
-launching kernels. """
+launching kernels."""
 
 import itertools
 import math
@@ -29,9 +29,15 @@ LENGTH_MULTIPLE = {"cuda": 64, "mps": 64, "cpu": 16}
 
 @torch.no_grad()
 def generate(
-    policy: PreTrainedModel, prompts: list[list[int]], group_size: int, max_new_tokens: int,
-    stop: list[int], seeds: list[int], sampling: Sampling = Sampling(),
-    max_rows: int | None = None, buffers: dict | None = None,
+    policy: PreTrainedModel,
+    prompts: list[list[int]],
+    group_size: int,
+    max_new_tokens: int,
+    stop: list[int],
+    seeds: list[int],
+    sampling: Sampling = Sampling(),
+    max_rows: int | None = None,
+    buffers: dict | None = None,
 ) -> Rollout:
     """See sample.py. max_rows: slots; the other rows are queued, so a rollout may be larger than
     the memory."""
@@ -59,7 +65,7 @@ def generate(
             state.run_step(policy, sampling)
     rollout = state.rollout()
     if not state.cache.static:
-        buffers.clear()  # nothing is captured on a CPU: the memory is the update's until the next rollout
+        buffers.clear()  # a CPU captures nothing: the update gets the memory until the next rollout
     return rollout
 
 
@@ -154,7 +160,12 @@ class DecodeState:
         self.pool = None  # memory shared by all graphs, which never run at the same time
 
     def prefill(
-        self, policy: PreTrainedModel, prompts: list[list[int]], group_size: int, stop: list[int], seeds: list[int]
+        self,
+        policy: PreTrainedModel,
+        prompts: list[list[int]],
+        group_size: int,
+        stop: list[int],
+        seeds: list[int],
     ) -> None:
         """Runs each prompt once, without its last token: the first decode step feeds that one, so
         every token is sampled in one place. (A prompt of one token is run and then fed again,
@@ -267,8 +278,15 @@ class DecodeState:
 
 
 def attend(
-    module: torch.nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor,
-    scaling: float | None = None, softcap: float | None = None, capping: bool = True, **kwargs,
+    module: torch.nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor,
+    scaling: float | None = None,
+    softcap: float | None = None,
+    capping: bool = True,
+    **kwargs,
 ) -> tuple[Tensor, None]:
     """Attention of one query a row: (R, heads, 1, size), keys and values (R, groups, columns,
     size).
@@ -306,7 +324,9 @@ def decode_attention(model: PreTrainedModel) -> Iterator[None]:
         model.set_attn_implementation(before)
 
 
-def attention_masks(model: PreTrainedModel, queries: Tensor, keys: Tensor) -> Tensor | dict[str, Tensor]:
+def attention_masks(
+    model: PreTrainedModel, queries: Tensor, keys: Tensor
+) -> Tensor | dict[str, Tensor]:
     """Positions of the queries (R, Q) and of the keys (R or 1, K), below 0 for no key -> additive
     mask (R, 1, Q, K): 0 where a query attends, to what is not after it and within the model's
     window.

@@ -2,7 +2,7 @@
 
 A prompt is run once for all rows of its group, and the output head runs in tiles of tokens,
 forward and backward, so that nothing of size tokens x V is kept. Log-probs that are known already
-are not computed again. """
+are not computed again."""
 
 import torch
 from torch import Tensor
@@ -18,8 +18,13 @@ MIN_SHARED = 0.05  # share prompts if it saves at least this share of the tokens
 
 
 def token_logprobs(
-    policy: PreTrainedModel, rollout: Rollout, rows: Tensor, sampling: Sampling,
-    known: Tensor | None = None, with_entropy: bool = False, by_hand: bool = True,
+    policy: PreTrainedModel,
+    rollout: Rollout,
+    rows: Tensor,
+    sampling: Sampling,
+    known: Tensor | None = None,
+    with_entropy: bool = False,
+    by_hand: bool = True,
 ) -> tuple[Tensor, Tensor | None]:
     """See loss.py. by_hand: the gradient of the stock `token_stats` is written out, which is
     faster; False: autograd differentiates `token_stats` within each tile, which is right for any
@@ -83,7 +88,9 @@ class Head:
     """The output head of a model, in tiles: hidden states -> logits -> log-probs and entropies of
     tokens."""
 
-    def __init__(self, policy: PreTrainedModel, sampling: Sampling, by_hand: bool, with_entropy: bool):
+    def __init__(
+        self, policy: PreTrainedModel, sampling: Sampling, by_hand: bool, with_entropy: bool
+    ):
         self.linear = policy.get_output_embeddings()
         self.cap = getattr(policy.config.get_text_config(), "final_logit_softcapping", None)
         self.sampling = sampling
@@ -103,7 +110,9 @@ class Head:
         logprobs, entropy = token_stats(logits, tokens, self.sampling)
         return (logprobs, entropy) if self.with_entropy else (logprobs,)
 
-    def gradients(self, states: Tensor, tokens: Tensor, grads: tuple[Tensor, Tensor]) -> list[Tensor]:
+    def gradients(
+        self, states: Tensor, tokens: Tensor, grads: tuple[Tensor, Tensor]
+    ) -> list[Tensor]:
         """Gradients of the log-probs and entropies -> those of the states and of the parameters
         that are trained."""
         parameters = [p for p in self.linear.parameters() if p.requires_grad]
@@ -120,7 +129,9 @@ class Head:
                 total += grad
         return [grad_states, *totals]
 
-    def gradients_by_hand(self, states: Tensor, tokens: Tensor, grads: tuple[Tensor, Tensor]) -> list[Tensor]:
+    def gradients_by_hand(
+        self, states: Tensor, tokens: Tensor, grads: tuple[Tensor, Tensor]
+    ) -> list[Tensor]:
         """The same for a linear layer and the stock `token_stats`: d log p(token) / d logits =
         onehot - softmax.
 
@@ -153,7 +164,9 @@ class TiledHead(torch.autograd.Function):
     computes the logits again, tile by tile, so that nothing of size K x V is kept."""
 
     @staticmethod
-    def forward(ctx, head: Head, tokens: Tensor, known: Tensor | None, states: Tensor, *parameters: Tensor):
+    def forward(
+        ctx, head: Head, tokens: Tensor, known: Tensor | None, states: Tensor, *parameters: Tensor
+    ):
         ctx.head = head
         ctx.save_for_backward(states, tokens)
         entropy = torch.zeros(len(tokens), device=states.device)

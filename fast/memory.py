@@ -17,7 +17,10 @@ Result = TypeVar("Result")
 
 
 def halve_on_oom(
-    work: Callable[[int], Result], sizes: MutableMapping, name: str, least: int = 1,
+    work: Callable[[int], Result],
+    sizes: MutableMapping,
+    name: str,
+    least: int = 1,
     undo: Callable[[], None] | None = None,
 ) -> Result:
     """work(sizes[name]). Where the GPU runs out of memory, the same again with half the size, and
@@ -32,8 +35,9 @@ def halve_on_oom(
         except torch.OutOfMemoryError:
             if sizes[name] <= least:
                 raise UserError(
-                    f"--{name} {sizes[name]}: out of memory, and less would not help; shorter responses, "
-                    "--gradient_checkpointing, --lora_rank 16 and --offload take less memory") from None
+                    f"--{name} {sizes[name]}: out of memory, and less would not help; shorter "
+                    "responses, --gradient_checkpointing, --lora_rank 16 and --offload take less"
+                ) from None
         # outside the except block: the traceback no longer keeps tensors alive
         if undo:
             undo()
@@ -46,22 +50,40 @@ def halve_on_oom(
 # The estimate
 
 TINY = dict(
-    model_type="llama", hidden_size=128, num_hidden_layers=4, num_attention_heads=4, num_key_value_heads=4,
-    intermediate_size=352, vocab_size=100, max_position_embeddings=1024, bos_token_id=None, eos_token_id=None)
+    model_type="llama",
+    hidden_size=128,
+    num_hidden_layers=4,
+    num_attention_heads=4,
+    num_key_value_heads=4,
+    intermediate_size=352,
+    vocab_size=100,
+    max_position_embeddings=1024,
+    bos_token_id=None,
+    eos_token_id=None,
+)
 QWEN = dict(
-    model_type="qwen2", num_key_value_heads=2, vocab_size=151936, max_position_embeddings=32768,
-    tie_word_embeddings=True)
+    model_type="qwen2",
+    num_key_value_heads=2,
+    vocab_size=151936,
+    max_position_embeddings=32768,
+    tie_word_embeddings=True,
+)
 SHAPES = {
     "tiny": TINY,
     "tiny-32k": TINY | {"vocab_size": 32000},
-    "qwen2.5-0.5b": QWEN | dict(
-        hidden_size=896, num_hidden_layers=24, num_attention_heads=14, intermediate_size=4864),
-    "qwen2.5-1.5b": QWEN | dict(
-        hidden_size=1536, num_hidden_layers=28, num_attention_heads=12, intermediate_size=8960),
+    "qwen2.5-0.5b": QWEN
+    | dict(hidden_size=896, num_hidden_layers=24, num_attention_heads=14, intermediate_size=4864),
+    "qwen2.5-1.5b": QWEN
+    | dict(hidden_size=1536, num_hidden_layers=28, num_attention_heads=12, intermediate_size=8960),
 }
-# what to suggest, in this order, until the estimate fits
-SUGGESTIONS = {"micro_batch_tokens": 2048, "gradient_checkpointing": True, "rows_at_once": 64, "offload": True,
-               "lora_rank": 16}
+# what to suggest where it does not fit, in this order
+SUGGESTIONS = {
+    "micro_batch_tokens": 2048,
+    "gradient_checkpointing": True,
+    "rows_at_once": 64,
+    "offload": True,
+    "lora_rank": 16,
+}
 
 
 def shape(name: str, **changes) -> PreTrainedConfig:
@@ -72,7 +94,9 @@ def shape(name: str, **changes) -> PreTrainedConfig:
 def cache_bytes(config: PreTrainedConfig, bytes_each: int) -> int:
     """Bytes of the KV cache for one token of one row: 2 (keys, values) x layers x KV heads x head
     size x bytes. Qwen2.5-0.5B in bfloat16: 2 * 24 * 2 * 64 * 2 = 12,288."""
-    head_size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    head_size = (
+        getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    )
     heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
     return 2 * config.num_hidden_layers * heads * head_size * bytes_each
 
@@ -107,7 +131,9 @@ def activation_bytes(model: PreTrainedModel, tokens: int = 64) -> float:
     return sum(sizes.values()) / tokens
 
 
-def estimate(flags, model: PreTrainedModel, activations: float, longest_prompt: int) -> dict[str, float]:
+def estimate(
+    flags, model: PreTrainedModel, activations: float, longest_prompt: int
+) -> dict[str, float]:
     """Bytes by purpose, from train.py's flags. 'sampling' and 'update' take turns; 'host' is not
     on the device.
 
@@ -172,19 +198,22 @@ def memory_table(flags, model: PreTrainedModel, available: float, longest_prompt
     if peak(parts) < 0.1 * available:
         return ""
     rows = {**parts, "at most at one time": peak(parts), "available": available}
-    lines = [f"memory in GB: {model.num_parameters() / 1e6:,.1f} M parameters, {flags.prompts_per_step} x "
-             f"{flags.group_size} rows of up to {longest_prompt} + {flags.max_new_tokens} tokens"]
+    lines = [
+        f"memory in GB: {model.num_parameters() / 1e6:,.1f} M parameters, {flags.prompts_per_step} "
+        f"x {flags.group_size} rows of up to {longest_prompt} + {flags.max_new_tokens} tokens"
+    ]
     lines += [f"    {name:28}{size / 1e9:8.2f}" for name, size in rows.items()]
     limit = 0.9 * available  # a tenth for what is not counted
-    changes = {}
-    for name, value in SUGGESTIONS.items():
-        if peak(with_flags(**changes)) > limit:
-            changes[name] = value
-    if changes:
+    # each alone, then all of them: the first that fits is suggested
+    options = [{}, *({name: value} for name, value in SUGGESTIONS.items()), SUGGESTIONS]
+    for changes in options:
         needed = peak(with_flags(**changes))
-        text = ""
-        for name, value in changes.items():
-            text += f"--{name} " if value is True else f"--{name} {value} "
-        verdict = "it takes" if needed <= limit else "it still takes"
-        lines.append(f"This may not fit. With {text}{verdict} {needed / 1e9:.2f}.")
+        if needed < limit:
+            break
+    if needed >= limit:
+        lines.append("This is too much, whatever the flags: take a smaller model.")
+    elif changes:
+        settings = " ".join(f"--{name} {value}" for name, value in changes.items())
+        settings = settings.replace(" True", "")
+        lines.append(f"This may not fit. With {settings} it takes {needed / 1e9:.2f}.")
     return "\n".join(lines) + "\n"

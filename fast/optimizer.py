@@ -23,7 +23,8 @@ class Optimizer:
         self.make_moments()
         for parameter, master in self.copies():
             parameter.register_post_accumulate_grad_hook(
-                lambda parameter, master=master: move_gradient(parameter, master))
+                lambda parameter, master=master: move_gradient(parameter, master)
+            )
 
     def make_moments(self) -> None:
         """Adam would allocate its moments in the first step: if they do not fit, that shows now."""
@@ -38,8 +39,11 @@ class Optimizer:
 
     def copies(self) -> list[tuple[Tensor, Tensor]]:
         """Parameters with their masters, where these are not the same tensor."""
-        return [(parameter, master) for parameter, master in zip(self.parameters, self.masters)
-                if parameter is not master]
+        return [
+            (parameter, master)
+            for parameter, master in zip(self.parameters, self.masters)
+            if parameter is not master
+        ]
 
     def zero_grad(self) -> None:
         for tensor in (*self.parameters, *self.masters):

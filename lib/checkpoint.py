@@ -1,8 +1,8 @@
 """Checkpoints: whole or not there, with all that an exact resume needs. Also locks and signals.
 
-    <run>/checkpoint/       the policy as a Hugging Face folder, and state.pt
-    <run>/checkpoint.old/   the one before it
-    <run>/checkpoint.bad/   one that could not be read
+<run>/checkpoint/       the policy as a Hugging Face folder, and state.pt
+<run>/checkpoint.old/   the one before it
+<run>/checkpoint.bad/   one that could not be read
 """
 
 import json

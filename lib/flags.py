@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from transformers import HfArgumentParser
+from transformers.hf_argparser import HfArg
 
 
 class UserError(Exception):
@@ -20,6 +21,11 @@ class UserError(Exception):
 
 class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
     """Shows the default of every flag, and keeps the line breaks of the docstring."""
+
+
+def flag(default: Any, help: str) -> Any:
+    """A field of a Config: `lr: float = flag(0.0, "peak learning rate")`"""
+    return HfArg(default=default, help=help)
 
 
 def first_line(error: Exception) -> str:
@@ -38,12 +44,12 @@ def check_range(config: Any, least: float, flags: str, most: float = 1e12) -> No
 
     flags: names with spaces between, "steps lr"
     """
-    for flag in flags.split():
-        value = getattr(config, flag)
+    for name in flags.split():
+        value = getattr(config, name)
         if not value >= least:  # this way round, nan is refused too
-            raise UserError(f"--{flag} {value}: must be at least {least:g}")
+            raise UserError(f"--{name} {value}: must be at least {least:g}")
         if value > most:
-            raise UserError(f"--{flag} {value}: must be at most {most:g}")
+            raise UserError(f"--{name} {value}: must be at most {most:g}")
 
 
 def parse(
@@ -81,6 +87,15 @@ def parse(
     values = vars(parser.parse_args(argv))
     arguments = {name: values.pop(name) for name in positionals}
     return config_class(**values), arguments
+
+
+def list_presets(flag: str, presets: dict[str, dict]) -> str:
+    """'recipe', {"raft": {"loss": "logprob"}} -> '--recipe raft: --loss logprob', for --help"""
+    lines = []
+    for name, values in presets.items():
+        settings = " ".join(f"--{flag} {value}" for flag, value in values.items())
+        lines.append(f"--{flag} {name}: {settings}")
+    return "\n".join(lines)
 
 
 def run_script(main: Callable, config_class: type, doc: str, fill=None, **positionals) -> None:

@@ -8,8 +8,10 @@ import ast
 import inspect
 import math
 import operator
+import runpy
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 
@@ -40,12 +42,11 @@ def arithmetic(node: ast.expr, leaf: Callable, operators: dict):
     return operation(left, right)
 
 
-def parse_mixture(text: str, rules: dict, makers: dict, load_own: Callable) -> Mixture:
+def parse_mixture(text: str, rules: dict, makers: dict) -> Mixture:
     """'number + 0.2*format' -> Mixture. UserError where the syntax is not supported.
 
     rules:    {"number": function}
     makers:   {"model": function}, which makes a part from a string, for model("runs/rm")
-    load_own: gets "my_rewards" and "politeness", for my_rewards.politeness
     """
     calls = [f"{name}(...)" for name in makers]
     known = ", ".join([*rules, "module.name", *calls, "a number", "+ - *"])
@@ -58,7 +59,7 @@ def parse_mixture(text: str, rules: dict, makers: dict, load_own: Callable) -> M
             case ast.Name(name) if name in rules:
                 function = rules[name]
             case ast.Attribute(ast.Name(module), name):
-                function = load_own(module, name)
+                function = own_function(module, name)
             case ast.Call(ast.Name(name), [ast.Constant(str(word))], []) if name in makers:
                 function = makers[name](word)
             case _:
@@ -77,6 +78,21 @@ def parse_mixture(text: str, rules: dict, makers: dict, load_own: Callable) -> M
     return Mixture(tree, parts)
 
 
+def own_function(module: str, name: str) -> Callable:
+    """The function `name` of module.py in the current folder. UserError if it is not there."""
+    where = f"--reward {module}.{name}"
+    path = Path(f"{module}.py").resolve()
+    if not path.exists():
+        raise UserError(f"{where}: there is no {module}.py in the current folder")
+    try:
+        function = runpy.run_path(str(path)).get(name)
+    except Exception as error:  # the user's file may raise anything
+        raise UserError(f"{where}: {path} raised {name_error(error)}") from error
+    if not callable(function):
+        raise UserError(f"{where}: there is no function {name} in {path}")
+    return function
+
+
 def evaluate_mixture(mixture: Mixture, values: dict) -> list[float]:
     """'number + 0.2*format', {"number": [1, 0], "format": [1, 1]} -> [1.2, 0.2]"""
 
@@ -88,44 +104,43 @@ def evaluate_mixture(mixture: Mixture, values: dict) -> list[float]:
     return arithmetic(mixture.tree, value_of, SIGNED).tolist()
 
 
-def call_part(part: str, function: Callable, columns: dict) -> list[float]:
+def call_part(part: str, function: Callable, rows: list[dict], limit: int) -> list[float]:
     """The value of one part for each row.
 
-    columns: {"prompt": [...], "response": [...], "answer": [...]}, and if known length and limit,
-             which a function gets if it has parameters of that name. A function whose first
-             parameter is `prompts` is called once, with the first three columns as lists.
+    rows:  {"prompt", "response", "answer"} each, and "length" if it is known
+    limit: most tokens of a response. A function with a parameter `length` or `limit` gets that
+           number too. One whose first parameter is `prompts` is called once, with three lists.
     UserError names the row for which the function raised, or returned no finite number.
     """
-    texts = [columns[name] for name in ("prompt", "response", "answer")]
-    prompts, responses, _ = texts
+    texts = [[row[name] for row in rows] for name in ("prompt", "response", "answer")]
     parameters = list(inspect.signature(function).parameters)
     extra = [name for name in ("length", "limit") if name in parameters]
-    if extra and "length" not in columns:
+    if extra and not all(isinstance(row.get("length"), int) for row in rows):
         reason = "looks at the number of tokens (length), which is not given here"
         raise UserError(f"--reward {part}: {reason}")
 
-    def error_at(row: int, reason: str) -> UserError:
-        sample = f"prompt: {shorten(prompts[row], 100)}; response: {shorten(responses[row], 100)}"
-        return UserError(f"--reward {part}: {reason} ({sample})")
+    def error_at(i: int, reason: str) -> UserError:
+        prompt, response = shorten(rows[i]["prompt"], 100), shorten(rows[i]["response"], 100)
+        return UserError(f"--reward {part}: {reason} (prompt: {prompt}; response: {response})")
 
-    row = 0
+    i = 0
     values = []
     try:
         if parameters[:1] == ["prompts"]:
             values = list(function(*texts))
         else:
-            for row, arguments in enumerate(zip(*texts)):
-                options = {name: columns[name][row] for name in extra}
-                values.append(function(*arguments, **options))
+            for i, arguments in enumerate(zip(*texts)):
+                numbers = {"length": rows[i].get("length"), "limit": limit}
+                values.append(function(*arguments, **{name: numbers[name] for name in extra}))
     except Exception as error:  # a function of the user's may raise anything
-        raise error_at(row, f"raised {name_error(error)}") from error
+        raise error_at(i, f"raised {name_error(error)}") from error
 
-    n = len(responses)
-    if len(values) != n:
-        raise error_at(0, f"returned {len(values)} values for {n} responses, the first")
-    for row, value in enumerate(values):
+    if len(values) != len(rows):
+        count = f"returned {len(values)} values for {len(rows)} responses"
+        raise error_at(0, f"{count}, the first")
+    for i, value in enumerate(values):
         if not is_finite(value):
-            raise error_at(row, f"returned {shorten(repr(value), 50)}, not a finite number")
+            raise error_at(i, f"returned {shorten(repr(value), 50)}, not a finite number")
     return [float(value) for value in values]
 
 

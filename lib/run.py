@@ -45,6 +45,7 @@ from lib.files import append_rows, read_rows, write_json, write_rows, writing
 from lib.flags import UserError
 from lib.metrics import step_line
 
+TRACKERS = ("none", "tensorboard", "trackio", "wandb")
 ROOT = Path(__file__).parent.parent
 
 

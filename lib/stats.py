@@ -95,3 +95,45 @@ def paired_difference(gained: int, lost: int, n: int) -> tuple[float, float]:
     difference = up - down
     half = Z * math.sqrt((up + down - difference**2) / (n + 2))
     return max(-1.0, difference - half), min(1.0, difference + half)
+
+
+def bootstrapped(values: list[float]) -> dict:
+    """One value per problem -> their mean, and its interval by `bootstrap`."""
+    column = torch.tensor(values, dtype=torch.float64)[:, None]
+    return {"accuracy": sum(values) / len(values), "interval": bootstrap(column)[0]}
+
+
+def compare_greedy(before: list[bool], after: list[bool]) -> dict:
+    """Two models, one answer to each problem, right or wrong -> the difference of their accuracies,
+    its interval, and a verdict by McNemar's exact test."""
+    n = len(before)
+    gained = sum(new > old for old, new in zip(before, after))
+    lost = sum(new < old for old, new in zip(before, after))
+    p = mcnemar(gained, lost)
+    return {
+        "difference": (gained - lost) / n,
+        "interval": paired_difference(gained, lost, n),
+        "gained": gained,
+        "lost": lost,
+        "p": p,
+        "verdict": verdict(gained - lost, p < 0.05),
+    }
+
+
+def compare_sampled(before: list[float], after: list[float]) -> dict:
+    """Two models, the share of right answers to each problem -> the same, with a verdict by whether
+    0 is in the interval. It is bootstrapped over problems: what both find hard is no noise."""
+    found = bootstrapped([new - old for old, new in zip(before, after)])
+    difference = found["accuracy"]
+    low, high = found["interval"]
+    return {
+        "difference": difference,
+        "interval": (low, high),
+        "verdict": verdict(difference, low > 0 or high < 0),
+    }
+
+
+def verdict(difference: float, significant: bool) -> str:
+    if not significant:
+        return "no difference seen"
+    return "better" if difference > 0 else "worse"

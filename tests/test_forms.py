@@ -300,11 +300,11 @@ def test_a_decode_step_looks_at_no_value(architecture):
     config = AutoConfig.for_model(architecture, **{**sizes, **tiny.ARCHITECTURES.get(architecture, {}),
                                                    **META[architecture]})
     with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(config).eval()
+        model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).eval()
         state = DecodeState(model, 6, 4, 64, 16)
-        keys = [torch.zeros(3, 2, 7, 16), torch.zeros(3, 2, 7, 16)]
+        keys = torch.zeros(2, 3, 2, 7, 16, dtype=torch.bfloat16)
         if architecture == "gpt2":
-            keys = [torch.zeros(3, 4, 7, 16), torch.zeros(3, 4, 7, 16)]
+            keys = torch.zeros(2, 3, 4, 7, 16, dtype=torch.bfloat16)
         layers = [types.SimpleNamespace(keys=keys[0], values=keys[1])] * config.get_text_config().num_hidden_layers
         state.cache.set_prompts(types.SimpleNamespace(layers=layers))
         state.slots, state.attended = 4, 32

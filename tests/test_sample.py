@@ -195,7 +195,7 @@ def test_rows_of_a_rollout_and_a_mask_with_holes(load):
     rollout.response_mask[3, 1:3] = False
     assert rollout.response_lengths.tolist() == [6, 6, 6, 4, 6, 6, 6, 6]
     part = rollout.rows(torch.tensor([3, 0]))
-    assert part.response_lengths.tolist() == [4, 6] and part.prompt_lengths.tolist() == [13, 13]
+    assert part.response_lengths.tolist() == [4, 6] and part.prompt_lengths.tolist() == [1, 13]
     assert part.responses(tokenizer) == [rollout.responses(tokenizer)[i] for i in (3, 0)]
     parts = join([part, rollout.rows(torch.arange(2))])
     assert torch.equal(parts.response_mask, torch.cat([part.response_mask, rollout.response_mask[:2]]))

@@ -123,7 +123,10 @@ def least_work(model: PreTrainedModel, rollout: Rollout, P: int) -> dict[str, di
 
 @torch.no_grad()
 def transformers_generate(
-    model: PreTrainedModel, prompts: list[list[int]], group_size: int, max_new_tokens: int,
+    model: PreTrainedModel,
+    prompts: list[list[int]],
+    group_size: int,
+    max_new_tokens: int,
     stop: list[int],
 ) -> Tensor:
     """The same by transformers' own method -> (B, N) response tokens."""
@@ -159,8 +162,16 @@ def make_update(forms: fast.Forms, model: PreTrainedModel, rollout: Rollout) -> 
 
     def update() -> int:
         train.backward(
-            forms, model, rollout, rows, weights, loss_scale, ref_logprobs=None, known=True,
-            config=flags, micro_batch_tokens=flags.micro_batch_tokens,
+            forms,
+            model,
+            rollout,
+            rows,
+            weights,
+            loss_scale,
+            ref_logprobs=None,
+            known=True,
+            config=flags,
+            micro_batch_tokens=flags.micro_batch_tokens,
         )
         optimizer.step(lr=0.0, max_grad_norm=1.0)
         return int(rollout.response_lengths.sum())

@@ -139,7 +139,7 @@ def plot(results: dict[str, list[dict]], path: Path) -> None:
     height = math.ceil(len(results) / 5)
     figure = Figure(figsize=(12, 2.3 * height), layout="constrained")
     panels = figure.subplots(height, 5, sharex=True, sharey=True).flat
-    for name, panel in zip(results, panels):  # this order: zip takes no panel too many
+    for name, panel in zip(results, panels):  # panels last: zip must not take one more
         for run in results["grpo"]:
             draw(panel, run, "eval_accuracy", "0.8", 3)
         for run in results[name]:

@@ -1,7 +1,7 @@
 """Estimate how much memory a run of train.py takes, before you start it. It has train.py's flags.
 
-    python -m tools.memory qwen2.5-0.5b --memory_gb 12                 # a shape: no download
-    python -m tools.memory Qwen/Qwen2.5-0.5B-Instruct --lora_rank 16   # downloads config.json only
+python -m tools.memory qwen2.5-0.5b --memory_gb 12                 # a shape: no download
+python -m tools.memory Qwen/Qwen2.5-0.5B-Instruct --lora_rank 16   # downloads config.json only
 """
 
 from dataclasses import dataclass

@@ -32,10 +32,11 @@ import fast
 from fast.optimizer import Optimizer
 from lib.files import read_jsonl, write_json
 from lib.flags import UserError, check_range, run_script
+from lib.reward_model import RewardModel
 from lib.run import is_run
 from lib.stats import wilson
 from policy import load_policy, pick_device, save_policy, stop_ids
-from reward import RewardModel, load_reward, read_samples, score
+from reward import load_reward, read_samples, score
 from sample import Sampling
 from tasks import hold_out, is_prompt, load_task, prompt_ids, stable_hash, take_problems
 
@@ -85,8 +86,8 @@ def make_pairs(groups: dict[str, dict[str, float]], most: int, rng: random.Rando
     return pairs
 
 
-def sample_responses(config: Config, device: torch.device) -> tuple[list, list, list, list]:
-    """Prompts, the policy's responses, answers and lengths (tokens), a row for each response."""
+def sample_responses(config: Config, device: torch.device) -> list[dict]:
+    """Samples for `score`: the policy's responses to training problems of the task."""
     policy, tokenizer = load_policy(config.policy, device)
     task = load_task(config.task, config.data_dir)
     problems = take_problems(task.train, 0, config.prompts, config.seed)
@@ -98,13 +99,7 @@ def sample_responses(config: Config, device: torch.device) -> tuple[list, list, 
     print(f"sampling {G} responses to each of {len(problems)} prompts")
     forms = fast.choose(policy, prompts[:8], stop, sampling, N)
     rollout = forms.generate(policy, prompts, G, N, stop, seeds, sampling, max_rows=512)
-    rows = [problem for problem in problems for _ in range(G)]
-    return (
-        [row.prompt for row in rows],
-        rollout.responses(tokenizer),
-        [row.answer for row in rows],
-        rollout.response_lengths.tolist(),
-    )
+    return rollout.samples(problems, tokenizer)
 
 
 def read_pairs(config: Config, source: str | None, device: torch.device) -> list[Pair]:
@@ -113,16 +108,12 @@ def read_pairs(config: Config, source: str | None, device: torch.device) -> list
         fields = {"prompt": is_prompt, "chosen": is_string, "rejected": is_string}
         rows = read_jsonl(Path(source), fields)
         return [Pair(row["prompt"], row["chosen"], row["rejected"]) for row in rows]
-    if source:
-        prompts, responses, answers, lengths = read_samples(Path(source))
-    else:
-        prompts, responses, answers, lengths = sample_responses(config, device)
+    samples = read_samples(source) if source else sample_responses(config, device)
     label = config.label or load_task(config.task, config.data_dir).reward
     reward = load_reward(label, device)
-    values, _ = score(reward, prompts, responses, answers, lengths, config.max_new_tokens)
     groups = defaultdict(dict)
-    for prompt, response, value in zip(prompts, responses, values):
-        groups[json.dumps(prompt)][response] = value
+    for sample, found in zip(samples, score(reward, samples, config.max_new_tokens)):
+        groups[json.dumps(sample["prompt"])][sample["response"]] = found["reward"]
     return make_pairs(groups, config.pairs_per_prompt, random.Random(config.seed))
 
 
@@ -177,11 +168,14 @@ def fit(
         for i in rng.sample(range(pairs), min(config.batch_size, pairs)):
             batch += rows[2 * i : 2 * i + 2]
         chosen, rejected = pair_scores(reward_model, batch)
-        loss = (-logsigmoid(chosen - rejected) + 0.01 * (chosen + rejected) ** 2).mean()
+        preference = -logsigmoid(chosen - rejected)
+        offset = (chosen + rejected) ** 2  # the preference does not fix where 0 is
+        loss = (preference + 0.01 * offset).mean()
         if not loss.isfinite():
             raise UserError(f"--lr {lr}: the loss is {loss.item()} at step {step}, lower it")
         loss.backward()
-        optimizer.step(lr * min(step / 10, 1 - 0.9 * step / steps), max_grad_norm=1.0)
+        schedule = min(step / 10, 1 - 0.9 * step / steps)  # a warm-up of 10 steps, then down
+        optimizer.step(lr * schedule, max_grad_norm=1.0)
         bar.set_postfix(loss=f"{loss.item():.3f}")
         curve.append({"step": step, "loss": loss.item()})
         if step == steps or step % max(1, steps // 8) == 0:
@@ -206,7 +200,8 @@ def main(config: Config, source: str | None = None) -> Path:
         raise UserError(
             f"{source or config.policy}: fewer than 10 prompts on which one response is better "
             "than another: give more --prompts or a larger --group_size (a run keeps --log_samples "
-            "per step)")
+            "per step)"
+        )
     held_out, pairs = hold_out(pairs, 0.1)
     base = config.model or config.policy
     if is_run(Path(base)):
@@ -242,7 +237,7 @@ def main(config: Config, source: str | None = None) -> Path:
     print(f"""
 {len(held_out)} held-out pairs (fitted to {len(pairs)}), {seconds:.0f} s in all
 the reward model prefers the chosen one in {right:.3f} [{low:.3f}, {high:.3f}]
-the longer one is the chosen one in         {result['longer_wins']:.3f}
+the longer one is the chosen one in         {result["longer_wins"]:.3f}
 
 {output}/: a Hugging Face folder, curve.png, fit.json
 
@@ -254,10 +249,11 @@ def plot(curve: list[dict], path: Path) -> None:
     """The loss of each step, and the accuracy on held-out pairs."""
     figure = Figure(figsize=(8, 3.5), layout="constrained")
     left, right = figure.subplots(1, 2)
-    left.plot([row["step"] for row in curve], [row["loss"] for row in curve])
+    losses = [(row["step"], row["loss"]) for row in curve]
+    left.plot(*zip(*losses))
     left.set(title="loss", xlabel="step", ylim=(0, None))
-    points = [(row["step"], row["accuracy"]) for row in curve if "accuracy" in row]
-    right.plot(*zip(*points), "o-")
+    accuracies = [(row["step"], row["accuracy"]) for row in curve if "accuracy" in row]
+    right.plot(*zip(*accuracies), "o-")
     right.set(title="accuracy on held-out pairs", xlabel="step", ylim=(0.45, 1.02))
     figure.savefig(path, dpi=110)
 

@@ -1,0 +1,78 @@
+"""A learned reward: a Hugging Face model for sequence classification, as `model("runs/rm")`."""
+
+import torch
+from torch.nn.utils.rnn import pad_sequence
+from transformers import AutoModelForSequenceClassification, AutoTokenizer
+
+from lib.batching import micro_batches
+from lib.flags import UserError, first_line
+
+
+class RewardModel:
+    """A learned reward: a Hugging Face model for sequence classification with one output.
+
+    bounded: sigmoid(score - mean score of the preferred responses in its training), in (0, 1),
+             instead of the raw score
+    options: for from_pretrained
+    """
+
+    def __init__(self, name: str, device: torch.device, bounded: bool = True, **options):
+        dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+        try:
+            self.tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=False)
+            model = AutoModelForSequenceClassification.from_pretrained(
+                name, dtype=dtype, use_safetensors=True, trust_remote_code=False, **options
+            )
+        except Exception as error:  # transformers, tokenizers and safetensors raise many kinds
+            reason = f"cannot be loaded as a reward model: {first_line(error)}"
+            raise UserError(f'model("{name}"): {reason}') from None
+        if model.config.num_labels != 1:
+            reason = f"has {model.config.num_labels} outputs, a reward model has one"
+            cure = "train_reward.py makes one of a language model"
+            raise UserError(f'model("{name}"): {reason}; {cure}')
+        self.model = model.to(device).eval()
+        self.bounded = bounded
+
+    def ids(self, prompt: str | list, response: str) -> list[int]:
+        """Token ids of prompt and response, by the reward model's chat template if it has one.
+
+        A response could spell out special tokens, to end its turn and praise itself as the user:
+        they are removed.
+        """
+        for token in self.tokenizer.added_tokens_decoder.values():
+            if token.special:
+                response = response.replace(token.content, " ")
+        messages = prompt if isinstance(prompt, list) else [{"role": "user", "content": prompt}]
+        if self.tokenizer.chat_template:
+            messages = [*messages, {"role": "assistant", "content": response}]
+            return self.tokenizer.apply_chat_template(messages, return_dict=False)
+        text = "\n".join(message["content"] for message in messages) + response
+        ids = self.tokenizer(text)["input_ids"]
+        end = [self.tokenizer.eos_token_id]
+        return ids if end in ([None], ids[-1:]) else ids + end  # some tokenizers add it themselves
+
+    def scores(self, rows: list[list[int]], tokens: int = 16384) -> torch.Tensor:
+        """B rows of token ids -> (B,) float32 raw scores, in micro-batches of so many tokens."""
+        room = getattr(self.model.config.get_text_config(), "max_position_embeddings", None) or 0
+        rows = [torch.tensor(row[-room:]) for row in rows]  # room 0 keeps all
+        lengths = torch.tensor([len(row) for row in rows])
+        # The model reads the score at the last token that is not padding, and knows padding by its
+        # id, which may be that of the end of text. So pad with an id that is no row's last.
+        last = {int(row[-1]) for row in rows}
+        padding = min(set(range(len(last) + 1)) - last)
+        self.model.config.get_text_config().pad_token_id = padding
+        scores = torch.zeros(len(rows), device=self.model.device)
+        for batch in micro_batches(lengths, tokens):
+            ids = pad_sequence([rows[i] for i in batch], batch_first=True, padding_value=padding)
+            ids = ids.to(scores.device)  # (R, T)
+            mask = torch.arange(ids.shape[1]) < lengths[batch, None]
+            logits = self.model(ids, attention_mask=mask.to(ids)).logits  # (R, 1)
+            scores[batch] = logits[:, 0].float()
+        return scores
+
+    @torch.no_grad()
+    def __call__(self, prompts, responses, answers) -> list[float]:
+        scores = self.scores(list(map(self.ids, prompts, responses)))
+        if self.bounded:
+            scores = torch.sigmoid(scores - getattr(self.model.config, "mean_chosen_score", 0.0))
+        return scores.tolist()
