@@ -25,12 +25,12 @@ from lib.files import write_json, write_rows
 from lib.flags import UserError, check_range, flag, run_script
 from lib.plots import plot_evaluation
 from lib.report import comparison_text, results_table
-from lib.run import is_run, read_config
-from lib.stats import bootstrapped, compare_greedy, compare_sampled, maj_at_k, pass_at_k, wilson
+from lib.run import flags_of_runs, is_run, read_config
+from lib.stats import at_k, bootstrapped, compare_greedy, compare_sampled, wilson
 from policy import DEVICES, DTYPES, load_policy, pick_device, stop_ids
 from reward import ANSWERS, STRICT_AND_LENIENT, final_answer, last_number, load_reward, score
 from sample import Sampling
-from tasks import load_task, prompt_ids, stable_hash
+from tasks import load_task, longest_prompts, prompt_ids, stable_hash
 
 
 def respond(
@@ -56,6 +56,7 @@ def respond(
     stop = stop_ids(policy, tokenizer)
     sizes = {"batch_size": batch_size}
     buffers = {}
+    generate = partial(forms.generate, buffers=buffers)
     groups = []
     count = max(1, batch_size // samples)
     for start in tqdm(range(0, len(problems), count), label, leave=False):
@@ -63,8 +64,7 @@ def respond(
         prompts = [prompt_ids(task, problem, tokenizer) for problem in batch]
         seeds = [stable_hash(f"{seed}/{problem.prompt}") for problem in batch]
         arguments = policy, prompts, samples, max_new_tokens, stop, seeds, sampling
-        generate = partial(forms.generate, *arguments, buffers=buffers)
-        rollout = halve_on_oom(generate, sizes, "batch_size", undo=buffers.clear)
+        rollout = halve_on_oom(sizes, "batch_size", generate, *arguments, undo=buffers.clear)
 
         rows = rollout.samples(batch, tokenizer)
         for row, found in zip(rows, score(rule, rows, max_new_tokens)):
@@ -119,7 +119,7 @@ def details(groups, rule, reward, max_new_tokens) -> dict:
         for form, name in zip(("strict", "lenient"), STRICT_AND_LENIENT[rule]):
             scores = score(load_reward(name), rows, max_new_tokens)
             numbers[form] = fmean(found["reward"] == 1 for found in scores)
-    return {**numbers, **by_difficulty(groups), **at_k(groups, rule)}
+    return {**numbers, **by_difficulty(groups), **at_several_k(groups, rule)}
 
 
 def by_difficulty(groups) -> dict:
@@ -133,23 +133,14 @@ def by_difficulty(groups) -> dict:
     return {"by_difficulty": {level: accuracy(levels[level]) for level in order}}
 
 
-def at_k(groups, rule) -> dict:
-    """pass@k (one of k is right) and maj@k (the majority of k is) for k = 1, 2, 4 ... samples."""
-    samples = len(groups[0])
-    if samples == 1:
+def at_several_k(groups, rule) -> dict:
+    """pass@k and maj@k, where there are several responses to a problem."""
+    if len(groups[0]) == 1:
         return {}
     normalise = ANSWERS.get(rule, str)
-    passed, majority = defaultdict(list), defaultdict(list)  # k -> one value per problem
-    for group in groups:
-        right = [row["right"] for row in group]
-        votes = [normalise(final_answer(row["response"])) for row in group]
-        for k in [2**i for i in range(20) if 2**i < samples] + [samples]:
-            passed[k].append(pass_at_k(sum(right), samples, k))
-            majority[k].append(maj_at_k(votes, right, k))
-    return {
-        "pass_at": {k: bootstrapped(passed[k]) for k in passed},
-        "maj_at": {k: bootstrapped(majority[k]) for k in majority},
-    }
+    right = [[row["right"] for row in group] for group in groups]
+    votes = [[normalise(final_answer(row["response"])) for row in group] for group in groups]
+    return at_k(votes, right)
 
 
 def compare(before, after) -> dict:
@@ -175,32 +166,18 @@ class Config:
     dtype: Literal["auto", *DTYPES] = flag("auto", "auto: bfloat16 on cuda, else float32")
 
 
-def fill_in(config, runs) -> Config:
-    """Takes the flags that were not given from the runs, which must agree in them."""
-    flags = ["task", "data_dir", "max_new_tokens"]
-    if not config.task:
-        flags.append("reward")  # that of a run is for the task of the run
-    for name in flags:
-        values = list(dict.fromkeys(run[name] for run in runs.values()))
-        if getattr(config, name) or not values:
-            continue
-        if len(values) > 1:
-            listed = ", ".join(map(repr, values))
-            raise UserError(f"--{name}: the runs differ in it ({listed}), give one for all")
-        config = replace(config, **{name: values[0]})
-    if not config.task:
-        reason = "none of the models is a run that brings a task of its own"
-        raise UserError(f"--task: {reason}, name one: add, gsm8k ...")
-    return config
-
-
 def main(config, models) -> dict:
     """Evaluates the models, and the base model of each run. Returns the content of eval.json."""
     check_range(config, 0, "limit max_new_tokens seed")
     check_range(config, 1, "samples batch_size", most=1e6)
     check_range(config, 1e-4, "temperature", most=1e9)
     runs = {name: read_config(Path(name)) for name in models if is_run(Path(name))}
-    config = fill_in(config, runs)
+    shared = ["task", "data_dir", "max_new_tokens"]
+    if not config.task:
+        shared.append("reward")  # that of a run is for the task of the run
+    config = flags_of_runs(config, runs, shared)
+    if not config.task:
+        raise UserError("--task: none of the models is a run that brings its own, name one")
     N = config.max_new_tokens or 512
     device = pick_device(config.device)
     task = load_task(config.task, config.data_dir)
@@ -219,8 +196,8 @@ def main(config, models) -> dict:
     groups, results, rows = {}, {}, []
     for name in dict.fromkeys(chain(*zip(bases.values(), bases))):
         policy, tokenizer = load_policy(name, device, config.dtype)
-        prompts = sorted((prompt_ids(task, problem, tokenizer) for problem in problems), key=len)
-        forms = fast.choose(policy, prompts[-3:], stop_ids(policy, tokenizer), sampled, N)
+        prompts = longest_prompts(task, problems, tokenizer)
+        forms = fast.choose(policy, prompts, stop_ids(policy, tokenizer), sampled, N)
         ask = partial(
             respond,
             forms,

@@ -277,13 +277,12 @@ def token_stats(logits, tokens, sampling):
 
 
 def token_logprobs(policy, rollout, rows, sampling, known=None, with_entropy=False):
-    """R rows of a rollout (indices) -> (R, N) float32 log-probs of their response tokens and (R,
-    N) entropies, both differentiable, 0 where response_mask is False.
+    """R rows (indices) of a rollout -> (R, N) float32 log-probs of the response tokens, and (R, N)
+    entropies, both differentiable, 0 where response_mask is False.
 
     No attention mask is needed: attention is causal and padding is on the right.
     known:        (R, N) log-probs, if the policy is still the one that sampled. The fast form
-                  returns them and saves a
-                  matrix product
+                  returns them, with the same gradient, and saves a matrix product
     with_entropy: the fast form returns entropies only if asked
     """
     rollout = rollout.rows(rows)

@@ -189,6 +189,13 @@ def enable_gradient_checkpointing(model) -> None:
     model.recomputes_activations = True  # fast/logprobs.py: such a model cannot share prompts
 
 
+def default_learning_rate(model, lora_rank) -> float:
+    """2e-4 for models under 10 M parameters, 1e-5 for an adapter, else 1e-6."""
+    if model.num_parameters() < 10e6:
+        return 2e-4
+    return 1e-5 if lora_rank else 1e-6
+
+
 def learning_rate(step, lr, warmup_steps, steps) -> float:
     """Steps count from 1. Rises to `lr` over the warm-up, then falls in a straight line to a
     tenth."""

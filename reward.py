@@ -24,12 +24,11 @@ from pathlib import Path
 
 import torch
 
-from lib.files import read_jsonl
+from lib.files import is_answer, is_prompt, is_string, read_jsonl
 from lib.flags import UserError, align, check_range, flag, run_script, shorten
 from lib.mixture import OPERATORS, Mixture, arithmetic, call_part, evaluate_mixture, parse_mixture
 from lib.reward_model import RewardModel
 from policy import pick_device
-from tasks import is_answer, is_prompt
 
 NUMBER = re.compile(  # the minus in 8-5, x-5 or (2)-5 is no sign
     r"(?<![0-9A-Za-z)])-?\$?[0-9]{1,3}(?:,[0-9]{3})+(?:\.[0-9]+)?(?![0-9])"  # -1,012.50
@@ -170,18 +169,7 @@ def overlong(prompt, response, answer, length, limit):
     return min(0.0, (4 * limit - 5 * length) / limit)
 
 
-def repetition(prompt, response, answer):
-    """Share of the runs of 4 words that occurred before: give it a negative factor.
-
-    one two three four | -> 0
-    a b a b a b a b | -> 0.6
-    """
-    words = response.split()
-    runs = list(zip(words, words[1:], words[2:], words[3:]))
-    return 1 - len(set(runs)) / len(runs) if runs else 0.0
-
-
-RULES = exact, number, stated, choice, countdown, format, length, overlong, repetition
+RULES = exact, number, stated, choice, countdown, format, length, overlong
 REWARDS = {rule.__name__: rule for rule in RULES}
 # for majority votes: final answer -> what the rule compares
 ANSWERS = {"number": last_number, "choice": last_letter, "countdown": last_expression}
@@ -222,10 +210,6 @@ def read_samples(path) -> list[dict]:
     """The lines of a .jsonl file, each with prompt, response and answer."""
     fields = {"prompt": is_prompt, "response": is_string, "answer": is_answer}
     return [{**row, "answer": str(row["answer"])} for row in read_jsonl(Path(path), fields)]
-
-
-def is_string(value):
-    return isinstance(value, str)
 
 
 @dataclass(frozen=True)

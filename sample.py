@@ -126,15 +126,12 @@ def inverse_cdf(weights, uniforms) -> tuple[Tensor, Tensor]:
     where within it, [0, 1)
 
     [[1, 0, 3]], [0.5] -> [2], [1/3]. A weight of 0 is never chosen."""
-    weights = weights.to(
-        uniforms.dtype
-    )  # float64: in float32 a sum over a large V loses the rare tokens
+    # float64: in float32 a sum over a large V loses the rare tokens
+    weights = weights.to(uniforms.dtype)
     cumulative = weights.cumsum(1)
     total = cumulative[:, -1:]
-    below_total = total.nextafter(torch.zeros_like(total))
-    target = torch.minimum(
-        uniforms[:, None] * total, below_total
-    )  # the product may round up to total
+    # below total, to which the product may round up
+    target = torch.minimum(uniforms[:, None] * total, total.nextafter(torch.zeros_like(total)))
     index = torch.searchsorted(cumulative, target, right=True).clamp(max=weights.shape[1] - 1)
     weight = weights.gather(1, index)
     within = (target - cumulative.gather(1, index) + weight) / weight
@@ -143,16 +140,9 @@ def inverse_cdf(weights, uniforms) -> tuple[Tensor, Tensor]:
 
 @torch.no_grad()
 def generate(
-    policy,
-    prompts,
-    group_size,
-    max_new_tokens,
-    stop,
-    seeds,
-    sampling=Sampling(),
-    max_rows=None,
-    buffers=None,
-) -> Rollout:
+    policy, prompts, group_size, max_new_tokens, stop, seeds,
+    sampling=Sampling(), max_rows=None, buffers=None,
+) -> Rollout:  # fmt: skip
     """Samples `group_size` responses to each of P prompts (token ids), one prompt at a time.
 
     stop:     ids of the tokens that end a response

@@ -10,7 +10,6 @@ A new task is a function that returns a Task. Add it to TASKS.
 
 import hashlib
 import json
-import math
 import random
 from dataclasses import dataclass, field
 from functools import lru_cache
@@ -18,7 +17,7 @@ from pathlib import Path
 
 from jinja2.exceptions import TemplateError
 
-from lib.files import download, read_jsonl
+from lib.files import download, is_answer, is_prompt, is_text, read_jsonl
 from lib.flags import UserError
 
 
@@ -233,26 +232,6 @@ def load_task(name, data_dir="") -> Task:
     return split(name, problems, "number" if all_numbers else "exact")
 
 
-def is_text(value) -> bool:
-    return isinstance(value, str) and value != ""
-
-
-def is_answer(value) -> bool:
-    return is_text(value) or (isinstance(value, (int, float)) and math.isfinite(value))
-
-
-def is_prompt(value) -> bool:
-    """Text, or chat messages: [{"role": text, "content": text}, ...]"""
-    if not isinstance(value, list):
-        return is_text(value)
-    return value != [] and all(map(is_message, value))
-
-
-def is_message(value) -> bool:
-    value = value if isinstance(value, dict) else {}
-    return is_text(value.get("role")) and is_text(value.get("content"))
-
-
 def as_messages(prompt) -> list[dict]:
     """A prompt as chat messages: "hi" -> [{"role": "user", "content": "hi"}]"""
     return prompt if isinstance(prompt, list) else [{"role": "user", "content": prompt}]
@@ -284,3 +263,10 @@ def prompt_ids(task, problem, tokenizer) -> list[int]:
     # some templates (Gemma's) have no system role: begin the user's message with the instruction
     messages = as_messages(f"{task.system}\n\n{prompt}")
     return tokenizer.apply_chat_template(messages, **options)
+
+
+def longest_prompts(task, problems, tokenizer) -> list[list[int]]:
+    """Token ids of the longest prompts, longest first."""
+    longest = sorted(problems, key=lambda problem: len(str(problem.prompt)))[-64:]
+    prompts = [prompt_ids(task, problem, tokenizer) for problem in longest]
+    return sorted(prompts, key=len, reverse=True)

@@ -48,6 +48,7 @@ from policy import (
     DTYPES,
     adapter_off,
     add_adapter,
+    default_learning_rate,
     enable_gradient_checkpointing,
     learning_rate,
     load_policy,
@@ -57,7 +58,7 @@ from policy import (
 )
 from reward import load_reward, score
 from sample import Sampling, check_prompts, join
-from tasks import load_task, prompt_ids, stable_hash, take_problems
+from tasks import load_task, longest_prompts, prompt_ids, stable_hash, take_problems
 
 
 @dataclass(frozen=True)
@@ -120,7 +121,7 @@ class Config:
     dtype: Literal["auto", *DTYPES] = flag("auto", "auto: bfloat16 on cuda, else float32")
 
 
-ADD = dict(prompts_per_step=32, max_new_tokens=32, steps=100, eval_every=10, eval_problems=500)
+ADD = dict(prompts_per_step=32, max_new_tokens=32, steps=60, eval_every=10, eval_problems=500)
 PRESETS = {"add": ADD}  # defaults of the flags for a task
 HELP = f"{__doc__}\n{list_presets('task', PRESETS)}\n{list_presets('recipe', RECIPES)}"
 
@@ -153,46 +154,33 @@ def check(config) -> None:
 
 
 def backward(
-    forms,
-    policy,
-    rollout,
-    rows,
-    weights,
-    loss_scale,
-    ref_logprobs,
-    known,
-    config,
-    micro_batch_tokens,
+    forms, policy, rollout, rows, weights, loss_scale, ref_logprobs, known, config, tokens
 ):
-    """Adds the gradient of the loss over `rows` (indices) of a rollout. The size of the
-    micro-batches changes nothing.
+    """Adds the gradient of the loss over `rows` (indices) of a rollout, in micro-batches of at most
+    so many tokens: their size affects memory only.
 
     weights: (B, 1) or (B, N); loss_scale: (B,); known: the policy is still the one that sampled
     """
     sampling = Sampling(config.temperature)
+    with_entropy = config.entropy_coef != 0
     statistics = UpdateStatistics()
-    for micro_batch in micro_batches(rollout.lengths[rows].cpu(), micro_batch_tokens):
+    for micro_batch in micro_batches(rollout.lengths[rows].cpu(), tokens):
         r = rows[micro_batch.to(rows.device)]  # (R,)
-        mask = rollout.response_mask[r]  # (R, N)
-        old_logprobs = rollout.old_logprobs[r]  # (R, N)
+        mask = rollout.response_mask[r]  # (R, N) tokens that the policy wrote
+        old = rollout.old_logprobs[r]  # (R, N)
         logprobs, entropy = forms.token_logprobs(
-            policy,
-            rollout,
-            r,
-            sampling,
-            known=old_logprobs if known else None,
-            with_entropy=config.entropy_coef != 0,
+            policy, rollout, r, sampling, known=old if known else None, with_entropy=with_entropy
         )
 
-        token_loss, clipped = LOSSES[config.loss](logprobs, old_logprobs, weights[r], mask, config)
+        token_loss, clipped = LOSSES[config.loss](logprobs, old, weights[r], mask, config)
         if config.kl_beta:
             token_loss = token_loss + config.kl_beta * k2(logprobs, ref_logprobs[r])
-        if config.entropy_coef:
+        if with_entropy:
             token_loss = token_loss - config.entropy_coef * entropy
 
         loss = (token_loss * mask * loss_scale[r, None]).sum()
         loss.backward()
-        statistics.add(loss, logprobs, old_logprobs, clipped, mask, entropy)
+        statistics.add(loss, logprobs, old, clipped, mask, entropy if with_entropy else None)
     return statistics
 
 
@@ -208,19 +196,19 @@ def has_gradient(weights, config):
 def all_logprobs(forms, policy, rollout, sampling, sizes):
     """(B, N) log-probs of a rollout's responses, 0 outside the mask."""
 
-    def work(micro_batch_tokens):
+    def work(tokens):
         logprobs = torch.zeros_like(rollout.old_logprobs)
-        for rows in micro_batches(rollout.lengths.cpu(), micro_batch_tokens):
+        for rows in micro_batches(rollout.lengths.cpu(), tokens):
             rows = rows.to(logprobs.device)
             logprobs[rows], _ = forms.token_logprobs(policy, rollout, rows, sampling)
         return logprobs
 
-    return halve_on_oom(work, sizes, "micro_batch_tokens", least=int(rollout.lengths.max()))
+    return halve_on_oom(sizes, "micro_batch_tokens", work, least=int(rollout.lengths.max()))
 
 
 def main(config) -> Path:
     """Trains; returns the run folder."""
-    # ------------------------------------------------------------------ set-up
+    # ---------------------------------------------------------- set-up
     check(config)
     P, G, N = config.prompts_per_step, config.group_size, config.max_new_tokens
     sampling = Sampling(config.temperature)
@@ -235,62 +223,46 @@ def main(config) -> Path:
     start = run.checkpoint if run.checkpoint and not config.lora_rank else config.model
     policy, tokenizer = load_policy(str(start), device, config.dtype)
     stop = stop_ids(policy, tokenizer)
-    if config.lr == 0:
-        small = policy.num_parameters() < 10e6
-        config = replace(config, lr=2e-4 if small else 1e-5 if config.lora_rank else 1e-6)
-    torch.manual_seed(
-        config.seed
-    )  # for LoRA's start and rewards of the user's; our own sampling has its own generators
+    lr = config.lr or default_learning_rate(policy, config.lora_rank)
+    config = replace(config, lr=lr)
+    torch.manual_seed(config.seed)  # for a new adapter and rewards; sampling has its own generators
     random.seed(config.seed)
     if config.lora_rank:
         add_adapter(policy, config.lora_rank, run.checkpoint and run.checkpoint / "adapter")
     if config.gradient_checkpointing:
         enable_gradient_checkpointing(policy)
-    # what the run started from, also after --resume; with LoRA the policy without its adapter
-    reference = None
+    reference = None  # what the run started from, also after --resume
     if config.kl_beta or config.log_kl:
-        reference = (
-            policy if config.lora_rank else load_policy(config.model, device, config.dtype)[0]
-        )
+        reference = policy  # without its adapter, see below
+        if not config.lora_rank:
+            reference, _ = load_policy(config.model, device, config.dtype)
 
-    longest = sorted(task.train + held_out, key=lambda problem: len(str(problem.prompt)))[-64:]
-    longest = sorted(
-        (prompt_ids(task, problem, tokenizer) for problem in longest), key=len, reverse=True
-    )
+    longest = longest_prompts(task, task.train + held_out, tokenizer)
     check_prompts(policy, longest, N)
     print(memory_table(config, policy, device_memory(device), len(longest[0])), end="")
     forms = fast.choose(policy, longest, stop, sampling, N, config.fast)
     measure = partial(evaluate, forms, policy, tokenizer, task, held_out, max_new_tokens=N)
 
     optimizer = Optimizer(policy, config.weight_decay, config.offload)
-    state = {
-        "step": 0,
-        "prompts_seen": 0,
-        "halved": {},
-    }  # all that a run must remember: saved and loaded whole
+    state = {"step": 0, "prompts_seen": 0, "halved": {}}  # all that a run must remember
     if run.state:
         state = run.state
         optimizer.load_state_dict(state.pop("optimizer"))
         restore_random_state(state)
-    # sizes that were halved when the GPU ran out of memory stay so
-    sizes = ChainMap(
-        state["halved"],
-        {
-            "rows_at_once": config.rows_at_once or P * G,
-            "micro_batch_tokens": config.micro_batch_tokens,
-        },
-    )
+    sizes = {"rows_at_once": config.rows_at_once or P * G}
+    sizes["micro_batch_tokens"] = config.micro_batch_tokens
+    sizes = ChainMap(state["halved"], sizes)  # halved where the GPU ran out of memory
     buffers = {}  # the sampler's KV cache and CUDA graphs
+    generate = partial(forms.generate, buffers=buffers)
     config = run.start(config, device, state["step"], tracker)
     if held_out and state["step"] == 0:
-        run.write_json(
-            "before.json", {"greedy": measure(Sampling(0)), "sampled": measure(sampling)}
-        )
+        before = {"greedy": measure(Sampling(0)), "sampled": measure(sampling)}
+        run.write_json("before.json", before)
 
     for step in run.steps(state["step"] + 1, config.steps):
         started, seconds_generate = time.perf_counter(), 0.0
 
-        # -------------------------------------------------------------- 1. prompts, responses, rew
+        # ---------------------------------------------------------- 1. sample and score
         rollouts, samples = [], []
         for _ in range(config.resample_tries if config.filter == "resample" else 1):
             seen = state["prompts_seen"]
@@ -300,125 +272,96 @@ def main(config) -> Path:
             state["prompts_seen"] += P
 
             began = time.perf_counter()
-            generate = partial(
-                forms.generate, policy, prompts, G, N, stop, seeds, sampling, buffers=buffers
-            )
-            rollouts.append(halve_on_oom(generate, sizes, "rows_at_once", undo=buffers.clear))
+            arguments = policy, prompts, G, N, stop, seeds, sampling
+            rollout = halve_on_oom(sizes, "rows_at_once", generate, *arguments, undo=buffers.clear)
+            rollouts.append(rollout)
             seconds_generate += time.perf_counter() - began
 
-            new = rollouts[-1].samples(problems, tokenizer)
+            new = rollout.samples(problems, tokenizer)
             scores, true_scores = score(reward, new, N), score(true_reward, new, N)
-            for sample, found, true in zip(new, scores, true_scores):  # "reward" and its "parts"
+            for sample, found, true in zip(new, scores, true_scores):  # the reward and its parts
                 samples.append({**sample, **found, "true_reward": true["reward"]})
             rewards = torch.tensor([sample["reward"] for sample in samples]).view(-1, G)  # (P, G)
             if informative(rewards, None)[:, 0].sum() >= P:
                 break
         rollout = join(rollouts)  # B = P * G rows: row b answers prompt b // G
 
-        # -------------------------------------------------------------- 2. weights
-        weights = NORMALISERS[config.normaliser](
-            rewards, config
-        )  # (P, G): in other papers the advantage
+        # ---------------------------------------------------------- 2. weights
+        weights = NORMALISERS[config.normaliser](rewards, config)  # (P, G), also called advantages
         finished = rollout.finished.view(-1, G).cpu()
         selected = FILTERS[config.filter](rewards, finished, config)  # (P, G) bool
-        weights = (
-            weights.where(selected, 0.0).view(-1, 1).to(device)
-        )  # (B, 1); (B, N) gives each token its own
+        weights = weights.where(selected, 0.0)
+        weights = weights.view(-1, 1).to(device)  # (B, 1); (B, N) would give each token its own
+        for sample, weight in zip(samples, weights.sum(1).tolist()):
+            sample["weight"] = weight
         selected = selected.flatten().to(device)  # (B,)
 
-        # -------------------------------------------------------------- 3. log-probs from before t
-        few = torch.arange(min(2, len(weights)), device=device)
-        learner_logprobs = all_logprobs(forms, policy, rollout.rows(few), sampling, sizes)
-        sampler_gap = (learner_logprobs - rollout.old_logprobs[few]).abs().max().item()
+        # ---------------------------------------------------------- 3. old and reference log-probs
+        few = rollout.rows(slice(0, 2))
+        gap = all_logprobs(forms, policy, few, sampling, sizes) - few.old_logprobs
         if policy.dtype == torch.bfloat16 and (config.loss != "logprob" or reference):
-            # in bfloat16 the sampler's log-probs differ from a forward pass by rounding: ratios
-            # would not start at 1
+            # the sampler's differ from a forward pass by rounding: ratios would not start at 1
             rollout.old_logprobs = all_logprobs(forms, policy, rollout, sampling, sizes)
         ref_logprobs = None
         if reference:
             with adapter_off(policy):
                 ref_logprobs = all_logprobs(forms, reference, rollout, sampling, sizes)  # (B, N)
 
-        # -------------------------------------------------------------- 4. update
+        # ---------------------------------------------------------- 4. update
         lr = learning_rate(step, config.lr, config.warmup_steps, config.steps)
-        counts = rollout.response_lengths
+        counts = rollout.response_lengths  # (B,)
         updates = []
         for _ in range(config.updates_per_rollout):
             for rows in selected.nonzero()[:, 0].tensor_split(config.minibatches):
-                loss_scale = torch.zeros(len(weights), device=device)
+                loss_scale = torch.zeros(len(weights), device=device)  # (B,)
                 loss_scale[rows] = DENOMINATORS[config.denominator](counts[rows], config)
                 rows = rows[has_gradient(weights[rows], config)]
                 if len(rows) == 0:
                     continue
                 known = not updates  # the policy is still the one that sampled
-                work = partial(
-                    backward,
-                    forms,
-                    policy,
-                    rollout,
-                    rows,
-                    weights,
-                    loss_scale,
-                    ref_logprobs,
-                    known,
-                    config,
-                )
-                least = int(rollout.lengths[rows].max())
+                arguments = forms, policy, rollout, rows, weights, loss_scale, ref_logprobs, known
+                memory = {"least": int(rollout.lengths[rows].max()), "undo": optimizer.zero_grad}
                 update = halve_on_oom(
-                    work, sizes, "micro_batch_tokens", least, undo=optimizer.zero_grad
+                    sizes, "micro_batch_tokens", backward, *arguments, config, **memory
                 )
-                update.grad_norm = optimizer.step(
-                    lr, config.max_grad_norm, update.loss
-                )  # nan: it was skipped
+                # nan where loss or gradient are not finite: then the step is skipped
+                update.grad_norm = optimizer.step(lr, config.max_grad_norm, update.loss)
                 updates.append(update)
 
-        # -------------------------------------------------------------- 5. record, evaluate, save
-        metrics = {
-            "step": step,
-            **rollout_metrics(samples, rewards, weights.cpu(), counts.cpu(), finished.flatten()),
-            "entropy": -(
-                rollout.old_logprobs.sum() / counts.sum()
-            ).item(),  # update_metrics may know it exactly
-            "trained": (selected & has_gradient(weights, config)).float().mean().item(),
-            **update_metrics(updates),
-            "sampler_gap": sampler_gap,
-            "lr": lr,
-            "batches_drawn": len(rollouts),
-            "prompts_seen": state["prompts_seen"],
-            **sizes,
-        }
+        # ---------------------------------------------------------- 5. record, evaluate, save
+        metrics = {"step": step, **rollout_metrics(rollout, samples, rewards, weights)}
+        metrics["trained"] = (selected & has_gradient(weights, config)).float().mean().item()
+        metrics |= update_metrics(updates)
+        metrics["sampler_gap"] = gap.abs().max().item()
         if reference:
             metrics["kl"] = (k3(rollout.old_logprobs, ref_logprobs).sum() / counts.sum()).item()
-        metrics["seconds_generate"] = seconds_generate
+        metrics |= {"lr": lr, "batches_drawn": len(rollouts), "prompts_seen": state["prompts_seen"]}
+        metrics |= {**sizes, "seconds_generate": seconds_generate}
         metrics["seconds"] = time.perf_counter() - started
 
-        if held_out and run.is_due(step, config.eval_every):
+        evaluation_due = run.is_due(step, config.eval_every)
+        if held_out and evaluation_due:
             after = measure(sampling)
             metrics |= {"eval_accuracy": after["accuracy"], "eval_interval": after["interval"]}
             if step == config.steps:
                 run.write_json("after.json", {"greedy": measure(Sampling(0)), "sampled": after})
-        for sample, weight in zip(samples, weights.sum(1).tolist()):
-            sample["weight"] = weight
         run.record(metrics, samples, config.log_samples)
-        if run.is_due(step, config.eval_every) or run.stop_requested:
+        if evaluation_due or run.stop_requested:
             plot_run(run.folder)
 
         state["step"] = step
-        due = run.is_due(step, config.save_every)
-        if due and config.true_reward and run.track_true_reward(config.save_every):
+        checkpoint_due = run.is_due(step, config.save_every)
+        if checkpoint_due and config.true_reward and run.track_true_reward(config.save_every):
             with new_checkpoint(run.folder, "best") as folder:
                 save_policy(policy, tokenizer, folder)
-        if (
-            due or run.stop_requested
-        ):  # must be last: resume takes a saved final step for a finished run
+        if checkpoint_due or run.stop_requested:  # last: a saved final step is a finished run
             with new_checkpoint(run.folder) as folder:
                 save_policy(policy, tokenizer, folder)
                 save_state(folder, {**state, "optimizer": optimizer.state_dict()})
         run.exit_if_stopped(step)
 
     if held_out and (run.folder / "before.json").exists():
-        prompts = [problem.prompt for problem in held_out]
-        print("\n" + before_and_after(run.folder, task.name, prompts))
+        print("\n" + before_and_after(run.folder, task.name, held_out))
     print(f"\n{run.folder}/: curves.png, metrics.jsonl, samples.jsonl, checkpoint/ ...")
     print(f"\n    python eval.py {run.folder}      # on the test problems, unseen in training")
     return run.folder

@@ -3,7 +3,7 @@ will."""
 
 import os
 from collections.abc import Callable, MutableMapping
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 from tqdm import tqdm
@@ -17,21 +17,22 @@ Result = TypeVar("Result")
 
 
 def halve_on_oom(
-    work: Callable[[int], Result],
     sizes: MutableMapping,
     name: str,
+    work: Callable[..., Result],
+    *arguments: Any,
     least: int = 1,
     undo: Callable[[], None] | None = None,
 ) -> Result:
-    """work(sizes[name]). Where the GPU runs out of memory, the same again with half the size, and
-    so on; sizes[name] stays as small as it had to become.
+    """work(*arguments, sizes[name]). Where the GPU runs out of memory, the same again with half the
+    size, and so on; sizes[name] stays as small as it had to become.
 
     least: no smaller size would help
     undo:  drops what a failed attempt has left behind, so that nothing is counted twice
     """
     while True:
         try:
-            return work(sizes[name])
+            return work(*arguments, sizes[name])
         except torch.OutOfMemoryError:
             if sizes[name] <= least:
                 raise UserError(

@@ -6,6 +6,7 @@ may be killed at any moment.
 
 import hashlib
 import json
+import math
 import os
 import sys
 import urllib.request
@@ -120,6 +121,33 @@ def read_jsonl(path: Path, fields: dict[str, Callable[[Any], bool]]) -> list[dic
     if not rows:
         raise UserError(f"{path}: no problems in it")
     return rows
+
+
+# Checks of the fields of a user's file
+
+
+def is_string(value: Any) -> bool:
+    return isinstance(value, str)
+
+
+def is_text(value: Any) -> bool:
+    return is_string(value) and value != ""
+
+
+def is_answer(value: Any) -> bool:
+    return is_text(value) or (isinstance(value, (int, float)) and math.isfinite(value))
+
+
+def is_prompt(value: Any) -> bool:
+    """Text, or chat messages: [{"role": text, "content": text}, ...]"""
+    if not isinstance(value, list):
+        return is_text(value)
+    return value != [] and all(map(is_message, value))
+
+
+def is_message(value: Any) -> bool:
+    value = value if isinstance(value, dict) else {}
+    return is_text(value.get("role")) and is_text(value.get("content"))
 
 
 def download(url: str, path: Path, sha256: str) -> None:

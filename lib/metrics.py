@@ -2,33 +2,27 @@
 
 import math
 from statistics import fmean
+from typing import Any
 
 import torch
 from torch import Tensor
 
 
 def rollout_metrics(
-    samples: list[dict],
-    rewards: Tensor,
-    weights: Tensor,
-    response_lengths: Tensor,
-    finished: Tensor,
+    rollout: Any, samples: list[dict], rewards: Tensor, weights: Tensor
 ) -> dict[str, float]:
     """The responses of a step in numbers. A number without a meaning (NaN) is omitted, such as the
     mean length of truncated responses if there are none.
 
-    samples:          B = P * G dicts with "response", "true_reward" and "parts"
-    rewards:          (P, G)
-    weights:          (B,) or (B, N), 0 for responses that were filtered out
-    response_lengths: (B,) tokens
-    finished:         (B,) bool
-    All tensors are on the CPU.
+    samples: B = P * G dicts with "response", "true_reward" and "parts"
+    rewards: (P, G); weights: (B, 1) or (B, N), 0 for responses that were filtered out
     """
+    lengths, finished = rollout.response_lengths.cpu(), rollout.finished.cpu()
     true_rewards = torch.tensor(
         [sample["true_reward"] for sample in samples], dtype=torch.float64
     ).view_as(rewards)
     right = true_rewards == 1  # float32 would round 0.99999999 to 1
-    weights = weights.reshape(len(samples), -1).sum(1)
+    weights = weights.cpu().sum(1)
     numbers = {
         "reward": rewards,
         "reward_std": rewards.std(1, correction=0),
@@ -39,10 +33,11 @@ def rollout_metrics(
         "all_right": right.all(1),
         "all_wrong": ~right.any(1),
         "thinking": torch.tensor(["</think>" in sample["response"] for sample in samples]),
-        "response_length": response_lengths,
-        "response_length_finished": response_lengths[finished],
-        "response_length_cut": response_lengths[~finished],
+        "response_length": lengths,
+        "response_length_finished": lengths[finished],
+        "response_length_cut": lengths[~finished],
         "finished": finished,
+        "entropy": -rollout.old_logprobs[rollout.response_mask].cpu(),  # its mean: an estimate
         "effective_samples": weights.abs().sum() ** 2 / weights.square().sum(),
     }
     for part in samples[0]["parts"]:

@@ -48,15 +48,15 @@ def comparison_text(pair: dict) -> str:
     return "\n".join(lines)
 
 
-def before_and_after(folder: Path, name: str, prompts: list) -> str:
+def before_and_after(folder: Path, name: str, problems: list) -> str:
     """A run's before.json and after.json as a table, and three held-out prompts in full."""
     results = {}
     for when in ("before", "after"):
         results[when] = json.loads((folder / f"{when}.json").read_text())
-    title = f"{len(prompts)} held-out problems of task {name}, 95 % Wilson intervals"
+    title = f"{len(problems)} held-out problems of task {name}, 95 % Wilson intervals"
     lines = [title, "", results_table(results)]
-    for i, prompt in enumerate(prompts[:3]):
-        lines += ["", shorten(prompt)]
+    for i, problem in enumerate(problems[:3]):
+        lines += ["", shorten(problem.prompt)]
         for when, result in results.items():
             lines.append(f"  {when}: {shorten(result['sampled']['responses'][i])}")
     return "\n".join(lines)

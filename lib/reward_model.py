@@ -13,15 +13,21 @@ class RewardModel:
 
     bounded: sigmoid(score - mean score of the preferred responses in its training), in (0, 1),
              instead of the raw score
-    options: for from_pretrained
+    options: for from_pretrained. With num_labels=1 a language model gets a new head, at random
+    UserError: it cannot be loaded, has not one output, or parameters are missing
     """
 
     def __init__(self, name: str, device: torch.device, bounded: bool = True, **options):
         dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
         try:
             self.tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=False)
-            model = AutoModelForSequenceClassification.from_pretrained(
-                name, dtype=dtype, use_safetensors=True, trust_remote_code=False, **options
+            model, info = AutoModelForSequenceClassification.from_pretrained(
+                name,
+                dtype=dtype,
+                use_safetensors=True,
+                trust_remote_code=False,
+                output_loading_info=True,
+                **options,
             )
         except Exception as error:  # transformers, tokenizers and safetensors raise many kinds
             reason = f"cannot be loaded as a reward model: {first_line(error)}"
@@ -30,6 +36,10 @@ class RewardModel:
             reason = f"has {model.config.num_labels} outputs, a reward model has one"
             cure = "train_reward.py makes one of a language model"
             raise UserError(f'model("{name}"): {reason}; {cure}')
+        missing = sorted(info["missing_keys"])  # transformers would fill them with random numbers
+        if missing and "num_labels" not in options:
+            count = f"{len(missing)} of its parameters are not in its files"
+            raise UserError(f'model("{name}"): {count}, {missing[0]} for one')
         self.model = model.to(device).eval()
         self.bounded = bounded
 

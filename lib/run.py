@@ -61,6 +61,19 @@ def read_config(folder: Path) -> dict:
         raise UserError(f"{folder}: no run there (its config.json cannot be read)") from None
 
 
+def flags_of_runs(config: Any, runs: dict[str, dict], names: list[str]) -> Any:
+    """Flags that were not given are taken from the runs, which must agree in them."""
+    for name in names:
+        values = list(dict.fromkeys(run[name] for run in runs.values()))
+        if getattr(config, name) or not values:
+            continue
+        if len(values) > 1:
+            listed = ", ".join(map(repr, values))
+            raise UserError(f"--{name}: the runs differ in it ({listed}), give one for all")
+        config = replace(config, **{name: values[0]})
+    return config
+
+
 class Tracker:
     """Sends metrics to a program that draws them. "none" does nothing.
 

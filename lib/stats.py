@@ -103,6 +103,17 @@ def bootstrapped(values: list[float]) -> dict:
     return {"accuracy": sum(values) / len(values), "interval": bootstrap(column)[0]}
 
 
+def at_k(votes: list[list], right: list[list[bool]]) -> dict:
+    """Several answers to each problem -> pass@k (one of k is right) and maj@k (the majority of k is
+    right) for k = 1, 2, 4 ... and all."""
+    n = len(right[0])
+    pass_at, maj_at = {}, {}
+    for k in [2**i for i in range(20) if 2**i < n] + [n]:
+        pass_at[k] = bootstrapped([pass_at_k(sum(each), n, k) for each in right])
+        maj_at[k] = bootstrapped([maj_at_k(*pair, k) for pair in zip(votes, right)])
+    return {"pass_at": pass_at, "maj_at": maj_at}
+
+
 def compare_greedy(before: list[bool], after: list[bool]) -> dict:
     """Two models, one answer to each problem, right or wrong -> the difference of their accuracies,
     its interval, and a verdict by McNemar's exact test."""

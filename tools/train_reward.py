@@ -30,7 +30,7 @@ from transformers.hf_argparser import HfArg
 
 import fast
 from fast.optimizer import Optimizer
-from lib.files import read_jsonl, write_json
+from lib.files import is_prompt, is_string, read_jsonl, write_json
 from lib.flags import UserError, check_range, run_script
 from lib.reward_model import RewardModel
 from lib.run import is_run
@@ -38,7 +38,7 @@ from lib.stats import wilson
 from policy import load_policy, pick_device, save_policy, stop_ids
 from reward import load_reward, read_samples, score
 from sample import Sampling
-from tasks import hold_out, is_prompt, load_task, prompt_ids, stable_hash, take_problems
+from tasks import hold_out, load_task, prompt_ids, stable_hash, take_problems
 
 
 @dataclass(frozen=True)
@@ -115,10 +115,6 @@ def read_pairs(config: Config, source: str | None, device: torch.device) -> list
     for sample, found in zip(samples, score(reward, samples, config.max_new_tokens)):
         groups[json.dumps(sample["prompt"])][sample["response"]] = found["reward"]
     return make_pairs(groups, config.pairs_per_prompt, random.Random(config.seed))
-
-
-def is_string(value) -> bool:
-    return isinstance(value, str)
 
 
 def encode(reward_model: RewardModel, pairs: list[Pair]) -> list[list[int]]:
