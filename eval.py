@@ -184,7 +184,8 @@ def main(config, models) -> dict:
     problems = task.test[: config.limit or None]
     config = replace(config, max_new_tokens=N, reward=config.reward or task.reward)
     reward = load_reward(config.reward, device)
-    output = Path(config.output or (models[0] if list(runs) == models else "runs/eval"))
+    one_run = len(models) == 1 and models[0] in runs
+    output = Path(config.output or (models[0] if one_run else "runs/eval"))
     try:
         output.mkdir(parents=True, exist_ok=True)
     except OSError as error:

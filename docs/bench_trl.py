@@ -37,13 +37,12 @@ from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerFast,
 )
-from transformers.hf_argparser import HfArg
 
 import fast
 import train
 from fast.memory import shape
 from fast.optimizer import Optimizer
-from lib.flags import run_script
+from lib.flags import flag, run_script
 from loss import DENOMINATORS, NORMALISERS
 from sample import Rollout, Sampling
 
@@ -57,17 +56,15 @@ SETTINGS = {  # rows: in a micro-batch of TRL, the fastest of those tried
 
 @dataclass(frozen=True)
 class Config:
-    setting: Literal["A", "B", "C"] = HfArg(default="A", help="the work, see above")
-    steps: int = HfArg(default=10, help="pairs of steps that count, after one that warms up")
-    stop_prob: float = HfArg(
-        default=0.0, help="share of the vocabulary that ends a response: random lengths"
+    setting: Literal["A", "B", "C"] = flag("A", "the work, see above")
+    steps: int = flag(10, "pairs of steps that count, after one that warms up")
+    stop_prob: float = flag(0.0, "share of the vocabulary that ends a response: random lengths")
+    weights: Literal["natural", "all"] = flag(
+        "natural", "all: no response has weight 0, so none is skipped"
     )
-    weights: Literal["natural", "all"] = HfArg(
-        default="natural", help="all: no response has weight 0, so none is skipped"
-    )
-    only: Literal["both", "ours", "trl"] = HfArg(default="both", help="run one, for its memory")
-    micro_batch_tokens: int = HfArg(default=4096, help="ours: tokens per forward pass")
-    micro_batch_rows: int = HfArg(default=0, help="TRL: rows per forward pass; 0: see SETTINGS")
+    only: Literal["both", "ours", "trl"] = flag("both", "run one, for its memory")
+    micro_batch_tokens: int = flag(4096, "ours: tokens per forward pass")
+    micro_batch_rows: int = flag(0, "TRL: rows per forward pass; 0: see SETTINGS")
 
 
 def make_tokenizer(vocab: int) -> PreTrainedTokenizerFast:

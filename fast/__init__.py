@@ -11,14 +11,12 @@ from functools import partial
 import torch
 from torch import Tensor
 from tqdm import tqdm
-from transformers import PreTrainedModel
 
 import fast.generate
 import fast.logprobs
 import loss
 import sample
 from lib.flags import name_error
-from sample import Rollout, Sampling
 
 # by dtype: largest relative difference between the forms
 TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 4e-2}
@@ -34,71 +32,53 @@ class Forms:
     token_logprobs: Callable = loss.token_logprobs
 
 
-def choose(
-    policy: PreTrainedModel,
-    prompts: list[list[int]],
-    stop: list[int],
-    sampling: Sampling,
-    max_new_tokens: int,
-    mode: str = "auto",
-) -> Forms:
+def choose(policy, prompts, stop, sampling, max_new_tokens, mode="auto") -> Forms:
     """Tries the fast forms on three of the prompts (token ids; the longest are best), four
-    responses each, and takes those that agree with the plain forms. mode 'off' asks for the plain
-    forms."""
+    responses each, and takes those that agree with the plain forms. mode 'off': the plain forms."""
     if mode == "off":
         return Forms()
-    tokens = min(16, max_new_tokens)
-    arguments = (policy, prompts[:3], 4, tokens, stop, [0, 1, 2][: len(prompts)], sampling)
-    rollout = sample.generate(*arguments)
-    generate = pick(
-        "sampling functions",
-        policy,
-        sample.generate,
-        [fast.generate.generate],
-        lambda form: sampler_difference(form(*arguments), rollout, policy, sampling),
-    )
-
-    expected = values_and_gradients(loss.token_logprobs, policy, rollout, sampling)
     by_hand = fast.logprobs.token_logprobs
     by_autograd = partial(by_hand, by_hand=False)
-    token_logprobs = pick(
-        "log-probs",
-        policy,
-        loss.token_logprobs,
-        [by_hand, by_autograd],
-        lambda form: difference(values_and_gradients(form, policy, rollout, sampling), expected),
-    )
+    try:
+        prompts, tokens = prompts[:3], min(16, max_new_tokens)
+        arguments = policy, prompts, 4, tokens, stop, list(range(len(prompts))), sampling
+        rollout = sample.generate(*arguments)
+        expected = values_and_gradients(loss.token_logprobs, policy, rollout, sampling)
+
+        def compare_sampler(generate):
+            return sampler_difference(generate(*arguments), rollout, policy, sampling)
+
+        def compare_logprobs(token_logprobs):
+            found = values_and_gradients(token_logprobs, policy, rollout, sampling)
+            return difference(found, expected)
+
+        generate = pick(policy, sample.generate, [fast.generate.generate], compare_sampler)
+        token_logprobs = pick(policy, loss.token_logprobs, [by_hand, by_autograd], compare_logprobs)
+    except torch.OutOfMemoryError:  # says nothing about the forms
+        return Forms(fast.generate.generate, by_hand)
     return Forms(generate, token_logprobs)
 
 
-def pick(
-    what: str,
-    policy: PreTrainedModel,
-    plain: Callable,
-    candidates: list[Callable],
-    compare: Callable,
-) -> Callable:
+def pick(policy, plain, candidates, compare) -> Callable:
     """The first candidate that `compare` finds close enough to the plain form, else the plain
     form, and a line that says so."""
     for form in candidates:
         try:
             gap = compare(form)
-        except torch.OutOfMemoryError:  # says nothing about the form
-            return form
+        except torch.OutOfMemoryError:
+            raise
         except MISFIT as error:
             reason = name_error(error)
             continue
         if not gap > TOLERANCE[policy.dtype]:  # nan comes from the model itself
             return form
         reason = f"they differ by {gap:.1g}"
-    name = type(policy).__name__
-    tqdm.write(f"the fast {what} do not fit {name} ({reason}): the plain form is used, slower")
+    model, name = type(policy).__name__, f"{plain.__module__}.{plain.__name__}"
+    tqdm.write(f"{model} does not fit the fast form of {name} ({reason}): the plain form is used")
     return plain
 
 
-def sampler_difference(
-    found: Rollout, expected: Rollout, policy: PreTrainedModel, sampling: Sampling
-) -> float:
+def sampler_difference(found, expected, policy, sampling) -> float:
     """Float32: 0 if all tokens are the same. In bfloat16 rounding soon leads to other tokens, so
     the first tokens must mostly be the same, and log-probs those of a forward pass."""
     if policy.dtype == torch.float32:
@@ -114,9 +94,7 @@ def sampler_difference(
     return ((logprobs - found.old_logprobs).abs().sum() / found.response_mask.sum()).item()
 
 
-def values_and_gradients(
-    token_logprobs: Callable, policy: PreTrainedModel, rollout: Rollout, sampling: Sampling
-) -> list[Tensor]:
+def values_and_gradients(token_logprobs, policy, rollout, sampling) -> list[Tensor]:
     """Log-probs and entropies of a rollout, and the gradients of two losses, one of them with the
     entropies, by a few of the parameters."""
     rows = torch.arange(len(rollout.ids), device=policy.device)
@@ -137,7 +115,7 @@ def values_and_gradients(
     return found
 
 
-def difference(found: list[Tensor], expected: list[Tensor]) -> float:
+def difference(found, expected) -> float:
     """The largest relative difference (of norms) between tensors."""
     gaps = []
     for one, other in zip(found, expected, strict=True):

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 from torch.nn.utils.rnn import pad_sequence
-from transformers import AttentionInterface, Cache, DynamicCache, PreTrainedModel
+from transformers import AttentionInterface, Cache, DynamicCache
 
 from policy import CACHE
 from sample import Rollout, Sampling, check_prompts, sample_token, uniform_numbers
@@ -29,15 +29,15 @@ LENGTH_MULTIPLE = {"cuda": 64, "mps": 64, "cpu": 16}
 
 @torch.no_grad()
 def generate(
-    policy: PreTrainedModel,
-    prompts: list[list[int]],
-    group_size: int,
-    max_new_tokens: int,
-    stop: list[int],
-    seeds: list[int],
-    sampling: Sampling = Sampling(),
-    max_rows: int | None = None,
-    buffers: dict | None = None,
+    policy,
+    prompts,
+    group_size,
+    max_new_tokens,
+    stop,
+    seeds,
+    sampling=Sampling(),
+    max_rows=None,
+    buffers=None,
 ) -> Rollout:
     """See sample.py. max_rows: slots; the other rows are queued, so a rollout may be larger than
     the memory."""
@@ -69,7 +69,7 @@ def generate(
     return rollout
 
 
-def round_up(n: int, multiple: int) -> int:
+def round_up(n, multiple) -> int:
     return math.ceil(n / multiple) * multiple
 
 
@@ -84,11 +84,11 @@ class SlotCache(Cache):
     as fast as slices.
     """
 
-    def __init__(self, slots: int, columns: int, static: bool):
+    def __init__(self, slots, columns, static):
         super().__init__(layers=[])
         self.slots, self.columns, self.static, self.tensors = slots, columns, static, None
 
-    def set_prompts(self, prompts: DynamicCache) -> None:
+    def set_prompts(self, prompts) -> None:
         """Takes the keys and values of P prompts, to be copied by `load_prompts`. Empties the
         slots."""
         self.prompts = [part for layer in prompts.layers for part in (layer.keys, layer.values)]
@@ -100,7 +100,7 @@ class SlotCache(Cache):
             _, heads, _, size = part.shape
             self.tensors.append(part.new_zeros(self.slots, heads, columns, size))
 
-    def resize(self, survivors: Tensor | None, attended: int) -> None:
+    def resize(self, survivors, attended) -> None:
         """Moves the surviving slots (indices; None: all) to the front; `attended` columns are read
         from now on."""
         for i, tensor in enumerate(self.tensors):
@@ -111,17 +111,17 @@ class SlotCache(Cache):
             elif survivors is not None:
                 tensor[: len(part), :, :attended] = part
 
-    def load_prompts(self, slots: Tensor, prompts: Tensor) -> None:
+    def load_prompts(self, slots, prompts) -> None:
         """Copies the keys and values of `prompts` (indices) into `slots` (indices)."""
         for tensor, prompt in zip(self.tensors, self.prompts):
             width = min(prompt.shape[2], tensor.shape[2])
             tensor[slots, :, :width] = prompt[prompts, :, :width]
 
-    def set_positions(self, positions: Tensor, attended: int) -> None:
+    def set_positions(self, positions, attended) -> None:
         """(R,) positions of the next token of the first R slots."""
         self.positions, self.attended, self.flat_index = positions, attended, {}
 
-    def update(self, keys: Tensor, values: Tensor, layer: int, *args, **kwargs) -> list[Tensor]:
+    def update(self, keys, values, layer, *args, **kwargs) -> list[Tensor]:
         """Called by each attention layer with the newest keys and values, (R, heads, 1, head
         size)."""
         tensors = self.tensors[2 * layer : 2 * layer + 2]
@@ -134,7 +134,7 @@ class SlotCache(Cache):
             tensor.flatten(0, 2).index_copy_(0, self.flat_index[heads], new.flatten(0, 2))
         return [tensor[:R, :, : self.attended] for tensor in tensors]
 
-    def get_seq_length(self, layer: int = 0) -> int:
+    def get_seq_length(self, layer=0) -> int:
         return self.attended - 1
 
 
@@ -142,7 +142,7 @@ class DecodeState:
     """All that a decode step reads and writes, for B rows. Row B is a dummy: idle slots read and
     write it."""
 
-    def __init__(self, policy: PreTrainedModel, B: int, slots: int, columns: int, N: int):
+    def __init__(self, policy, B, slots, columns, N):
         device = policy.device
         captures = device.type == "cuda"
         vocabulary = policy.config.get_text_config().vocab_size
@@ -159,14 +159,7 @@ class DecodeState:
         self.graphs = {} if captures else None
         self.pool = None  # memory shared by all graphs, which never run at the same time
 
-    def prefill(
-        self,
-        policy: PreTrainedModel,
-        prompts: list[list[int]],
-        group_size: int,
-        stop: list[int],
-        seeds: list[int],
-    ) -> None:
+    def prefill(self, policy, prompts, group_size, stop, seeds) -> None:
         """Runs each prompt once, without its last token: the first decode step feeds that one, so
         every token is sampled in one place. (A prompt of one token is run and then fed again,
         which writes the same key.)"""
@@ -192,7 +185,7 @@ class DecodeState:
         policy(prompts_without_last, use_cache=True, logits_to_keep=1, **{CACHE: cache})
         self.cache.set_prompts(cache)
 
-    def assign_slots(self, group_size: int, steps: int) -> None:
+    def assign_slots(self, group_size, steps) -> None:
         """Gives free slots to queued rows, drops slots when a quarter of them is free, and makes
         room for the next `steps` tokens. No slots are left when every row has ended. This looks at
         values, so a GPU is waited for."""
@@ -227,7 +220,7 @@ class DecodeState:
         if len(new_rows):
             self.cache.load_prompts(new, rows[new] // group_size)
 
-    def decode_step(self, policy: PreTrainedModel, sampling: Sampling) -> None:
+    def decode_step(self, policy, sampling) -> None:
         """Samples one token for the row of each slot. Nothing in here looks at a value."""
         B, N = len(self.ids) - 1, self.logprobs.shape[1]
         rows = self.row_of_slot[: self.slots].clone()
@@ -251,7 +244,7 @@ class DecodeState:
         self.row_of_slot[: self.slots] = torch.where(stopped | (n + 1 == N), B, rows)
         self.lengths[-1] = self.prompt_lengths[-1]  # the dummy row never grows
 
-    def run_step(self, policy: PreTrainedModel, sampling: Sampling) -> None:
+    def run_step(self, policy, sampling) -> None:
         """A decode step. On CUDA it is captured the first time that its sizes are seen, and then
         replayed."""
         sizes = (self.slots, self.attended)
@@ -278,15 +271,7 @@ class DecodeState:
 
 
 def attend(
-    module: torch.nn.Module,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    attention_mask: Tensor,
-    scaling: float | None = None,
-    softcap: float | None = None,
-    capping: bool = True,
-    **kwargs,
+    module, query, key, value, attention_mask, scaling=None, softcap=None, capping=True, **kwargs
 ) -> tuple[Tensor, None]:
     """Attention of one query a row: (R, heads, 1, size), keys and values (R, groups, columns,
     size).
@@ -313,7 +298,7 @@ def attend(
 
 
 @contextmanager
-def decode_attention(model: PreTrainedModel) -> Iterator[None]:
+def decode_attention(model) -> Iterator[None]:
     """The model attends by `attend` within the block."""
     before = model.config._attn_implementation
     AttentionInterface.register("slots", partial(attend, capping=before != "sdpa"))
@@ -324,9 +309,7 @@ def decode_attention(model: PreTrainedModel) -> Iterator[None]:
         model.set_attn_implementation(before)
 
 
-def attention_masks(
-    model: PreTrainedModel, queries: Tensor, keys: Tensor
-) -> Tensor | dict[str, Tensor]:
+def attention_masks(model, queries, keys) -> Tensor | dict[str, Tensor]:
     """Positions of the queries (R, Q) and of the keys (R or 1, K), below 0 for no key -> additive
     mask (R, 1, Q, K): 0 where a query attends, to what is not after it and within the model's
     window.

@@ -6,25 +6,19 @@ are not computed again."""
 
 import torch
 from torch import Tensor
-from transformers import DynamicCache, PreTrainedModel
+from transformers import DynamicCache
 
 from fast.generate import attention_masks
 from loss import token_stats
 from policy import CACHE
-from sample import Rollout, Sampling, policy_distribution
+from sample import policy_distribution
 
 TILE = {"cuda": 512, "mps": 512, "cpu": 128}  # tokens whose logits are held at once
 MIN_SHARED = 0.05  # share prompts if it saves at least this share of the tokens
 
 
 def token_logprobs(
-    policy: PreTrainedModel,
-    rollout: Rollout,
-    rows: Tensor,
-    sampling: Sampling,
-    known: Tensor | None = None,
-    with_entropy: bool = False,
-    by_hand: bool = True,
+    policy, rollout, rows, sampling, known=None, with_entropy=False, by_hand=True
 ) -> tuple[Tensor, Tensor | None]:
     """See loss.py. by_hand: the gradient of the stock `token_stats` is written out, which is
     faster; False: autograd differentiates `token_stats` within each tile, which is right for any
@@ -43,7 +37,7 @@ def token_logprobs(
     return logprobs, zeros.masked_scatter(mask, entropy) if with_entropy else None
 
 
-def response_states(policy: PreTrainedModel, rollout: Rollout) -> tuple[Tensor, Tensor]:
+def response_states(policy, rollout) -> tuple[Tensor, Tensor]:
     """-> (K, hidden size) hidden states from which the K response tokens are predicted, (K,) these
     tokens."""
     prompt_lengths, mask = rollout.prompt_lengths, rollout.response_mask
@@ -88,9 +82,7 @@ class Head:
     """The output head of a model, in tiles: hidden states -> logits -> log-probs and entropies of
     tokens."""
 
-    def __init__(
-        self, policy: PreTrainedModel, sampling: Sampling, by_hand: bool, with_entropy: bool
-    ):
+    def __init__(self, policy, sampling, by_hand, with_entropy):
         self.linear = policy.get_output_embeddings()
         self.cap = getattr(policy.config.get_text_config(), "final_logit_softcapping", None)
         self.sampling = sampling
@@ -98,11 +90,11 @@ class Head:
         plain = type(self.linear) is torch.nn.Linear and self.linear.bias is None and not self.cap
         self.by_hand = by_hand and plain and not with_entropy
 
-    def tiles(self, tokens: Tensor) -> list[slice]:
+    def tiles(self, tokens) -> list[slice]:
         size = TILE[tokens.device.type]
         return [slice(start, start + size) for start in range(0, len(tokens), size)]
 
-    def stats(self, states: Tensor, tokens: Tensor) -> tuple[Tensor, ...]:
+    def stats(self, states, tokens) -> tuple[Tensor, ...]:
         """-> log-probs and, if wanted, entropies of a tile."""
         logits = self.linear(states)
         if self.cap:
@@ -110,9 +102,7 @@ class Head:
         logprobs, entropy = token_stats(logits, tokens, self.sampling)
         return (logprobs, entropy) if self.with_entropy else (logprobs,)
 
-    def gradients(
-        self, states: Tensor, tokens: Tensor, grads: tuple[Tensor, Tensor]
-    ) -> list[Tensor]:
+    def gradients(self, states, tokens, grads) -> list[Tensor]:
         """Gradients of the log-probs and entropies -> those of the states and of the parameters
         that are trained."""
         parameters = [p for p in self.linear.parameters() if p.requires_grad]
@@ -129,9 +119,7 @@ class Head:
                 total += grad
         return [grad_states, *totals]
 
-    def gradients_by_hand(
-        self, states: Tensor, tokens: Tensor, grads: tuple[Tensor, Tensor]
-    ) -> list[Tensor]:
+    def gradients_by_hand(self, states, tokens, grads) -> list[Tensor]:
         """The same for a linear layer and the stock `token_stats`: d log p(token) / d logits =
         onehot - softmax.
 
@@ -164,9 +152,7 @@ class TiledHead(torch.autograd.Function):
     computes the logits again, tile by tile, so that nothing of size K x V is kept."""
 
     @staticmethod
-    def forward(
-        ctx, head: Head, tokens: Tensor, known: Tensor | None, states: Tensor, *parameters: Tensor
-    ):
+    def forward(ctx, head, tokens, known, states, *parameters):
         ctx.head = head
         ctx.save_for_backward(states, tokens)
         entropy = torch.zeros(len(tokens), device=states.device)
@@ -180,7 +166,7 @@ class TiledHead(torch.autograd.Function):
         return logprobs, entropy
 
     @staticmethod
-    def backward(ctx, *grads: Tensor):
+    def backward(ctx, *grads):
         states, tokens = ctx.saved_tensors
         gradients = ctx.head.gradients_by_hand if ctx.head.by_hand else ctx.head.gradients
         grad_states, *found = gradients(states, tokens, grads)

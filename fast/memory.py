@@ -2,12 +2,11 @@
 will."""
 
 import os
-from collections.abc import Callable, MutableMapping
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import torch
 from tqdm import tqdm
-from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
+from transformers import AutoConfig, PreTrainedConfig
 from transformers.pytorch_utils import Conv1D
 
 from fast.logprobs import TILE
@@ -16,14 +15,7 @@ from lib.flags import UserError
 Result = TypeVar("Result")
 
 
-def halve_on_oom(
-    sizes: MutableMapping,
-    name: str,
-    work: Callable[..., Result],
-    *arguments: Any,
-    least: int = 1,
-    undo: Callable[[], None] | None = None,
-) -> Result:
+def halve_on_oom(sizes, name, work, *arguments, least=1, undo=None) -> Result:
     """work(*arguments, sizes[name]). Where the GPU runs out of memory, the same again with half the
     size, and so on; sizes[name] stays as small as it had to become.
 
@@ -87,12 +79,12 @@ SUGGESTIONS = {
 }
 
 
-def shape(name: str, **changes) -> PreTrainedConfig:
+def shape(name, **changes) -> PreTrainedConfig:
     """The config of a model of that shape: nothing is downloaded."""
     return AutoConfig.for_model(**{**SHAPES[name], **changes})
 
 
-def cache_bytes(config: PreTrainedConfig, bytes_each: int) -> int:
+def cache_bytes(config, bytes_each) -> int:
     """Bytes of the KV cache for one token of one row: 2 (keys, values) x layers x KV heads x head
     size x bytes. Qwen2.5-0.5B in bfloat16: 2 * 24 * 2 * 64 * 2 = 12,288."""
     head_size = (
@@ -102,7 +94,7 @@ def cache_bytes(config: PreTrainedConfig, bytes_each: int) -> int:
     return 2 * config.num_hidden_layers * heads * head_size * bytes_each
 
 
-def trained_parameters(model: PreTrainedModel, lora_rank: int) -> int:
+def trained_parameters(model, lora_rank) -> int:
     """All, or rank * (inputs + outputs) of each linear layer except the head."""
     if not lora_rank:
         return model.num_parameters()
@@ -114,13 +106,13 @@ def trained_parameters(model: PreTrainedModel, lora_rank: int) -> int:
     return count
 
 
-def activation_bytes(model: PreTrainedModel, tokens: int = 64) -> float:
+def activation_bytes(model, tokens=64) -> float:
     """Bytes a token that a forward pass keeps for the backward pass, counted in a pass of one
     short row."""
     sizes = {parameter.untyped_storage()._cdata: 0 for parameter in model.parameters()}
     alive = []
 
-    def keep(tensor: torch.Tensor) -> torch.Tensor:
+    def keep(tensor) -> torch.Tensor:
         alive.append(tensor)  # so that its address is not used again
         storage = tensor.untyped_storage()
         sizes.setdefault(storage._cdata, storage.nbytes())
@@ -132,9 +124,7 @@ def activation_bytes(model: PreTrainedModel, tokens: int = 64) -> float:
     return sum(sizes.values()) / tokens
 
 
-def estimate(
-    flags, model: PreTrainedModel, activations: float, longest_prompt: int
-) -> dict[str, float]:
+def estimate(flags, model, activations, longest_prompt) -> dict[str, float]:
     """Bytes by purpose, from train.py's flags. 'sampling' and 'update' take turns; 'host' is not
     on the device.
 
@@ -166,7 +156,7 @@ def estimate(
     }
 
 
-def peak(parts: dict[str, float]) -> float:
+def peak(parts) -> float:
     """The most bytes that are on the device at one time."""
     on_device = {name: size for name, size in parts.items() if "host" not in name}
     sampling = sum(size for name, size in on_device.items() if name.startswith("sampling"))
@@ -174,7 +164,7 @@ def peak(parts: dict[str, float]) -> float:
     return sum(on_device.values()) - min(sampling, update)
 
 
-def device_memory(device: torch.device) -> int:
+def device_memory(device) -> int:
     """Bytes that are free for us on the device, or the host's memory where it is a CPU."""
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0] + torch.cuda.memory_reserved(device)
@@ -183,7 +173,7 @@ def device_memory(device: torch.device) -> int:
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
 
-def memory_table(flags, model: PreTrainedModel, available: float, longest_prompt: int) -> str:
+def memory_table(flags, model, available, longest_prompt) -> str:
     """The estimate as lines for the screen, and a suggestion where it does not fit. '' where it is
     less than a tenth of what is available.
 

@@ -4,7 +4,6 @@ import math
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel
 
 
 class Optimizer:
@@ -16,7 +15,7 @@ class Optimizer:
              the GPU
     """
 
-    def __init__(self, model: PreTrainedModel, weight_decay: float, offload: bool = False):
+    def __init__(self, model, weight_decay, offload=False):
         self.parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
         self.masters = [make_master(parameter, offload) for parameter in self.parameters]
         self.adam = torch.optim.AdamW(self.masters, weight_decay=weight_decay, fused=True)
@@ -49,7 +48,7 @@ class Optimizer:
         for tensor in (*self.parameters, *self.masters):
             tensor.grad = None
 
-    def step(self, lr: float, max_grad_norm: float, loss: float = 0.0) -> float:
+    def step(self, lr, max_grad_norm, loss=0.0) -> float:
         """One update from the gradients of the micro-batches. Returns their norm before clipping.
         If that or the loss is not finite, the gradients are dropped, nothing changes, and nan is
         returned."""
@@ -70,7 +69,7 @@ class Optimizer:
         masters = [master.detach() for _, master in self.copies()]
         return {"adam": self.adam.state_dict(), "masters": masters}
 
-    def load_state_dict(self, state: dict) -> None:
+    def load_state_dict(self, state) -> None:
         self.adam.state.clear()  # room for what is loaded
         self.adam.load_state_dict(state["adam"])
         with torch.no_grad():
@@ -78,7 +77,7 @@ class Optimizer:
                 master.copy_(saved)
 
 
-def make_master(parameter: Tensor, offload: bool) -> Tensor:
+def make_master(parameter, offload) -> Tensor:
     if parameter.dtype == torch.float32 and not offload:
         return parameter
     device = "cpu" if offload else parameter.device
@@ -87,7 +86,7 @@ def make_master(parameter: Tensor, offload: bool) -> Tensor:
     return master.copy_(parameter.detach()).requires_grad_()
 
 
-def move_gradient(parameter: Tensor, master: Tensor) -> None:
+def move_gradient(parameter, master) -> None:
     """Micro-batches add up in float32, where the master is; the parameter's own gradient is freed
     at once."""
     gradient = parameter.grad.to(master.device, torch.float32)

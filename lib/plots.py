@@ -3,7 +3,6 @@
 import gc
 import json
 from collections.abc import Iterator
-from pathlib import Path
 from statistics import fmean
 
 from matplotlib.axes import Axes
@@ -23,7 +22,7 @@ SHARES = ("reward", "true_reward", "eval_accuracy", "thinking")  # from 0 to 1, 
 POINTS = 500  # of a curve: a long run is thinned to about as many
 
 
-def read_metrics(folder: Path) -> list[dict]:
+def read_metrics(folder) -> list[dict]:
     """The rows of metrics.jsonl. The held-out accuracy before training comes first, as step 0."""
     plotted = {"step", "true_reward", "eval_interval", *CURVES}
     rows = read_rows(
@@ -36,7 +35,7 @@ def read_metrics(folder: Path) -> list[dict]:
     return rows
 
 
-def smooth(values: list[float]) -> list[float]:
+def smooth(values) -> list[float]:
     """The mean of each value, the three before and the three after it.
 
     [0, 0, 0, 7, 0, 0, 0] -> 1.75, 1.4 ...
@@ -45,13 +44,13 @@ def smooth(values: list[float]) -> list[float]:
     return [fmean(window) for window in windows]
 
 
-def curve(rows: list[dict], metric: str) -> tuple[list[int], list[float]]:
+def curve(rows, metric) -> tuple[list[int], list[float]]:
     """Steps and values of the rows that have the metric."""
     rows = [row for row in rows if metric in row]
     return [row["step"] for row in rows], [row[metric] for row in rows]
 
 
-def panels(figure: Figure, curves: dict[str, str]) -> Iterator[tuple[str, Axes]]:
+def panels(figure, curves) -> Iterator[tuple[str, Axes]]:
     """The panel of each curve, with its title, three in a row."""
     lines = (len(curves) + 2) // 3
     for (metric, title), panel in zip(curves.items(), figure.subplots(lines, 3).flat):
@@ -61,14 +60,14 @@ def panels(figure: Figure, curves: dict[str, str]) -> Iterator[tuple[str, Axes]]
         yield metric, panel
 
 
-def fill_band(panel: Axes, x: list, intervals: list, color: str) -> None:
+def fill_band(panel, x, intervals, color) -> None:
     """intervals: (low, high) at each x"""
     low = [interval[0] for interval in intervals]
     high = [interval[1] for interval in intervals]
     panel.fill_between(x, low, high, color=color, alpha=0.2, linewidth=0)
 
 
-def plot_curve(panel: Axes, rows: list[dict], metric: str, color: str) -> None:
+def plot_curve(panel, rows, metric, color) -> None:
     """Each step thin, the mean over seven steps thick. The held-out accuracy with its interval."""
     steps, values = curve(rows, metric)
     if metric == "eval_accuracy":
@@ -82,7 +81,7 @@ def plot_curve(panel: Axes, rows: list[dict], metric: str, color: str) -> None:
         panel.set_ylim(-0.03, 1.03)
 
 
-def plot_run(folder: Path) -> None:
+def plot_run(folder) -> None:
     """Draws curves.png from metrics.jsonl.
 
     The parts of a mixture have panels of their own. A true reward that differs from the reward is
@@ -104,7 +103,7 @@ def plot_run(folder: Path) -> None:
     save(figure, folder / "curves.png")
 
 
-def save(figure: Figure, path: Path) -> None:
+def save(figure, path) -> None:
     """Whole or not at all, because somebody may be looking at the picture."""
     aside = path.with_name(f"{path.stem}.part.png")
     with writing(path):
@@ -113,7 +112,7 @@ def save(figure: Figure, path: Path) -> None:
     gc.collect()  # a figure is a reference cycle: a long run would grow with each
 
 
-def plot_runs(runs: dict[str, list[Path]], path: Path) -> None:
+def plot_runs(runs, path) -> None:
     """Draws several runs in one picture, a color per name.
 
     runs: name -> folders; of several the mean is drawn, and a band from the lowest to the highest
@@ -138,7 +137,7 @@ def plot_runs(runs: dict[str, list[Path]], path: Path) -> None:
     save(figure, path)
 
 
-def mean_and_band(curves: list[dict[int, float]]) -> tuple[list, list, list]:
+def mean_and_band(curves) -> tuple[list, list, list]:
     """{step: value} of each run -> steps that all runs have, means, (lowest, highest) of each step
 
     {1: 0.2, 2: 0.4}, {1: 0.6} -> [1], [0.4], [(0.2, 0.6)]
@@ -150,12 +149,12 @@ def mean_and_band(curves: list[dict[int, float]]) -> tuple[list, list, list]:
     return steps, mean, band
 
 
-def legend(figure: Figure, panel: Axes) -> None:
+def legend(figure, panel) -> None:
     handles, labels = panel.get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside lower center", ncols=4, fontsize=9)
 
 
-def plot_evaluation(results: dict[str, dict], path: Path) -> None:
+def plot_evaluation(results, path) -> None:
     """Draws what eval.py found for each model, with 95 % intervals.
 
     Left: pass@k (full) and maj@k (dashed), or the accuracy if there was one response per problem.
@@ -193,7 +192,7 @@ def plot_evaluation(results: dict[str, dict], path: Path) -> None:
     save(figure, path)
 
 
-def plot_at_k(panel: Axes, accuracies: dict[int, dict], style: str, color: str) -> None:
+def plot_at_k(panel, accuracies, style, color) -> None:
     """accuracies: k -> {"accuracy", "interval"}"""
     ks = list(accuracies)
     heights = [value["accuracy"] for value in accuracies.values()]
@@ -201,7 +200,7 @@ def plot_at_k(panel: Axes, accuracies: dict[int, dict], style: str, color: str) 
     fill_band(panel, ks, [value["interval"] for value in accuracies.values()], color)
 
 
-def plot_points(panel: Axes, accuracies: dict[str, dict], shift: float, color: str) -> None:
+def plot_points(panel, accuracies, shift, color) -> None:
     """A point with its interval over each label, moved sideways so that models do not overlap."""
     panel.set_xticks(range(len(accuracies)), list(accuracies))
     for i, value in enumerate(accuracies.values()):

@@ -4,12 +4,11 @@ import math
 from collections import Counter
 
 import torch
-from torch import Tensor
 
 Z = 1.959964  # a normal variable is within this many standard deviations in 95 % of cases
 
 
-def wilson(successes: int, n: int) -> tuple[float, float]:
+def wilson(successes, n) -> tuple[float, float]:
     """The 95 % score interval of a proportion (Wilson, 1927), which is honest at 0 and 1 too.
 
     wilson(8, 10) -> (0.490, 0.943)
@@ -23,7 +22,7 @@ def wilson(successes: int, n: int) -> tuple[float, float]:
     return max(0.0, middle - half), min(1.0, middle + half)
 
 
-def pass_at_k(right: int, n: int, k: int) -> float:
+def pass_at_k(right, n, k) -> float:
     """The chance that at least one of k responses is right, from n responses of which some are.
 
     1 - C(n - right, k) / C(n, k), which is unbiased (arXiv 2107.03374), as a product because the
@@ -34,7 +33,7 @@ def pass_at_k(right: int, n: int, k: int) -> float:
     return 1 - math.prod(1 - k / i for i in range(n - right + 1, n + 1))
 
 
-def majority(answers: list[str | None], right: list[bool]) -> bool:
+def majority(answers, right) -> bool:
     """Whether the most frequent answer is right. In a tie, the answer that was given first counts.
 
     None is no answer and has no vote: of ['7', None, '8', '8', '7'] the majority is '7'.
@@ -46,7 +45,7 @@ def majority(answers: list[str | None], right: list[bool]) -> bool:
     return right[answers.index(winner)]
 
 
-def maj_at_k(answers: list[str | None], right: list[bool], k: int) -> float:
+def maj_at_k(answers, right, k) -> float:
     """How often the majority of k responses is right: mean over n // k consecutive blocks of k."""
     hits = []
     for start in range(0, len(answers) - k + 1, k):
@@ -55,7 +54,7 @@ def maj_at_k(answers: list[str | None], right: list[bool], k: int) -> float:
     return sum(hits) / len(hits)
 
 
-def bootstrap(values: Tensor, resamples: int = 2000) -> list[tuple[float, float]]:
+def bootstrap(values, resamples=2000) -> list[tuple[float, float]]:
     """(n, K) K numbers of each of n problems -> K 95 % intervals of their means.
 
     The problems are resampled with replacement (percentile method: Efron, 1979), all columns alike.
@@ -72,7 +71,7 @@ def bootstrap(values: Tensor, resamples: int = 2000) -> list[tuple[float, float]
     return list(zip(low.tolist(), high.tolist()))
 
 
-def mcnemar(gained: int, lost: int) -> float:
+def mcnemar(gained, lost) -> float:
     """The exact two-sided p-value of McNemar's test, from the problems on which two models differ.
 
     The probability of a split at least this uneven if both models are equally good: one has
@@ -84,7 +83,7 @@ def mcnemar(gained: int, lost: int) -> float:
     return min(1.0, 2 * tail)
 
 
-def paired_difference(gained: int, lost: int, n: int) -> tuple[float, float]:
+def paired_difference(gained, lost, n) -> tuple[float, float]:
     """The 95 % interval of the difference of two proportions, measured on the same n problems.
 
     Bonett and Price, 2012: Wald's interval with one problem more of each kind, so that it has a
@@ -97,13 +96,13 @@ def paired_difference(gained: int, lost: int, n: int) -> tuple[float, float]:
     return max(-1.0, difference - half), min(1.0, difference + half)
 
 
-def bootstrapped(values: list[float]) -> dict:
+def bootstrapped(values) -> dict:
     """One value per problem -> their mean, and its interval by `bootstrap`."""
     column = torch.tensor(values, dtype=torch.float64)[:, None]
     return {"accuracy": sum(values) / len(values), "interval": bootstrap(column)[0]}
 
 
-def at_k(votes: list[list], right: list[list[bool]]) -> dict:
+def at_k(votes, right) -> dict:
     """Several answers to each problem -> pass@k (one of k is right) and maj@k (the majority of k is
     right) for k = 1, 2, 4 ... and all."""
     n = len(right[0])
@@ -114,7 +113,7 @@ def at_k(votes: list[list], right: list[list[bool]]) -> dict:
     return {"pass_at": pass_at, "maj_at": maj_at}
 
 
-def compare_greedy(before: list[bool], after: list[bool]) -> dict:
+def compare_greedy(before, after) -> dict:
     """Two models, one answer to each problem, right or wrong -> the difference of their accuracies,
     its interval, and a verdict by McNemar's exact test."""
     n = len(before)
@@ -131,7 +130,7 @@ def compare_greedy(before: list[bool], after: list[bool]) -> dict:
     }
 
 
-def compare_sampled(before: list[float], after: list[float]) -> dict:
+def compare_sampled(before, after) -> dict:
     """Two models, the share of right answers to each problem -> the same, with a verdict by whether
     0 is in the interval. It is bootstrapped over problems: what both find hard is no noise."""
     found = bootstrapped([new - old for old, new in zip(before, after)])
@@ -144,7 +143,7 @@ def compare_sampled(before: list[float], after: list[float]) -> dict:
     }
 
 
-def verdict(difference: float, significant: bool) -> str:
+def verdict(difference, significant) -> str:
     if not significant:
         return "no difference seen"
     return "better" if difference > 0 else "worse"

@@ -14,17 +14,20 @@ from tasks import Problem, Task, load_task, prompt_ids, take_problems
 
 def prompt_sets(task):
     """The prompts of train, validation and test. They must be disjoint."""
-    splits = [
-        {str(problem.prompt) for problem in split}
-        for split in (task.train, task.validation, task.test)
-    ]
-    assert len(set.union(*splits)) == sum(map(len, splits))
-    return splits
+    sets = []
+    for problems in (task.train, task.validation, task.test):
+        sets.append({problem.prompt for problem in problems})
+    assert len(set.union(*sets)) == sum(map(len, sets))
+    return sets
+
+
+def sizes(task):
+    return list(map(len, prompt_sets(task)))
 
 
 def test_splits_of_add_are_disjoint_complete_and_right():
     task = load_task("add")
-    assert [len(prompts) for prompts in prompt_sets(task)] == [6561, 729, 810]
+    assert sizes(task) == [6561, 729, 810]
     for problem in task.test:
         assert sum(map(int, problem.prompt.strip("=").split("+"))) == int(problem.answer)
 
@@ -34,7 +37,7 @@ def test_splits_of_add_show_no_pattern():
     sums, and of either number, must be about as frequent as any other (chi-square of 9 degrees of
     freedom, p = 0.001)."""
     task = load_task("add")
-    for problems in (task.test, task.validation, task.validation[:200]):
+    for problems in (task.test, task.validation):
         digits = [(p.answer[-1], p.prompt[1], p.prompt[4]) for p in problems]
         expected = len(problems) / 10
         for column in zip(*digits):
@@ -58,24 +61,23 @@ def solvable(numbers, target):
 def test_countdown_can_always_be_solved_and_is_always_the_same():
     task = load_task("countdown")
     assert task == load_task("countdown")
-    assert [len(prompts) for prompts in prompt_sets(task)] == [9720, 1080, 1200]
+    assert sizes(task) == [9720, 1080, 1200]
     for problem in task.test[:60]:
         target, numbers = problem.answer.split(" from ")
         assert solvable(list(map(Fraction, numbers.split())), int(target)), problem
         words = problem.prompt.replace(",", "").replace(".", "").split()
-        assert [word for word in words if word.isdigit()] == [*numbers.split(), target]
+        assert list(filter(str.isdigit, words)) == [*numbers.split(), target]
     assert {problem.difficulty for problem in task.test} == {"numbers 3", "numbers 4"}
 
 
 def test_take_problems_passes_through_all_problems_each_time_in_another_order():
     problems = [Problem(str(i), "") for i in range(10)]
-    taken = take_problems(problems, 0, 30, seed=0)
-    epochs = [taken[:10], taken[10:20], taken[20:]]
-    for epoch in epochs:
+    taken = take_problems(problems, 0, 20, seed=0)
+    for epoch in (taken[:10], taken[10:]):
         assert sorted(problem.prompt for problem in epoch) == list("0123456789")
-    assert epochs[0] != epochs[1] != epochs[2]
+    assert taken[:10] != taken[10:]
     assert take_problems(problems, 7, 9, seed=0) == taken[7:16]  # as a resumed run does
-    assert take_problems(problems, 0, 30, seed=1) != taken
+    assert take_problems(problems, 0, 20, seed=1) != taken
 
 
 def write_lines(name, *rows):
@@ -88,25 +90,25 @@ def test_jsonl_of_the_users_own():
     """Each of 50 prompts is there twice: a prompt is never on both sides."""
     rows = [{"prompt": f"p{i % 50}", "answer": i / 2, "difficulty": 3} for i in range(100)]
     task = load_task(write_lines("my.jsonl", *rows[:25], "", *rows[25:]))
-    assert [len(prompts) for prompts in prompt_sets(task)] == [41, 4, 5]
+    assert sizes(task) == [41, 4, 5]
     assert (len(task.test), task.reward, task.test[0].difficulty) == (10, "number", "3")
     rows[7]["answer"] = "yes"
     assert load_task(write_lines("my.jsonl", *rows)).reward == "exact"
 
 
-@pytest.mark.parametrize(
-    ("line", "message"),
-    [
-        ({"prompt": "x"}, '"answer" is missing'),
-        ({"prompt": "x", "answer": float("nan")}, '"answer" is missing, empty or of the wrong'),
-        ({"prompt": "", "answer": "1"}, '"prompt" is missing, empty'),
-        ({"prompt": 3, "answer": "1"}, '"prompt" is missing'),
-        ({"prompt": [{"role": "user"}], "answer": "1"}, '"prompt" is missing'),
-        ("[1]", "not an object"),
-        ("{oops", "not JSON"),
-    ],
-)
-def test_a_bad_line_is_named(line, message):
+BAD_LINES = """
+{"prompt": "x"} -> "answer" is missing, empty or of the wrong type
+{"prompt": "x", "answer": NaN} -> "answer" is missing
+{"prompt": "", "answer": "1"} -> "prompt" is missing
+{"prompt": 3, "answer": "1"} -> "prompt" is missing
+{"prompt": [{"role": "user"}], "answer": "1"} -> "prompt" is missing
+[1] -> not an object
+{oops -> not JSON"""
+
+
+@pytest.mark.parametrize("case", BAD_LINES.strip().splitlines())
+def test_a_bad_line_is_named(case):
+    line, message = case.split(" -> ")
     good = {"prompt": "ok", "answer": "1"}
     with pytest.raises(UserError, match=f"my.jsonl, line 2: {message}"):
         load_task(write_lines("my.jsonl", good, line, good))
@@ -127,27 +129,26 @@ def test_gsm8k_is_downloaded_once_and_checked(monkeypatch):
     """From a folder in place of OpenAI's repository: missing, then wrong, then right."""
     web = Path("web").resolve()
     monkeypatch.setattr(tasks, "GSM8K_URL", f"{web.as_uri()}/")
-    with pytest.raises(UserError, match="cannot be fetched .* --data_dir"):
+    with pytest.raises(UserError, match=r"cannot be fetched .* --data_dir"):
         load_task("gsm8k")
     web.mkdir()
     sums = {}
-    for name in ("train", "test"):
+    for name in ("train.jsonl", "test.jsonl"):
         rows = []
         for i in range(40):
             answer = f"1,000+{i}\n= so\n#### {1000 + i:,}"
-            rows.append({"question": f"What is {name} {i}?", "answer": answer})
-        path = Path(write_lines(web / f"{name}.jsonl", *rows))
-        sums[path.name] = hashlib.sha256(path.read_bytes()).hexdigest()
+            rows.append({"question": f"{i} of {name}?", "answer": answer})
+        write_lines(web / name, *rows)
+        sums[name] = hashlib.sha256((web / name).read_bytes()).hexdigest()
     with pytest.raises(UserError, match="is not the file expected"):
         load_task("gsm8k")
     assert not Path("data").exists()
     monkeypatch.setattr(tasks, "GSM8K_SHA256", sums)
     task = load_task("gsm8k")
-    assert task.test[5] == Problem("What is test 5?", "1005")
+    assert task.test[5] == Problem("5 of test.jsonl?", "1005")
     assert task.test[5].difficulty == "lines 2"
-    train, validation, test = prompt_sets(task)
-    assert (len(train), len(validation), len(test)) == (38, 2, 40)
-    assert all("train" in prompt for prompt in train | validation)
+    assert sizes(task) == [38, 2, 40]
+    assert all("train" in problem.prompt for problem in task.train + task.validation)
     assert {path.name for path in Path("data/gsm8k").iterdir()} == set(sums)
     (web / "train.jsonl").unlink()
     assert load_task("gsm8k") == task == load_task("gsm8k", "data/gsm8k")
@@ -155,6 +156,7 @@ def test_gsm8k_is_downloaded_once_and_checked(monkeypatch):
 
 PLAIN = "Q: 1?\nA: 1{eos}\nQ: {prompt}\nA:"
 TASK = Task("t", [], [], [], "exact", system="Be brief.", template=PLAIN)
+START = "<|im_start|>assistant\n"
 
 
 def as_text(tokenizer, prompt):
@@ -167,19 +169,18 @@ def turn(role, text):
 
 def test_prompts_go_through_the_chat_template_if_there_is_one(load):
     _, tokenizer = load("qwen2")
-    system, start = turn("system", "Be brief."), "<|im_start|>assistant\n"
-    assert as_text(tokenizer, "2+2?") == system + turn("user", "2+2?") + start
-    messages = [{"role": role, "content": "hi"} for role in ("user", "assistant")]
-    assert as_text(tokenizer, messages) == turn("user", "hi") + turn("assistant", "hi") + start
-    # a template that refuses the system role
-    _, tokenizer = load("gemma2")
-    assert as_text(tokenizer, "2+2?") == turn("user", "Be brief.\n\n2+2?") + start
+    assert as_text(tokenizer, "2?") == turn("system", "Be brief.") + turn("user", "2?") + START
+    messages = [{"role": "user", "content": "hi"}]
+    assert as_text(tokenizer, messages * 2) == turn("user", "hi") * 2 + START
+    _, tokenizer = load("gemma2")  # its template refuses the system role
+    assert as_text(tokenizer, "2?") == turn("user", "Be brief.\n\n2?") + START
+    _, tokenizer = load("llama")  # has none
+    with pytest.raises(UserError, match="no chat template"):
+        as_text(tokenizer, messages)
 
 
 def test_without_a_chat_template_the_task_has_one_that_shows_how_an_answer_ends(load):
     _, tokenizer = load("llama")
-    assert as_text(tokenizer, "2? {eos}") == "Q: 1?\nA: 1<|endoftext|>\nQ: 2? {eos}\nA:"
-    ids = prompt_ids(TASK, Problem("2?", ""), tokenizer)
+    ids = prompt_ids(TASK, Problem("2? {eos}", ""), tokenizer)
+    assert tokenizer.decode(ids) == "Q: 1?\nA: 1<|endoftext|>\nQ: 2? {eos}\nA:"
     assert ids.count(tokenizer.eos_token_id) == 1
-    with pytest.raises(UserError, match="no chat template"):
-        as_text(tokenizer, [{"role": "user", "content": "hi"}])

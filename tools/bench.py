@@ -24,13 +24,12 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel
-from transformers.hf_argparser import HfArg
 
 import fast
 import train
 from fast.memory import SHAPES, cache_bytes, shape
 from fast.optimizer import Optimizer
-from lib.flags import check_range, run_script
+from lib.flags import check_range, flag, run_script
 from loss import DENOMINATORS
 from policy import pick_device
 from sample import Rollout, Sampling
@@ -38,16 +37,16 @@ from sample import Rollout, Sampling
 
 @dataclass(frozen=True)
 class Config:
-    preset: Literal[tuple(SHAPES)] = HfArg(default="tiny", help="shape, see fast/memory.py")
-    prompts_per_step: int = HfArg(default=16, help="P, prompts")
-    group_size: int = HfArg(default=16, help="G, responses to each prompt")
-    prompt_length: int = HfArg(default=6, help="tokens of a prompt")
-    max_new_tokens: int = HfArg(default=64, help="tokens after which a response is truncated")
-    stop_prob: float = HfArg(
-        default=0.0, help="share of the vocabulary that ends a response; 0: all have full length"
+    preset: Literal[tuple(SHAPES)] = flag("tiny", "shape, see fast/memory.py")
+    prompts_per_step: int = flag(16, "P, prompts")
+    group_size: int = flag(16, "G, responses to each prompt")
+    prompt_length: int = flag(6, "tokens of a prompt")
+    max_new_tokens: int = flag(64, "tokens after which a response is truncated")
+    stop_prob: float = flag(
+        0.0, "share of the vocabulary that ends a response; 0: all have full length"
     )
-    repeats: int = HfArg(default=5, help="times that each is run")
-    device: Literal["auto", "cuda", "cpu"] = HfArg(default="auto", help="auto: cuda if available")
+    repeats: int = flag(5, "times that each is run")
+    device: Literal["auto", "cuda", "cpu"] = flag("auto", "auto: cuda if available")
 
 
 def timed(function: Callable, device: torch.device) -> tuple[float, Any]:

@@ -16,10 +16,9 @@ from pathlib import Path
 
 from matplotlib.figure import Figure
 from tqdm import tqdm
-from transformers.hf_argparser import HfArg
 
 from lib.files import read_rows
-from lib.flags import UserError, check_range, run_script
+from lib.flags import UserError, check_range, flag, run_script
 from loss import RECIPES
 
 HERE = Path(__file__).parent.parent
@@ -44,12 +43,10 @@ T95 = 2.06  # a 95 % interval reaches as many standard errors: t with 24 degrees
 
 @dataclass(frozen=True)
 class Config:
-    steps: int = HfArg(default=20, help="rollouts per run")
-    minibatches: int = HfArg(
-        default=4, help="optimizer steps per rollout; with 1 nothing is clipped"
-    )
-    seeds: int = HfArg(default=3, help="runs of each recipe")
-    runs_dir: str = HfArg(default="runs/recipes", help="folder of the runs")
+    steps: int = flag(20, "rollouts per run")
+    minibatches: int = flag(4, "optimizer steps per rollout; with 1 nothing is clipped")
+    seeds: int = flag(3, "runs of each recipe")
+    runs_dir: str = flag("runs/recipes", "folder of the runs")
 
 
 def train(name: str, seed: int, config: Config) -> Path:

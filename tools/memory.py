@@ -9,18 +9,17 @@ from dataclasses import dataclass
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers import AutoConfig, AutoModelForCausalLM
-from transformers.hf_argparser import HfArg
 
 import train
 from fast.memory import SHAPES, device_memory, memory_table, shape
-from lib.flags import UserError, check_range, name_error, run_script
+from lib.flags import UserError, check_range, flag, name_error, run_script
 from policy import DTYPES, pick_device
 
 
 @dataclass(frozen=True)
 class Config(train.Config):
-    longest_prompt: int = HfArg(default=256, help="tokens of the longest prompt")
-    memory_gb: float = HfArg(default=0.0, help="memory of the GPU; 0: of this machine")
+    longest_prompt: int = flag(256, "tokens of the longest prompt")
+    memory_gb: float = flag(0.0, "memory of the GPU; 0: of this machine")
 
 
 def main(config: Config, architecture: str) -> None:

@@ -11,16 +11,14 @@ import re
 from dataclasses import dataclass
 from pathlib import Path
 
-from transformers.hf_argparser import HfArg
-
 from lib.files import read_rows
-from lib.flags import UserError, run_script
+from lib.flags import UserError, flag, run_script
 from lib.plots import plot_runs
 
 
 @dataclass(frozen=True)
 class Config:
-    output: str = HfArg(default="compare.png", help="picture to write")
+    output: str = flag("compare.png", "picture to write")
 
 
 def group_by_name(runs: list[str]) -> dict[str, list[Path]]:

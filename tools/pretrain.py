@@ -24,10 +24,9 @@ from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_token
 from torch import Tensor
 from tqdm import trange
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
-from transformers.hf_argparser import HfArg
 
-from lib.flags import UserError, check_range, run_script
-from policy import pick_device, save_policy
+from lib.flags import UserError, check_range, flag, run_script
+from policy import DEVICES, pick_device, save_policy
 from tasks import load_task
 
 THINKING = 0.3  # share of worked examples in the mix
@@ -36,15 +35,13 @@ MISTAKES = 0.6  # share of the other examples that are wrong in one digit
 
 @dataclass(frozen=True)
 class Config:
-    output: str = HfArg(default="models/add", help="folder to write")
-    steps: int = HfArg(default=400, help="optimizer steps")
-    worked_steps: int = HfArg(default=280, help="first steps, which show worked examples only")
-    batch_size: int = HfArg(default=128, help="examples per step")
-    lr: float = HfArg(default=3e-3, help="highest learning rate")
-    seed: int = HfArg(default=0, help="same seed, same model")
-    device: Literal["auto", "cuda", "mps", "cpu"] = HfArg(
-        default="auto", help="auto: the first of these that is available"
-    )
+    output: str = flag("models/add", "folder to write")
+    steps: int = flag(400, "optimizer steps")
+    worked_steps: int = flag(280, "first steps, which show worked examples only")
+    batch_size: int = flag(128, "examples per step")
+    lr: float = flag(3e-3, "highest learning rate")
+    seed: int = flag(0, "same seed, same model")
+    device: Literal[DEVICES] = flag("auto", "auto: the first of these that is available")
 
 
 def make_tokenizer() -> PreTrainedTokenizerFast:

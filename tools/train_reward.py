@@ -26,16 +26,15 @@ from matplotlib.figure import Figure
 from torch import Tensor
 from torch.nn.functional import logsigmoid
 from tqdm import trange
-from transformers.hf_argparser import HfArg
 
 import fast
 from fast.optimizer import Optimizer
 from lib.files import is_prompt, is_string, read_jsonl, write_json
-from lib.flags import UserError, check_range, run_script
+from lib.flags import UserError, check_range, flag, run_script
 from lib.reward_model import RewardModel
 from lib.run import is_run
 from lib.stats import wilson
-from policy import load_policy, pick_device, save_policy, stop_ids
+from policy import DEVICES, load_policy, pick_device, save_policy, stop_ids
 from reward import load_reward, read_samples, score
 from sample import Sampling
 from tasks import hold_out, load_task, prompt_ids, stable_hash, take_problems
@@ -43,27 +42,23 @@ from tasks import hold_out, load_task, prompt_ids, stable_hash, take_problems
 
 @dataclass(frozen=True)
 class Config:
-    output: str = HfArg(default="runs/rm", help="folder to write")
-    model: str = HfArg(default="", help="base: Hugging Face name or folder; default: the policy")
+    output: str = flag("runs/rm", "folder to write")
+    model: str = flag("", "base: Hugging Face name or folder; default: the policy")
     # where pairs come from without a file of pairs
-    task: str = HfArg(default="add", help="task whose training problems the policy answers")
-    data_dir: str = HfArg(default="", help="folder with the task's files, if it needs any")
-    policy: str = HfArg(default="models/add", help="model or run folder that answers them")
-    label: str = HfArg(default="", help="reward that decides which is better; default: the task's")
-    prompts: int = HfArg(default=512, help="problems to answer")
-    group_size: int = HfArg(default=16, help="responses to each problem")
-    max_new_tokens: int = HfArg(default=32, help="tokens after which a response is truncated")
-    pairs_per_prompt: int = HfArg(default=8, help="most pairs to take from one prompt")
+    task: str = flag("add", "task whose training problems the policy answers")
+    data_dir: str = flag("", "folder with the task's files, if it needs any")
+    policy: str = flag("models/add", "model or run folder that answers them")
+    label: str = flag("", "reward that decides which is better; default: the task's")
+    prompts: int = flag(512, "problems to answer")
+    group_size: int = flag(16, "responses to each problem")
+    max_new_tokens: int = flag(32, "tokens after which a response is truncated")
+    pairs_per_prompt: int = flag(8, "most pairs to take from one prompt")
     # the fit
-    epochs: int = HfArg(default=4, help="times that each pair is seen, on average")
-    batch_size: int = HfArg(default=64, help="pairs per step")
-    lr: float = HfArg(
-        default=0.0, help="highest learning rate; 0: 1e-3 below 10 M parameters, else 1e-5"
-    )
-    seed: int = HfArg(default=0, help="same seed, same model")
-    device: Literal["auto", "cuda", "mps", "cpu"] = HfArg(
-        default="auto", help="auto: the first of these that is available"
-    )
+    epochs: int = flag(4, "times that each pair is seen, on average")
+    batch_size: int = flag(64, "pairs per step")
+    lr: float = flag(0.0, "highest learning rate; 0: 1e-3 below 10 M parameters, else 1e-5")
+    seed: int = flag(0, "same seed, same model")
+    device: Literal[DEVICES] = flag("auto", "auto: the first of these that is available")
 
 
 @dataclass(frozen=True)
