@@ -43,28 +43,28 @@ def respond(
     max_new_tokens,
     samples=1,
     seed=0,
-    batch_size=256,
+    rows_at_once=256,
     label="evaluating",
 ) -> list[list[dict]]:
     """A group for each problem, with a row for each of its `samples` responses: prompt, response,
     answer, difficulty, length (tokens), finished, and right by the task's own rule.
 
-    batch_size: responses sampled at a time. It changes no response, and neither do the other
-                problems: each problem has a seed of its own.
+    rows_at_once: responses sampled in parallel. It changes no response, and neither do the other
+                  problems: each problem has a seed of its own.
     """
     rule = load_reward(task.reward)
     stop = stop_ids(policy, tokenizer)
-    sizes = {"batch_size": batch_size}
+    sizes = {"rows_at_once": rows_at_once}
     buffers = {}
-    generate = partial(forms.generate, buffers=buffers)
     groups = []
-    count = max(1, batch_size // samples)
+    count = max(1, rows_at_once // samples)
     for start in tqdm(range(0, len(problems), count), label, leave=False):
         batch = problems[start : start + count]
         prompts = [prompt_ids(task, problem, tokenizer) for problem in batch]
         seeds = [stable_hash(f"{seed}/{problem.prompt}") for problem in batch]
         arguments = policy, prompts, samples, max_new_tokens, stop, seeds, sampling
-        rollout = halve_on_oom(sizes, "batch_size", generate, *arguments, undo=buffers.clear)
+        memory = dict(sizes=sizes, name="rows_at_once", undo=buffers.clear)
+        rollout = halve_on_oom(forms.generate, *arguments, buffers=buffers, **memory)
 
         rows = rollout.samples(batch, tokenizer)
         for row, found in zip(rows, score(rule, rows, max_new_tokens)):
@@ -159,7 +159,7 @@ class Config:
     temperature: float = flag(1.0, "sampling temperature; greedy is measured as well")
     max_new_tokens: int = flag(0, "most tokens of a response; 0: the run's, or 512")
     reward: str = flag("", "its mean is reported; default: the run's, or the task's")
-    batch_size: int = flag(256, "responses sampled at a time; changes no number")
+    rows_at_once: int = flag(256, "responses sampled in parallel; changes no number")
     seed: int = flag(0, "same seed, same responses")
     output: str = flag("", "folder to write into; default: the run's, or runs/eval")
     device: Literal[DEVICES] = flag("auto", "auto: the first of the others that is available")
@@ -169,7 +169,7 @@ class Config:
 def main(config, models) -> dict:
     """Evaluates the models, and the base model of each run. Returns the content of eval.json."""
     check_range(config, 0, "limit max_new_tokens seed")
-    check_range(config, 1, "samples batch_size", most=1e6)
+    check_range(config, 1, "samples rows_at_once", most=1e6)
     check_range(config, 1e-4, "temperature", most=1e9)
     runs = {name: read_config(Path(name)) for name in models if is_run(Path(name))}
     shared = ["task", "data_dir", "max_new_tokens"]
@@ -208,7 +208,7 @@ def main(config, models) -> dict:
             problems,
             max_new_tokens=N,
             seed=config.seed,
-            batch_size=config.batch_size,
+            rows_at_once=config.rows_at_once,
             label=name,
         )
         groups[name] = {

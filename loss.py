@@ -7,11 +7,12 @@ pi: they differ in the weights (NORMALISERS), in the rows that count (FILTERS) a
 denominator (DENOMINATORS). What LOSSES adds, ratios and clips, acts from the second update on the
 same rollout. RECIPES are methods as published.
 
-Each piece is a function of three lines, chosen by its name. To try your own, write one and add it
+Each piece is a short function, chosen by its name. To try your own, write one and add it
 to its table: it gets train.py's Config, so it may have a flag of its own."""
 
 import torch
 
+from lib.flags import UserError
 from sample import policy_distribution
 
 # -------------------------------------------------------------------------------------------------
@@ -189,9 +190,7 @@ def gspo(logprobs, old, weights, mask, config):
     so clip_low and clip_high are small. It is of the whole response, and so must the weight be.
     arXiv 2507.18071."""
     if weights.shape[1] > 1:
-        raise ValueError(
-            "--loss gspo has one ratio for a response: weights must be (B,), not (B, N)"
-        )
+        raise UserError("--loss gspo: has one ratio per response, so weights must be (B, 1)")
     change = ((logprobs - old) * mask).sum(1, keepdim=True) / mask.sum(1, keepdim=True)
     return clipped_loss(change.exp().expand_as(logprobs), weights, mask, config)
 

@@ -6,10 +6,10 @@
     python train.py --reward 'number * (1 + 0.5*model("runs/rm"))'   # wrong never outranks right
     python reward.py --reward "number + 0.2*format" responses.jsonl  # scores a file, part by part
 
-A rule is a function of three texts that returns a number. Add yours to this file and to REWARDS, or
+A rule is a function of three texts that returns a number. Add yours to this file and to RULES, or
 put `def politeness(prompt, response, answer)` into my_rewards.py in the current folder. If it has a
-parameter `length` it gets the number of tokens of the response, by `limit` the most allowed. If its
-first parameter is `prompts`, it is called once, with three lists, and returns a list.
+parameter `length` it gets the number of tokens of the response, as `limit` the most allowed. If
+its first parameter is `prompts`, it is called once, with three lists, and returns a list.
 
 The lines `response | answer -> reward` in the docstrings are examples, which are run as tests. No
 rule runs what a model wrote, and none is slow on any text.

@@ -4,8 +4,8 @@
     python sample.py Qwen/Qwen2.5-0.5B-Instruct --chat  # a conversation
 
 `generate` is the sampler in its plain form. train.py and eval.py mostly use fast/generate.py, which
-samples the same tokens faster. Both call `policy_distribution` and `sample_token`, so whoever
-changes one of these changes it for both.
+samples the same tokens faster. Both call `policy_distribution` and `sample_token`: a
+change there is a change of both.
 """
 
 import math
@@ -24,20 +24,22 @@ from tasks import NO_TASK, Problem, prompt_ids
 
 @dataclass(frozen=True)
 class Sampling:
-    """What decides which distribution is sampled from, and so learned: passed whole to both."""
+    """What decides the distribution. The sampler and the learner must get the same one, so it is
+    passed whole: train.py has it as config.sampling."""
 
     temperature: float = 1.0  # 0 takes the most likely token
 
 
 @dataclass
 class Rollout:
-    """B = P * G rows, prompt-major: row b answers prompt b // G. Padding is on the right."""
+    """B rows, prompt-major: row b answers prompt b // G. Padding is on the right.
+    T, N: tokens of the longest row and of the longest response"""
 
     ids: Tensor  # (B, T) prompt, response, padding
     prompt_lengths: Tensor  # (B,) tokens
     lengths: Tensor  # (B,) tokens of prompt and response, the stop token included
-    response_mask: Tensor  # (B, N) bool: response tokens that the policy wrote. May have holes
-    old_logprobs: Tensor  # (B, N) float32, under the policy that sampled. 0 outside the mask
+    response_mask: Tensor  # (B, N) bool: the policy wrote the token; not padding, not a tool
+    old_logprobs: Tensor  # (B, N) float32, under the policy that sampled; 0 outside the mask
     finished: Tensor  # (B,) bool: ended by a stop token; False: truncated
 
     @property
@@ -85,8 +87,9 @@ def policy_distribution(logits, sampling) -> Tensor:
     """(R, V) logits of the model -> (R, V) float32 logits of the distribution that is sampled from
     and learned.
 
-    Nothing is cut by default (no top-k, no top-p). Whoever cuts does it here, and writes a large
-    negative number rather than -inf, so that the entropy stays finite."""
+    Nothing is cut (no top-k, no top-p). To cut, do it here, with a large negative number rather
+    than -inf, so that the entropy stays finite. On CUDA this becomes part of a CUDA graph: do not
+    look at values (no .item(), no boolean index)."""
     logits = logits.float()
     if sampling.temperature in (0, 1):
         return logits
@@ -107,7 +110,7 @@ def sample_token(logits, uniforms, sampling) -> tuple[Tensor, Tensor]:
 
     probs = torch.softmax(logits, -1, out=logits)  # in place: V may be large
     V = probs.shape[1]
-    size = math.isqrt(V)  # tokens in a block; the last block has fewer
+    size = math.isqrt(V)  # tokens in a block; the last block has fewer, or none
     whole = V - V % size
     block_sums = probs[:, :whole].unflatten(1, (-1, size)).sum(-1)
     block_sums = torch.cat([block_sums, probs[:, whole:].sum(1, keepdim=True)], 1)
@@ -134,6 +137,7 @@ def inverse_cdf(weights, uniforms) -> tuple[Tensor, Tensor]:
     target = torch.minimum(uniforms[:, None] * total, total.nextafter(torch.zeros_like(total)))
     index = torch.searchsorted(cumulative, target, right=True).clamp(max=weights.shape[1] - 1)
     weight = weights.gather(1, index)
+    # the part of the chosen weight that is below the target
     within = (target - cumulative.gather(1, index) + weight) / weight
     return index[:, 0], within[:, 0].clamp(0, 1 - 2**-53)
 
@@ -141,13 +145,13 @@ def inverse_cdf(weights, uniforms) -> tuple[Tensor, Tensor]:
 @torch.no_grad()
 def generate(
     policy, prompts, group_size, max_new_tokens, stop, seeds,
-    sampling=Sampling(), max_rows=None, buffers=None,
+    sampling=Sampling(), rows_at_once=None, buffers=None,
 ) -> Rollout:  # fmt: skip
     """Samples `group_size` responses to each of P prompts (token ids), one prompt at a time.
 
     stop:     ids of the tokens that end a response
     seeds:    (P,) a prompt's responses depend on its own seed, not on the other prompts
-    max_rows: most responses sampled in parallel; None: no limit
+    rows_at_once: most responses sampled in parallel; None: no limit
     buffers:  for the fast form, which keeps its KV cache and CUDA graphs there between calls
     UserError: a prompt is empty, or too long for the model together with max_new_tokens
     """
@@ -155,7 +159,7 @@ def generate(
     rollouts = []
     for prompt, seed in zip(prompts, seeds):
         uniforms = uniform_numbers(seed, group_size, max_new_tokens, policy.device)
-        for rows in uniforms.split(max_rows or group_size):
+        for rows in uniforms.split(rows_at_once or group_size):
             rollouts.append(sample_rows(policy, prompt, rows, stop, sampling))
     return join(rollouts)
 

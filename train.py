@@ -120,6 +120,11 @@ class Config:
     device: Literal[DEVICES] = flag("auto", "auto: the first of the others that is available")
     dtype: Literal["auto", *DTYPES] = flag("auto", "auto: bfloat16 on cuda, else float32")
 
+    @property
+    def sampling(self) -> Sampling:
+        """What the sampler and the learner must agree on."""
+        return Sampling(self.temperature)
+
 
 ADD = dict(prompts_per_step=32, max_new_tokens=32, steps=60, eval_every=10, eval_problems=500)
 PRESETS = {"add": ADD}  # defaults of the flags for a task
@@ -154,22 +159,34 @@ def check(config) -> None:
 
 
 def backward(
-    forms, policy, rollout, rows, weights, loss_scale, ref_logprobs, known, config, tokens
+    forms,
+    policy,
+    rollout,
+    rows,
+    weights,
+    loss_scale,
+    ref_logprobs,
+    on_policy,
+    config,
+    micro_batch_tokens,
 ):
-    """Adds the gradient of the loss over `rows` (indices) of a rollout, in micro-batches of at most
-    so many tokens: their size affects memory only.
+    """Adds the gradient of the loss over `rows` (indices) of a rollout. Micro-batches of at most
+    micro_batch_tokens save memory: the gradient is the same for any size.
 
-    weights: (B, 1) or (B, N); loss_scale: (B,); known: the policy is still the one that sampled
+    weights:      (B, 1) or (B, N)
+    loss_scale:   (B,), 1 / denominator
+    ref_logprobs: (B, N), or None without a KL term
+    on_policy:    the policy is still the one that sampled, so its log-probs are known
     """
-    sampling = Sampling(config.temperature)
     with_entropy = config.entropy_coef != 0
     statistics = UpdateStatistics()
-    for micro_batch in micro_batches(rollout.lengths[rows].cpu(), tokens):
+    for micro_batch in micro_batches(rollout.lengths[rows].cpu(), micro_batch_tokens):
         r = rows[micro_batch.to(rows.device)]  # (R,)
         mask = rollout.response_mask[r]  # (R, N) tokens that the policy wrote
         old = rollout.old_logprobs[r]  # (R, N)
+        known = old if on_policy else None
         logprobs, entropy = forms.token_logprobs(
-            policy, rollout, r, sampling, known=old if known else None, with_entropy=with_entropy
+            policy, rollout, r, config.sampling, known, with_entropy
         )
 
         token_loss, clipped = LOSSES[config.loss](logprobs, old, weights[r], mask, config)
@@ -185,38 +202,36 @@ def backward(
 
 
 def has_gradient(weights, config):
-    """(B, 1) or (B, N) weights -> (B,) bool: rows that a term of the loss reaches. The others need
-    no forward pass."""
+    """(B, 1) or (B, N) weights -> (B,) bool: whether the row contributes to the gradient. If it does
+    not, it needs no forward pass."""
     if config.kl_beta or config.entropy_coef:  # these terms do not depend on the weight
         return torch.ones_like(weights[:, 0], dtype=torch.bool)
     return (weights != 0).any(1)
 
 
 @torch.no_grad()
-def all_logprobs(forms, policy, rollout, sampling, sizes):
+def all_logprobs(forms, policy, rollout, sampling, micro_batch_tokens):
     """(B, N) log-probs of a rollout's responses, 0 outside the mask."""
-
-    def work(tokens):
-        logprobs = torch.zeros_like(rollout.old_logprobs)
-        for rows in micro_batches(rollout.lengths.cpu(), tokens):
-            rows = rows.to(logprobs.device)
-            logprobs[rows], _ = forms.token_logprobs(policy, rollout, rows, sampling)
-        return logprobs
-
-    return halve_on_oom(sizes, "micro_batch_tokens", work, least=int(rollout.lengths.max()))
+    logprobs = torch.zeros_like(rollout.old_logprobs)
+    for rows in micro_batches(rollout.lengths.cpu(), micro_batch_tokens):
+        rows = rows.to(logprobs.device)
+        logprobs[rows], _ = forms.token_logprobs(policy, rollout, rows, sampling)
+    return logprobs
 
 
 def main(config) -> Path:
     """Trains; returns the run folder."""
     # ---------------------------------------------------------- set-up
     check(config)
-    P, G, N = config.prompts_per_step, config.group_size, config.max_new_tokens
-    sampling = Sampling(config.temperature)
+    P, G, limit = config.prompts_per_step, config.group_size, config.max_new_tokens
+    sampling = config.sampling
     device = pick_device(config.device)
     task = load_task(config.task, config.data_dir)
     held_out = task.validation[: config.eval_problems]
     reward = load_reward(config.reward or task.reward, device)
-    true_reward = load_reward(config.true_reward or task.reward, device)
+    true_reward = reward
+    if config.reward or config.true_reward:
+        true_reward = load_reward(config.true_reward or task.reward, device)
     tracker = Tracker(config.tracker)
     run = Run(config.runs_dir, config.name, config.task, config.resume)
 
@@ -238,22 +253,29 @@ def main(config) -> Path:
             reference, _ = load_policy(config.model, device, config.dtype)
 
     longest = longest_prompts(task, task.train + held_out, tokenizer)
-    check_prompts(policy, longest, N)
+    check_prompts(policy, longest, limit)
     print(memory_table(config, policy, device_memory(device), len(longest[0])), end="")
-    forms = fast.choose(policy, longest, stop, sampling, N, config.fast)
-    measure = partial(evaluate, forms, policy, tokenizer, task, held_out, max_new_tokens=N)
+    forms = fast.choose(policy, longest, stop, sampling, limit, config.fast)
+    measure = partial(evaluate, forms, policy, tokenizer, task, held_out, max_new_tokens=limit)
 
     optimizer = Optimizer(policy, config.weight_decay, config.offload)
-    state = {"step": 0, "prompts_seen": 0, "halved": {}}  # all that a run must remember
+    # all that a run must remember, with the optimizer and the random states; saved and loaded whole
+    state = {"step": 0, "prompts_seen": 0, "halved": {}}
     if run.state:
         state = run.state
         optimizer.load_state_dict(state.pop("optimizer"))
         restore_random_state(state)
     sizes = {"rows_at_once": config.rows_at_once or P * G}
     sizes["micro_batch_tokens"] = config.micro_batch_tokens
-    sizes = ChainMap(state["halved"], sizes)  # halved where the GPU ran out of memory
+    for name, size in state["halved"].items():  # the GPU ran out of memory before a resume
+        state["halved"][name] = min(size, sizes[name])
+    sizes = ChainMap(state["halved"], sizes)  # a size that is halved goes into state["halved"]
     buffers = {}  # the sampler's KV cache and CUDA graphs
-    generate = partial(forms.generate, buffers=buffers)
+
+    def free_memory():
+        optimizer.zero_grad()
+        buffers.clear()
+
     config = run.start(config, device, state["step"], tracker)
     if held_out and state["step"] == 0:
         before = {"greedy": measure(Sampling(0)), "sampled": measure(sampling)}
@@ -266,46 +288,53 @@ def main(config) -> Path:
         rollouts, samples = [], []
         for _ in range(config.resample_tries if config.filter == "resample" else 1):
             seen = state["prompts_seen"]
-            problems = take_problems(task.train, seen, P, config.seed)  # a curriculum goes here
+            # a curriculum goes here; what it remembers is a key of `state`
+            problems = take_problems(task.train, seen, P, config.seed)
             prompts = [prompt_ids(task, problem, tokenizer) for problem in problems]
             seeds = [stable_hash(f"{config.seed}/{seen + p}") for p in range(P)]
             state["prompts_seen"] += P
 
             began = time.perf_counter()
-            arguments = policy, prompts, G, N, stop, seeds, sampling
-            rollout = halve_on_oom(sizes, "rows_at_once", generate, *arguments, undo=buffers.clear)
+            arguments = policy, prompts, G, limit, stop, seeds, sampling
+            memory = dict(sizes=sizes, name="rows_at_once", undo=buffers.clear)
+            rollout = halve_on_oom(forms.generate, *arguments, buffers=buffers, **memory)
             rollouts.append(rollout)
             seconds_generate += time.perf_counter() - began
 
             new = rollout.samples(problems, tokenizer)
-            scores, true_scores = score(reward, new, N), score(true_reward, new, N)
+            scores = score(reward, new, limit)
+            true_scores = scores if true_reward is reward else score(true_reward, new, limit)
             for sample, found, true in zip(new, scores, true_scores):  # the reward and its parts
                 samples.append({**sample, **found, "true_reward": true["reward"]})
             rewards = torch.tensor([sample["reward"] for sample in samples]).view(-1, G)  # (P, G)
             if informative(rewards, None)[:, 0].sum() >= P:
                 break
-        rollout = join(rollouts)  # B = P * G rows: row b answers prompt b // G
+        rollout = join(rollouts)  # B = P * G rows: row b answers prompt b // G (resample: more)
 
         # ---------------------------------------------------------- 2. weights
-        weights = NORMALISERS[config.normaliser](rewards, config)  # (P, G), also called advantages
+        group_weights = NORMALISERS[config.normaliser](rewards, config)  # (P, G): the advantages
         finished = rollout.finished.view(-1, G).cpu()
         selected = FILTERS[config.filter](rewards, finished, config)  # (P, G) bool
-        weights = weights.where(selected, 0.0)
-        weights = weights.view(-1, 1).to(device)  # (B, 1); (B, N) would give each token its own
+        weights = group_weights.where(selected, 0.0).view(-1, 1).to(device)  # (B, 1); or (B, N)
+        selected = selected.flatten().to(device)  # (B,)
         for sample, weight in zip(samples, weights.sum(1).tolist()):
             sample["weight"] = weight
         selected = selected.flatten().to(device)  # (B,)
 
         # ---------------------------------------------------------- 3. old and reference log-probs
+        longest_row = int(rollout.lengths.max())
+        memory = dict(sizes=sizes, name="micro_batch_tokens", least=longest_row, undo=buffers.clear)
         few = rollout.rows(slice(0, 2))
-        gap = all_logprobs(forms, policy, few, sampling, sizes) - few.old_logprobs
+        gaps = all_logprobs(forms, policy, few, sampling, longest_row) - few.old_logprobs
         if policy.dtype == torch.bfloat16 and (config.loss != "logprob" or reference):
             # the sampler's differ from a forward pass by rounding: ratios would not start at 1
-            rollout.old_logprobs = all_logprobs(forms, policy, rollout, sampling, sizes)
+            arguments = forms, policy, rollout, sampling
+            rollout.old_logprobs = halve_on_oom(all_logprobs, *arguments, **memory)  # (B, N)
         ref_logprobs = None
         if reference:
             with adapter_off(policy):
-                ref_logprobs = all_logprobs(forms, reference, rollout, sampling, sizes)  # (B, N)
+                arguments = forms, reference, rollout, sampling
+                ref_logprobs = halve_on_oom(all_logprobs, *arguments, **memory)  # (B, N)
 
         # ---------------------------------------------------------- 4. update
         lr = learning_rate(step, config.lr, config.warmup_steps, config.steps)
@@ -318,12 +347,10 @@ def main(config) -> Path:
                 rows = rows[has_gradient(weights[rows], config)]
                 if len(rows) == 0:
                     continue
-                known = not updates  # the policy is still the one that sampled
-                arguments = forms, policy, rollout, rows, weights, loss_scale, ref_logprobs, known
-                memory = {"least": int(rollout.lengths[rows].max()), "undo": optimizer.zero_grad}
-                update = halve_on_oom(
-                    sizes, "micro_batch_tokens", backward, *arguments, config, **memory
-                )
+                on_policy = not updates
+                arguments = forms, policy, rollout, rows, weights, loss_scale, ref_logprobs
+                memory["undo"] = free_memory
+                update = halve_on_oom(backward, *arguments, on_policy, config, **memory)
                 # nan where loss or gradient are not finite: then the step is skipped
                 update.grad_norm = optimizer.step(lr, config.max_grad_norm, update.loss)
                 updates.append(update)
@@ -332,7 +359,7 @@ def main(config) -> Path:
         metrics = {"step": step, **rollout_metrics(rollout, samples, rewards, weights)}
         metrics["trained"] = (selected & has_gradient(weights, config)).float().mean().item()
         metrics |= update_metrics(updates)
-        metrics["sampler_gap"] = gap.abs().max().item()
+        metrics["sampler_gap"] = gaps.abs().max().item()
         if reference:
             metrics["kl"] = (k3(rollout.old_logprobs, ref_logprobs).sum() / counts.sum()).item()
         metrics |= {"lr": lr, "batches_drawn": len(rollouts), "prompts_seen": state["prompts_seen"]}

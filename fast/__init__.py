@@ -1,9 +1,13 @@
 """The machinery that makes the same numbers come faster. Nothing in this folder changes a number.
 
-`choose` compares each fast form with its plain form on the run's own model, and picks: a model
-that a fast form does not fit still trains, and an edit of a plain function takes effect by itself.
+`choose` compares each fast form with its plain form on the run's own model, and picks. So a model
+that a fast form does not fit still trains, by the plain form. An edit of a plain form takes effect
+where it shows in the first 16 tokens, or in log-probs or gradients by more than TOLERANCE; an edit
+of a function that both forms call (policy_distribution, sample_token, token_stats) takes effect in
+any case. --fast off asks for the plain forms.
 """
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -18,7 +22,7 @@ import loss
 import sample
 from lib.flags import name_error
 
-# by dtype: largest relative difference between the forms
+# largest relative difference between the forms that is allowed
 TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 4e-2}
 # what a model raises that a fast form does not fit
 MISFIT = (RuntimeError, ValueError, TypeError, AttributeError, LookupError, NotImplementedError)
@@ -70,7 +74,7 @@ def pick(policy, plain, candidates, compare) -> Callable:
         except MISFIT as error:
             reason = name_error(error)
             continue
-        if not gap > TOLERANCE[policy.dtype]:  # nan comes from the model itself
+        if gap <= TOLERANCE[policy.dtype]:
             return form
         reason = f"they differ by {gap:.1g}"
     model, name = type(policy).__name__, f"{plain.__module__}.{plain.__name__}"
@@ -79,15 +83,17 @@ def pick(policy, plain, candidates, compare) -> Callable:
 
 
 def sampler_difference(found, expected, policy, sampling) -> float:
-    """Float32: 0 if all tokens are the same. In bfloat16 rounding soon leads to other tokens, so
-    the first tokens must mostly be the same, and log-probs those of a forward pass."""
+    """Float32: all tokens must be the same, and the log-probs close. In bfloat16 rounding leads to
+    other tokens: most first tokens must be the same, and log-probs those of a forward pass."""
     if policy.dtype == torch.float32:
-        same = found.ids.shape == expected.ids.shape and torch.equal(found.ids, expected.ids)
-        return 0.0 if same else 1.0
+        for name in ("ids", "lengths", "response_mask", "finished"):
+            if not torch.equal(getattr(found, name), getattr(expected, name)):
+                return math.inf
+        return difference([found.old_logprobs], [expected.old_logprobs])
     first = found.prompt_lengths[:, None]
     same = (found.ids.gather(1, first) == expected.ids.gather(1, first)).float().mean()
     if same < 0.7:
-        return 1.0
+        return math.inf
     rows = torch.arange(len(found.ids), device=policy.device)
     with torch.no_grad():
         logprobs, _ = loss.token_logprobs(policy, found, rows, sampling)
@@ -116,9 +122,11 @@ def values_and_gradients(token_logprobs, policy, rollout, sampling) -> list[Tens
 
 
 def difference(found, expected) -> float:
-    """The largest relative difference (of norms) between tensors."""
-    gaps = []
+    """The largest relative difference (of norms) between tensors; inf for nan. Where the plain form
+    gives nan too, the model is to blame, not the fast form."""
+    gaps = [0.0]
     for one, other in zip(found, expected, strict=True):
-        norm = other.float().norm()
-        gaps.append((one.float() - other.float()).norm() / norm if norm > 0 else one.float().norm())
-    return max(gap.item() for gap in gaps)
+        norm, gap = other.float().norm().item(), (one.float() - other.float()).norm().item()
+        if not math.isnan(norm):
+            gaps.append(math.inf if math.isnan(gap) else gap / max(norm, 1e-12))
+    return max(gaps)

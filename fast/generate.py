@@ -36,15 +36,15 @@ def generate(
     stop,
     seeds,
     sampling=Sampling(),
-    max_rows=None,
+    rows_at_once=None,
     buffers=None,
 ) -> Rollout:
-    """See sample.py. max_rows: slots; the other rows are queued, so a rollout may be larger than
-    the memory."""
+    """See sample.py. The rows beyond rows_at_once are queued for a slot, so a rollout may be larger
+    than the memory."""
     check_prompts(policy, prompts, max_new_tokens)
     buffers = {} if buffers is None else buffers
     B = len(prompts) * group_size
-    slots = min(B, max_rows or B)
+    slots = min(B, rows_at_once or B)
     columns = round_up(max(map(len, prompts)) + max_new_tokens, LENGTH_MULTIPLE[policy.device.type])
     # what CUDA graphs depend on; they also hold the addresses of the parameters
     addresses = tuple(parameter.data_ptr() for parameter in policy.parameters())

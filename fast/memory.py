@@ -15,16 +15,16 @@ from lib.flags import UserError
 Result = TypeVar("Result")
 
 
-def halve_on_oom(sizes, name, work, *arguments, least=1, undo=None) -> Result:
-    """work(*arguments, sizes[name]). Where the GPU runs out of memory, the same again with half the
-    size, and so on; sizes[name] stays as small as it had to become.
+def halve_on_oom(work, *arguments, sizes, name, least=1, undo=None, **options):
+    """work(*arguments, **options), with sizes[name] as one more option of that name. Where the GPU
+    runs out of memory: again with half the size, and so on; sizes[name] stays as small as that.
 
     least: no smaller size would help
     undo:  drops what a failed attempt has left behind, so that nothing is counted twice
     """
     while True:
         try:
-            return work(*arguments, sizes[name])
+            return work(*arguments, **options, **{name: sizes[name]})
         except torch.OutOfMemoryError:
             if sizes[name] <= least:
                 raise UserError(

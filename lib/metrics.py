@@ -107,7 +107,7 @@ def step_line(metrics: dict) -> str:
     line = (
         f"step {metrics['step']:4d}  reward {metrics['reward']:.3f}  "
         f"informative {metrics['informative']:.2f}  thinking {metrics['thinking']:.2f}  "
-        f"length {metrics['response_length']:.1f}  entropy {metrics['entropy']:.3f}  "
+        f"length {metrics['response_length']:.1f}  entropy {metrics.get('entropy', math.nan):.3f}  "
         f"grad {metrics['grad_norm']:.2f}  {metrics['seconds']:.2f} s"
     )
     if metrics["skipped"]:

@@ -2,7 +2,9 @@ import os
 
 # before torch and transformers are imported, and for the scripts that tests start
 os.environ["HF_HUB_OFFLINE"] = "1"  # no test may reach for a hub
-os.environ["OMP_NUM_THREADS"] = "1"  # tiny matrices, and two threads on a busy machine wait for each other
+os.environ["OMP_NUM_THREADS"] = (
+    "1"  # tiny matrices, and two threads on a busy machine wait for each other
+)
 
 import pytest
 import tiny
@@ -35,7 +37,9 @@ def folders(tmp_path_factory):
     def folder(architecture, **changes):
         key = architecture, *sorted(changes.items())
         if key not in made:
-            made[key] = tiny.make_folder(tmp_path_factory.mktemp(architecture), architecture, **changes)
+            made[key] = tiny.make_folder(
+                tmp_path_factory.mktemp(architecture), architecture, **changes
+            )
         return str(made[key])
 
     return folder
@@ -51,5 +55,7 @@ def load(folders):
 def base(tmp_path_factory):
     """The built-in base model after a short schooling: it answers in digits, and is mostly wrong."""
     folder = tmp_path_factory.mktemp("models") / "base"
-    pretrain.main(pretrain.Config(output=str(folder), steps=60, worked_steps=10, batch_size=64, device="cpu"))
+    pretrain.main(
+        pretrain.Config(output=str(folder), steps=60, worked_steps=10, batch_size=64, device="cpu")
+    )
     return str(folder)

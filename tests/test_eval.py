@@ -1,14 +1,17 @@
 import json
+import re
 import shutil
 from itertools import chain
 from pathlib import Path
+from statistics import fmean
 
 import pytest
 from conftest import CPU, parse_train
 
 import fast
 import train
-from eval import Config, details, evaluate, main, respond, summarise
+from eval import Config, compare, details, evaluate, main, respond, summarise
+from lib.files import read_rows
 from lib.flags import UserError
 from lib.report import results_table
 from lib.stats import compare_greedy, compare_sampled
@@ -20,12 +23,13 @@ from tasks import Problem, load_task
 
 def answers_to(answer, *groups, difficulty=""):
     """Groups of rows, of responses to problems with one answer."""
-    shared = {"prompt": "?", "answer": answer, "difficulty": difficulty, "finished": True}
-    found = []
-    for texts in groups:
-        rows = [{**shared, "response": text, "length": len(text) + 1} for text in texts]
-        found.append([{**row, "right": final_answer(row["response"]) == answer} for row in rows])
-    return found
+    shared = {"prompt": "?", "answer": answer, "difficulty": difficulty}
+    shared |= {"finished": True, "length": 2}
+
+    def row(text):
+        return {**shared, "response": text, "right": final_answer(text) == answer}
+
+    return [list(map(row, texts)) for texts in groups]
 
 
 def details_by(rule, groups):
@@ -63,14 +67,11 @@ def test_pass_and_maj_at_k_of_two_problems():
     groups = answers_to("7", "7788", "9997")
     found = details_by("exact", groups)
     passed, majority = found["pass_at"], found["maj_at"]
-    shares = [share["accuracy"] for share in passed.values()]
-    assert shares == pytest.approx([3 / 8, 4 / 6, 1])
-    assert [share["accuracy"] for share in majority.values()] == [3 / 8, 1 / 4, 1 / 2]
     assert list(passed) == list(majority) == [1, 2, 4]
+    shares = [share["accuracy"] for share in chain(passed.values(), majority.values())]
+    assert shares == pytest.approx([3 / 8, 4 / 6, 1, 3 / 8, 1 / 4, 1 / 2])
     assert passed[4]["interval"] == (1, 1) and majority[4]["interval"] == (0, 1)
     assert (found["reward"], found["parts"]) == (2 + 3 / 8, {"exact": 3 / 8, "length": 2})
-    assert groups[0][0]["parts"] == {"exact": 1, "length": 2}
-    assert summarise(groups)["accuracy"] == 3 / 8
 
 
 def test_votes_are_counted_after_answers_are_normalised():
@@ -94,26 +95,31 @@ def test_accuracy_by_difficulty():
     groups = answers_to("7", "7", difficulty="steps 10")
     groups += answers_to("7", "7", "8", difficulty="steps 2")
     found = details_by("exact", groups)["by_difficulty"]
-    accuracies = [(level, share["accuracy"], share["n"]) for level, share in found.items()]
-    assert accuracies == [("steps 2", 0.5, 2), ("steps 10", 1, 1)]
+    assert list(found) == ["steps 2", "steps 10"]
+    assert [share["accuracy"] for share in found.values()] == [0.5, 1]
+
+
+def test_two_models_are_compared_greedy_and_sampled():
+    wrong, right = answers_to("7", "8"), answers_to("7", "7")
+    found = compare({"greedy": wrong, "sampled": right}, {"greedy": right, "sampled": wrong})
+    assert [found[kind]["difference"] for kind in ("greedy", "sampled")] == [1, -1]
 
 
 def test_greedy_answers_are_compared_by_an_exact_test():
     """6 gained and none lost has p = 2 / 2^6, 5 gained has 2 / 2^5."""
-    before = [False] * 6 + [True] * 10
-    found = compare_greedy(before, [True] * 16)
-    low, high = found.pop("interval")
+    before, after = [False] * 6 + [True] * 10, [True] * 16
+    found = compare_greedy(before, after)
+    low, high = found["interval"]
     assert 0 < low < found["difference"] == 6 / 16 < high
     assert (found["gained"], found["lost"], found["p"]) == (6, 0, 1 / 32)
     assert found["verdict"] == "better"
-    assert compare_greedy([True] * 16, before)["verdict"] == "worse"
-    assert compare_greedy(before[1:], [True] * 15)["verdict"] == "no difference seen"
+    assert compare_greedy(after, before)["verdict"] == "worse"
+    assert compare_greedy(before[1:], after[1:])["verdict"] == "no difference seen"
 
 
 def test_sampled_answers_are_compared_problem_by_problem():
     """The same half gained on every problem is no noise, however much the problems differ."""
-    before = [0.0] * 8 + [0.5] * 8
-    after = [0.5] * 8 + [1.0] * 8
+    before, after = [0.0, 0.5] * 8, [0.5, 1.0] * 8
     better = {"difference": 0.5, "interval": (0.5, 0.5), "verdict": "better"}
     assert compare_sampled(before, after) == better
     assert compare_sampled(after, before)["verdict"] == "worse"
@@ -123,76 +129,51 @@ def test_sampled_answers_are_compared_problem_by_problem():
     assert compare_sampled(before, before[::-1])["verdict"] == "no difference seen"
 
 
+RESULT = """{"greedy": {"accuracy": 0.111, "interval": [0.101, 0.121], "n": 8},
+"sampled": {"accuracy": 0.131, "interval": [0.122, 0.142], "n": 8, "new number": 0.150,
+"parts": {"format": 0.151}, "pass_at": {"16": {"accuracy": 0.161, "interval": [0.152, 0.172]}},
+"by_difficulty": {"steps 2": {"accuracy": 0.181, "interval": [0.173, 0.191], "n": 4}}}}"""
+
+
 def test_the_table_has_every_number():
-    written = []
-
-    def number():
-        written.append(0.101 + len(written) / 1000)
-        return written[-1]
-
-    def share(**more):
-        return {"accuracy": number(), "interval": (number(), number()), "n": 8, **more}
-
-    results = {}
-    for name in ("base", "run"):
-        more = {"pass_at": {2: share(), 16: share()}, "by_difficulty": {"steps 2": share()}}
-        more |= {"parts": {"format": number()}, "new number": number()}
-        results[name] = {"greedy": share(), "sampled": share(**more)}
-    table = results_table(results)
-    assert [value for value in written if f"{value:.3f}" not in table] == []
-    last = [f"{results[name]['sampled']['new number']:.3f}" for name in results]
-    assert ["new", "number", *last] in [line.split() for line in table.splitlines()]
-
-
-def train_a_step(base):
-    """-> the run folder"""
-    sizes = "--steps 1 --prompts_per_step 2 --group_size 4 --max_new_tokens 8 --eval_problems 5"
-    flags = ["--name", "one", "--reward", "number + 0.1*length", "--device", "cpu"]
-    return train.main(parse_train("--model", base, *flags, *sizes.split()))
+    other = RESULT.replace("0.1", "0.8")
+    table = results_table({"base": json.loads(RESULT), "run": json.loads(other)})
+    number = re.compile(r"0\.\d+")
+    assert set(number.findall(table)) == set(number.findall(RESULT + other))
+    assert re.search(r"pass@16 +0.161 \[0.152, 0.172\] +0.861 \[0.852, 0.872\]\n", table)
 
 
 def test_a_run_is_measured_beside_its_base(base, capsys):
-    folder = train_a_step(base)
+    sizes = "--steps 1 --prompts_per_step 2 --group_size 4 --max_new_tokens 8 --eval_problems 5"
+    flags = ["--name", "one", "--reward", "number + 0.1*length", "--device", "cpu"]
+    folder = train.main(parse_train("--model", base, *flags, *sizes.split()))
     run = str(folder)
     before = json.loads((folder / "before.json").read_text())
-    shown = capsys.readouterr().out  # ends with a report
-    assert before["sampled"]["responses"][2] in shown
-    assert results_table({"before": before}).splitlines()[1] in shown
+    assert before["sampled"]["responses"][2] in capsys.readouterr().out
 
-    found = main(Config(limit=12, samples=2), [run])
-    shown = capsys.readouterr().out
-    assert results_table(found["models"]) in shown and f"{run} against {base}" in shown
-    assert found["reward"] == "number + 0.1*length"
-    assert json.loads((folder / "eval.json").read_text())["comparisons"][0]["after"] == run
-    assert (folder / "eval.png").read_bytes().startswith(b"\x89PNG")
-
-    rows = list(map(json.loads, (folder / "responses.jsonl").read_text().splitlines()))
-    assert len(rows) == 2 * 12 * (1 + 2)
-    sampled = found["models"][run]["sampled"]
-    assert sampled["reward"] == pytest.approx(sum(row["reward"] for row in rows[-24:]) / 24)
-    [pair] = found["comparisons"]
-    for kind in ("greedy", "sampled"):
-        old, new = (found["models"][name][kind]["accuracy"] for name in (base, run))
-        assert pair[kind]["difference"] == pytest.approx(new - old)
-    again = main(Config(limit=12, samples=2, batch_size=5), [run, base])
-    assert again["models"] == found["models"]
-
-
-def test_several_runs_and_flags_that_cannot_be(base):
-    folder = train_a_step(base)
-    run, other = str(folder), shutil.copytree(folder, "runs/other")
-    config = (folder / "config.json").read_text()
-    assert '"max_new_tokens": 8' in config
-    Path(other, "config.json").write_text(config.replace('_tokens": 8', '_tokens": 6'))
+    # several models: no run's folder gets the files
+    other = Path(shutil.copytree(folder, "runs/other"))
+    config = other / "config.json"
+    config.write_text(config.read_text().replace('"max_new_tokens": 8', '"max_new_tokens": 6'))
     for flags, models, message in [
-        ({}, [run, other], r"--max_new_tokens: the runs differ in it \(8, 6\), give one for all"),
+        ({}, [run, str(other)], r"--max_new_tokens: the runs differ in it \(8, 6\), give one"),
         ({}, [base], "--task: none of the models is a run"),
-        ({"samples": 0}, [run], "--samples 0: must be at least 1"),
-        ({"temperature": 0.0}, [run], "--temperature 0.0: must be at least 0.0001"),
-        ({"output": f"{run}/config.json"}, [run], "--output .* cannot be written to"),
+        ({"output": config}, [run], "--output .* cannot be written to"),
     ]:
         with pytest.raises(UserError, match=message):
             main(Config(**flags), models)
-    # no run's folder gets what is said of several
-    main(Config(max_new_tokens=2, limit=1), [run, other])
+    several = main(Config(max_new_tokens=8, limit=8, samples=2, batch_size=5), [run, str(other)])
     assert Path("runs/eval/eval.json").exists() and not (folder / "eval.json").exists()
+
+    found = main(Config(limit=8, samples=2), [run])
+    shown = capsys.readouterr().out
+    assert results_table(found["models"]) in shown and f"{run} against {base}" in shown
+    assert found["models"].items() <= several["models"].items()
+    assert found["reward"] == "number + 0.1*length"
+    assert (folder / "eval.json").exists() and (folder / "eval.png").exists()
+    rows = read_rows(folder / "responses.jsonl")
+    assert len(rows) == 48  # 2 models, 8 problems, 1 greedy and 2 sampled responses
+    sampled = found["models"][run]["sampled"]
+    assert sampled["reward"] == pytest.approx(fmean(row["reward"] for row in rows[-16:]))
+    [pair] = found["comparisons"]
+    assert (pair["before"], pair["after"]) == (base, run)

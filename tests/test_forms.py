@@ -44,7 +44,10 @@ def double_loop(model, ids, start, end, temperature):
 
     values = []
     for place in range(start, end):
-        scaled = [logit / temperature for logit in model(torch.tensor([ids[:place]])).logits[0, -1].tolist()]
+        scaled = [
+            logit / temperature
+            for logit in model(torch.tensor([ids[:place]])).logits[0, -1].tolist()
+        ]
         total = math.log(sum(math.exp(value - max(scaled)) for value in scaled)) + max(scaled)
         entropy = -sum(math.exp(value - total) * (value - total) for value in scaled)
         values.append((scaled[ids[place]] - total, entropy))
@@ -70,7 +73,9 @@ def test_plain_logprobs_and_entropies_equal_a_double_loop_in_float64(load, archi
 @pytest.mark.parametrize("holes", [False, True])
 @pytest.mark.parametrize("by_hand", [True, False])
 @pytest.mark.parametrize("architecture", tiny.ARCHITECTURES)
-def test_the_fast_form_has_the_values_and_gradients_of_the_plain_one(load, monkeypatch, architecture, by_hand, holes):
+def test_the_fast_form_has_the_values_and_gradients_of_the_plain_one(
+    load, monkeypatch, architecture, by_hand, holes
+):
     """With shared prompts (two architectures have a window of 8), tiles of 5 tokens, and tokens in the row that the
     policy did not write."""
     monkeypatch.setitem(fast.logprobs.TILE, "cpu", 5)
@@ -83,20 +88,37 @@ def test_the_fast_form_has_the_values_and_gradients_of_the_plain_one(load, monke
     rows = torch.arange(12)
     weights = torch.linspace(-1, 2, rollout.response_mask.numel()).view(12, -1)
     shapes = []
-    hook = model.get_input_embeddings().register_forward_hook(lambda module, args, out: shapes.append(args[0].shape))
+    hook = model.get_input_embeddings().register_forward_hook(
+        lambda module, args, out: shapes.append(args[0].shape)
+    )
     for with_entropy in (False, True):
         found, expected = [], []
-        for form, out, more in ((token_logprobs, found, {"by_hand": by_hand}), (loss.token_logprobs, expected, {})):
-            logprobs, entropy = form(model, rollout, rows, sampling, with_entropy=with_entropy, **more)
-            total = (weights * logprobs).sum() + (weights * entropy).sum() * 2 if with_entropy else (
-                weights * logprobs).sum()
-            out += [logprobs.detach(), entropy.detach() if with_entropy else logprobs.detach(), gradient(model, total)]
+        for form, out, more in (
+            (token_logprobs, found, {"by_hand": by_hand}),
+            (loss.token_logprobs, expected, {}),
+        ):
+            logprobs, entropy = form(
+                model, rollout, rows, sampling, with_entropy=with_entropy, **more
+            )
+            total = (
+                (weights * logprobs).sum() + (weights * entropy).sum() * 2
+                if with_entropy
+                else (weights * logprobs).sum()
+            )
+            out += [
+                logprobs.detach(),
+                entropy.detach() if with_entropy else logprobs.detach(),
+                gradient(model, total),
+            ]
         torch.testing.assert_close(found[0], expected[0], atol=1e-5, rtol=0)
         torch.testing.assert_close(found[1], expected[1], atol=1e-5, rtol=0)
         assert ((found[2] - expected[2]).norm() / expected[2].norm()).item() < 3e-6
         assert ((rollout.response_mask) | (found[0] == 0)).all()
     hook.remove()
-    assert shapes[:2] == [(3, 19), (12, (rollout.lengths - rollout.prompt_lengths).max())]  # the prompts once, then the rest
+    assert shapes[:2] == [
+        (3, 19),
+        (12, (rollout.lengths - rollout.prompt_lengths).max()),
+    ]  # the prompts once, then the rest
     known = rollout.old_logprobs + 1.0 * rollout.response_mask
     logprobs, _ = token_logprobs(model, rollout, rows, sampling, known=known, by_hand=by_hand)
     assert torch.equal(logprobs, known)  # taken at its word, but with a gradient
@@ -121,7 +143,9 @@ def test_backward_equals_plain_autograd(load, monkeypatch, name):
     rollout = sample_12(model)
     noise = torch.randn(rollout.old_logprobs.shape, generator=torch.Generator().manual_seed(0))
     rollout.old_logprobs += 1.5 * noise * rollout.response_mask
-    config = types.SimpleNamespace(**vars(parse_train("--kl_beta", 0.1, "--entropy_coef", 0.3)) | {"loss": name})
+    config = types.SimpleNamespace(
+        **vars(parse_train("--kl_beta", 0.1, "--entropy_coef", 0.3)) | {"loss": name}
+    )
     mask = rollout.response_mask
     weights = torch.linspace(-1, 2, 12)[:, None]
     ref_logprobs = 0.7 * rollout.old_logprobs
@@ -136,7 +160,9 @@ def test_backward_equals_plain_autograd(load, monkeypatch, name):
     for forms in (PLAIN, FAST):
         for tokens in (1, 50, 10**6):
             model.zero_grad()
-            train.backward(forms, model, rollout, rows, weights, scale, ref_logprobs, False, config, tokens)
+            train.backward(
+                forms, model, rollout, rows, weights, scale, ref_logprobs, False, config, tokens
+            )
             got = torch.cat([p.grad.flatten() for p in model.parameters()])
             assert ((got - whole).norm() / whole.norm()).item() < 3e-6
     model.zero_grad()
@@ -201,6 +227,7 @@ def test_the_fast_forms_are_chosen_for_the_usual_architectures(load, architectur
 
 def test_an_edit_of_a_shared_function_is_fast_at_once(load, monkeypatch):
     """policy_distribution cut to the two best tokens: sampler and learner follow, and the forms still agree."""
+
     def two_best(logits, sampling):
         second = logits.float().topk(2, -1).values[..., -1:]
         return logits.float().masked_fill(logits < second, -1e9)
@@ -218,6 +245,7 @@ def test_an_edit_of_a_shared_function_is_fast_at_once(load, monkeypatch):
 def test_an_edit_of_token_stats_is_differentiated_by_autograd(load, monkeypatch):
     """Log-probs of twice the logits in the learner alone: the gradient written by hand no longer fits, autograd in
     tiles does."""
+
     def doubled(logits, tokens, sampling):
         logp = (2 * logits.float()).log_softmax(-1)
         return logp.gather(-1, tokens[:, None])[:, 0], -(logp.exp() * logp).sum(-1)
@@ -226,7 +254,9 @@ def test_an_edit_of_token_stats_is_differentiated_by_autograd(load, monkeypatch)
     monkeypatch.setattr(fast.logprobs, "token_stats", doubled)
     forms = choose(load("llama")[0])
     assert forms.generate is generate
-    assert forms.token_logprobs.func is token_logprobs and forms.token_logprobs.keywords == {"by_hand": False}
+    assert forms.token_logprobs.func is token_logprobs and forms.token_logprobs.keywords == {
+        "by_hand": False
+    }
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -240,11 +270,16 @@ def test_an_edit_of_a_plain_form_takes_effect_and_is_said(load, monkeypatch, cap
         return rollout
 
     monkeypatch.setattr(sample, "generate", forced)
-    monkeypatch.setattr(loss, "token_logprobs", lambda *a, **k: [2 * value for value in before[1](*a, **k)])
+    monkeypatch.setattr(
+        loss, "token_logprobs", lambda *a, **k: [2 * value for value in before[1](*a, **k)]
+    )
     forms = choose(model)
     assert (forms.generate, forms.token_logprobs) == (sample.generate, loss.token_logprobs)
     said = capsys.readouterr().out
-    assert said.count("LlamaForCausalLM does not fit the fast form of") == 2 and "they differ by" in said
+    assert (
+        said.count("LlamaForCausalLM does not fit the fast form of") == 2
+        and "they differ by" in said
+    )
 
 
 @pytest.mark.parametrize("more", ["halved", "bias"])
@@ -252,14 +287,18 @@ def test_a_head_that_is_more_than_a_product_gets_the_right_gradient(load, more):
     """A bias is differentiated in tiles; logits halved behind the head's back are left to the plain form."""
     model = copy.deepcopy(load("llama")[0])
     if more == "halved":
-        model.register_forward_hook(lambda module, args, out: out.__setitem__("logits", out.logits / 2))
+        model.register_forward_hook(
+            lambda module, args, out: out.__setitem__("logits", out.logits / 2)
+        )
     else:
         model.lm_head.bias = torch.nn.Parameter(torch.linspace(-1, 1, model.lm_head.out_features))
     forms = choose(model)
     assert (forms.token_logprobs is loss.token_logprobs) == (more == "halved")
     rollout = sample_12(model)
-    found, whole = (gradient(model, form(model, rollout, torch.arange(12), Sampling())[0].sum())
-                    for form in (forms.token_logprobs, loss.token_logprobs))
+    found, whole = (
+        gradient(model, form(model, rollout, torch.arange(12), Sampling())[0].sum())
+        for form in (forms.token_logprobs, loss.token_logprobs)
+    )
     assert ((found - whole).norm() / whole.norm()).item() < 3e-6
 
 
@@ -276,7 +315,18 @@ def test_ten_steps_with_plain_and_with_fast_forms_agree(base):
     """Loss and reward to 1e-4, and the held-out accuracy exactly."""
     rows = []
     for mode in ("auto", "off"):
-        flags = ("--model", base, "--steps", 10, "--prompts_per_step", 4, "--eval_problems", 20, "--fast", mode)
+        flags = (
+            "--model",
+            base,
+            "--steps",
+            10,
+            "--prompts_per_step",
+            4,
+            "--eval_problems",
+            20,
+            "--fast",
+            mode,
+        )
         run = train.main(parse_train(*flags, "--reward", "exact + 0.1*length"))
         rows.append(read_rows(run / "metrics.jsonl"))
     for one, other in zip(*rows, strict=True):
@@ -287,9 +337,18 @@ def test_ten_steps_with_plain_and_with_fast_forms_agree(base):
 # ------------------------------------------------------------------------------------- CUDA graphs, without a GPU
 
 META = {
-    "llama": {}, "qwen2": {}, "qwen3": {}, "gemma2": {}, "gpt2": {}, "mistral": {}, "phi3": {},
-    "gemma3_text": {}, "olmo2": {}, "mixtral": dict(num_local_experts=4, num_experts_per_tok=2),
-    "starcoder2": {}, "granite": {},
+    "llama": {},
+    "qwen2": {},
+    "qwen3": {},
+    "gemma2": {},
+    "gpt2": {},
+    "mistral": {},
+    "phi3": {},
+    "gemma3_text": {},
+    "olmo2": {},
+    "mixtral": dict(num_local_experts=4, num_experts_per_tok=2),
+    "starcoder2": {},
+    "granite": {},
 }
 
 
@@ -297,20 +356,25 @@ META = {
 def test_a_decode_step_looks_at_no_value(architecture):
     """Tensors on the meta device have no values: a step that ran there looks at none, and can be captured."""
     sizes = dict(tiny.SIZES, num_key_value_heads=2, vocab_size=600, pad_token_id=0)
-    config = AutoConfig.for_model(architecture, **{**sizes, **tiny.ARCHITECTURES.get(architecture, {}),
-                                                   **META[architecture]})
+    config = AutoConfig.for_model(
+        architecture, **{**sizes, **tiny.ARCHITECTURES.get(architecture, {}), **META[architecture]}
+    )
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).eval()
         state = DecodeState(model, 6, 4, 64, 16)
         keys = torch.zeros(2, 3, 2, 7, 16, dtype=torch.bfloat16)
         if architecture == "gpt2":
             keys = torch.zeros(2, 3, 4, 7, 16, dtype=torch.bfloat16)
-        layers = [types.SimpleNamespace(keys=keys[0], values=keys[1])] * config.get_text_config().num_hidden_layers
+        layers = [
+            types.SimpleNamespace(keys=keys[0], values=keys[1])
+        ] * config.get_text_config().num_hidden_layers
         state.cache.set_prompts(types.SimpleNamespace(layers=layers))
         state.slots, state.attended = 4, 32
         state.cache.static = True
         state.cache.resize(None, 32)
-        state.cache.tensors = [t.new_zeros(4, t.shape[1], 64, t.shape[3]) for t in state.cache.tensors]
+        state.cache.tensors = [
+            t.new_zeros(4, t.shape[1], 64, t.shape[3]) for t in state.cache.tensors
+        ]
         with torch.no_grad(), fast.generate.decode_attention(model):
             state.decode_step(model, Sampling(0.9))
 
@@ -359,10 +423,13 @@ def capture_by_stand_in(monkeypatch):
 
 def test_a_captured_step_is_replayed_and_does_the_same(load, monkeypatch):
     model, _ = load("llama")
-    expected = [generate(model, PROMPTS, 4, 20, STOP, seeds, max_rows=7) for seeds in ([1, 2, 3], [4, 5, 6])]
+    expected = [
+        generate(model, PROMPTS, 4, 20, STOP, seeds, rows_at_once=7)
+        for seeds in ([1, 2, 3], [4, 5, 6])
+    ]
     counts, buffers = capture_by_stand_in(monkeypatch), {}
     for before, seeds in zip(expected, ([1, 2, 3], [4, 5, 6])):
-        again = generate(model, PROMPTS, 4, 20, STOP, seeds, max_rows=7, buffers=buffers)
+        again = generate(model, PROMPTS, 4, 20, STOP, seeds, rows_at_once=7, buffers=buffers)
         assert torch.equal(again.ids, before.ids)
         torch.testing.assert_close(again.old_logprobs, before.old_logprobs, atol=1e-5, rtol=0)
     assert len(buffers) == 1 and 0 < counts[0] < counts[1]

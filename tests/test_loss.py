@@ -5,6 +5,7 @@ import pytest
 import torch
 from conftest import parse_train
 
+from lib.flags import UserError
 from loss import BASELINED, DENOMINATORS, FILTERS, LOSSES, NORMALISERS, RECIPES, k2, k3
 
 PAIR, MIXED, EQUAL, ONE = [1.0, 0, 0, 1], [0.2, 0.4, 0.9, 0.9], [0.7] * 4, [0.0, 0, 1, 0]
@@ -24,13 +25,24 @@ CENTRED = sorted(BASELINED - {"best"})
 t2, t3, s = 2 / 3, 3**0.5, 0.095**0.5  # 0.095 is the variance of MIXED, whose mean is 0.6
 BY_HAND = {
     "mean": ([0.5, -0.5, -0.5, 0.5], [-0.4, -0.2, 0.3, 0.3], [-0.25, -0.25, 0.75, -0.25]),
-    "zscore": ([1, -1, -1, 1], [-0.4 / s, -0.2 / s, 0.3 / s, 0.3 / s], [-1 / t3, -1 / t3, t3, -1 / t3]),
+    "zscore": (
+        [1, -1, -1, 1],
+        [-0.4 / s, -0.2 / s, 0.3 / s, 0.3 / s],
+        [-1 / t3, -1 / t3, t3, -1 / t3],
+    ),
     "loo": ([t2, -t2, -t2, t2], [-1.6 / 3, -0.8 / 3, 0.4, 0.4], [-1 / 3, -1 / 3, 1, -1 / 3]),
-    "batch_std": ([1, -1, -1, 1], [-0.4 / s, -0.2 / s, 0.3 / s, 0.3 / s], [-1 / t3, -1 / t3, t3, -1 / t3]),
+    "batch_std": (
+        [1, -1, -1, 1],
+        [-0.4 / s, -0.2 / s, 0.3 / s, 0.3 / s],
+        [-1 / t3, -1 / t3, t3, -1 / t3],
+    ),
     "maxrl": ([1, -1, -1, 1], [-t2, -1 / 3, 0.5, 0.5], [-1, -1, 3, -1]),
     # 4 e^(r / 0.5) / (their sum) - 1, for MIXED with e^0.4 = 1.491825, e^0.8 = 2.225541 and twice e^1.8 = 6.049647
-    "softmax": ([0.761594, -0.761594, -0.761594, 0.761594], [-0.622721, -0.437165, 0.529943, 0.529943],
-                [-0.614979, -0.614979, 1.844938, -0.614979]),
+    "softmax": (
+        [0.761594, -0.761594, -0.761594, 0.761594],
+        [-0.622721, -0.437165, 0.529943, 0.529943],
+        [-0.614979, -0.614979, 1.844938, -0.614979],
+    ),
     "rank": ([t2, -t2, -t2, t2], [-1, -1 / 3, t2, t2], [-1 / 3, -1 / 3, 1, -1 / 3]),
     "best": ([0.5, 0, 0, 0.5], [0, 0, 0.5, 0.5], [0, 0, 1, 0]),
     "positive": (PAIR, MIXED, ONE),
@@ -45,8 +57,12 @@ def normalise(name, *groups, dtype=torch.float32):
 @pytest.mark.parametrize("name", NORMALISERS)
 def test_normalisers_worked_out_by_hand(name):
     for group, expected in zip((PAIR, MIXED, ONE), BY_HAND[name], strict=True):
-        torch.testing.assert_close(normalise(name, group), torch.tensor([expected], dtype=torch.float32), atol=1.5e-3,
-                                   rtol=0)  # eps is 1e-4
+        torch.testing.assert_close(
+            normalise(name, group),
+            torch.tensor([expected], dtype=torch.float32),
+            atol=1.5e-3,
+            rtol=0,
+        )  # eps is 1e-4
     alone = normalise(name, [3.0]).item()
     assert alone == {"best": 1, "positive": 3, "raw": 3}.get(name, 0)
     assert normalise("positive", [-1.0, 2]).tolist() == [[0, 2]]
@@ -56,8 +72,13 @@ def test_normalisers_worked_out_by_hand(name):
 def test_far_from_zero_nothing_is_lost(name):
     """Rewards around a million, whole numbers, exact in float32: what compares with the group must not see it."""
     shifted = normalise(name, [reward + 1e6 for reward in ONE])
-    unmoved = {"maxrl": [[-2.5e-7, -2.5e-7, 7.5e-7, -2.5e-7]], "positive": [[1e6, 1e6, 1e6 + 1, 1e6]]}
-    expected = torch.tensor(unmoved.get("positive" if name == "raw" else name, normalise(name, ONE).tolist()))
+    unmoved = {
+        "maxrl": [[-2.5e-7, -2.5e-7, 7.5e-7, -2.5e-7]],
+        "positive": [[1e6, 1e6, 1e6 + 1, 1e6]],
+    }
+    expected = torch.tensor(
+        unmoved.get("positive" if name == "raw" else name, normalise(name, ONE).tolist())
+    )
     torch.testing.assert_close(shifted, expected, atol=1e-9, rtol=1e-6)
 
 
@@ -66,12 +87,17 @@ def test_a_group_of_equal_rewards_gets_exact_zeros(name):
     """Seven rewards of 0.1 have a mean that is not quite 0.1: divided by a tiny eps that became a weight once."""
     for value in (0.1, 0.7, 1e6 + 0.3, -3.3, 0.0):
         assert normalise(name, [value] * 7).tolist() == [[0.0] * 7]
-    assert normalise("zscore", [0.1] * 7).tolist() == NORMALISERS["zscore"](torch.full((1, 7), 0.1), eps=1e-12).tolist()
+    assert (
+        normalise("zscore", [0.1] * 7).tolist()
+        == NORMALISERS["zscore"](torch.full((1, 7), 0.1), eps=1e-12).tolist()
+    )
 
 
 @pytest.mark.parametrize("name", sorted(set(NORMALISERS) - {"batch_std"}))
 def test_groups_are_taken_each_by_itself(name):
-    torch.testing.assert_close(normalise(name, MIXED, [100.0, -3, 8, 8])[:1], normalise(name, MIXED))
+    torch.testing.assert_close(
+        normalise(name, MIXED, [100.0, -3, 8, 8])[:1], normalise(name, MIXED)
+    )
 
 
 def test_batch_std_has_one_scale_for_all_groups():
@@ -90,17 +116,25 @@ def test_identities_of_the_normalisers():
         assert apply[name](rewards).sum(1).abs().max() < 1e-9, name
         if name != "maxrl":  # it divides by the mean
             torch.testing.assert_close(apply[name](rewards + 17.25), apply[name](rewards), msg=name)
-    torch.testing.assert_close(apply["zscore"](rewards * 8), apply["zscore"](rewards), rtol=0, atol=2e-2)
-    torch.testing.assert_close(NORMALISERS["zscore"](rewards[1::2] * 8, eps=0.0),
-                               NORMALISERS["zscore"](rewards[1::2], eps=0.0))
+    torch.testing.assert_close(
+        apply["zscore"](rewards * 8), apply["zscore"](rewards), rtol=0, atol=2e-2
+    )
+    torch.testing.assert_close(
+        NORMALISERS["zscore"](rewards[1::2] * 8, eps=0.0),
+        NORMALISERS["zscore"](rewards[1::2], eps=0.0),
+    )
     assert torch.equal(apply["rank"](rewards * 8), apply["rank"](rewards))
     assert apply["rank"](rewards).abs().max() == 1
     torch.testing.assert_close(apply["loo"](rewards), apply["mean"](rewards) * 6 / 5)
     others = (rewards.sum(1, keepdim=True) - rewards) / 5
     torch.testing.assert_close(apply["loo"](rewards), rewards - others)
     torch.testing.assert_close(apply["best"](rewards).sum(1), torch.ones(50, dtype=torch.float64))
-    torch.testing.assert_close(1e6 * NORMALISERS["softmax"](rewards, large), apply["mean"](rewards), atol=1e-4, rtol=0)
-    torch.testing.assert_close((NORMALISERS["softmax"](rewards, small) + 1) / 6, apply["best"](rewards))
+    torch.testing.assert_close(
+        1e6 * NORMALISERS["softmax"](rewards, large), apply["mean"](rewards), atol=1e-4, rtol=0
+    )
+    torch.testing.assert_close(
+        (NORMALISERS["softmax"](rewards, small) + 1) / 6, apply["best"](rewards)
+    )
 
 
 def test_filters():
@@ -113,8 +147,12 @@ def test_filters():
     assert FILTERS["finished"](rewards, finished).tolist() == finished.tolist()
     half = FILTERS["top"](rewards, finished, Flags()).tolist()
     assert half == [[True, False, False, True], yes, [False, False, True, True]]
-    assert FILTERS["top"](rewards[2:], finished, Flags(top_share=0.75)).tolist() == [[False, True, True, True]]
-    assert FILTERS["top"](torch.tensor([[1.0, 2, 3]]), finished, Flags(top_share=0.01)).tolist() == [[False, False, True]]
+    assert FILTERS["top"](rewards[2:], finished, Flags(top_share=0.75)).tolist() == [
+        [False, True, True, True]
+    ]
+    assert FILTERS["top"](
+        torch.tensor([[1.0, 2, 3]]), finished, Flags(top_share=0.01)
+    ).tolist() == [[False, False, True]]
 
 
 def test_denominators_of_rows_of_2_and_6_tokens():
@@ -136,8 +174,12 @@ def test_loss_of_three_tokens():
     torch.testing.assert_close(now.grad, torch.tensor([[-1.0, -1.0], [1.0, 1.0]]) / 3)
 
 
-LOSS_SETTINGS = {"logprob": {}, "clip": {"low": 0.2, "high": 0.28}, "cispo": {"cap": 1.5},
-                 "gspo": {"low": 0.1, "high": 0.15}}
+LOSS_SETTINGS = {
+    "logprob": {},
+    "clip": {"low": 0.2, "high": 0.28},
+    "cispo": {"cap": 1.5},
+    "gspo": {"low": 0.1, "high": 0.15},
+}
 
 
 def flags_of(name):
@@ -168,7 +210,9 @@ def test_losses_equal_a_double_loop_in_float64(name):
     lengths = [rng.randint(1, 9) for _ in range(60)]
     inside = torch.arange(9) < torch.tensor(lengths)[:, None]
     then = -3 * torch.rand(60, 9, generator=generator, dtype=torch.float64) * inside
-    drift = torch.linspace(-0.5, 0.5, 60, dtype=torch.float64)[torch.randperm(60, generator=generator), None]
+    drift = torch.linspace(-0.5, 0.5, 60, dtype=torch.float64)[
+        torch.randperm(60, generator=generator), None
+    ]
     change = drift + 0.8 * (torch.rand(60, 9, generator=generator, dtype=torch.float64) - 0.5)
     now = ((then + change) * inside).requires_grad_()
     weights = torch.randn(60, 1, generator=generator, dtype=torch.float64)
@@ -181,7 +225,13 @@ def test_losses_equal_a_double_loop_in_float64(name):
         assert not losses[row, length:].any() and not clipped[row, length:].any()
         for n in range(length):
             value, slope, is_clipped = token_loss_by_hand(
-                name, changes[n], now[row, n].item(), weight, sum(changes) / length, **LOSS_SETTINGS[name])
+                name,
+                changes[n],
+                now[row, n].item(),
+                weight,
+                sum(changes) / length,
+                **LOSS_SETTINGS[name],
+            )
             assert losses[row, n].item() == pytest.approx(value, rel=1e-12)
             assert now.grad[row, n].item() == pytest.approx(slope, rel=1e-12)
             assert clipped[row, n].item() == is_clipped
@@ -199,7 +249,9 @@ def test_at_the_first_update_the_gradients_of_all_losses_are_equal(denominator):
     for name in LOSSES:
         now = then.clone().requires_grad_()
         losses, clipped = LOSSES[name](now, then, weights, inside, flags_of(name))
-        (losses.sum(1) * DENOMINATORS[denominator](lengths, Flags(max_new_tokens=9))).sum().backward()
+        (
+            losses.sum(1) * DENOMINATORS[denominator](lengths, Flags(max_new_tokens=9))
+        ).sum().backward()
         gradients[name] = now.grad * inside
         assert not clipped.any()
     assert gradients["logprob"].abs().max() > 0.01
@@ -217,7 +269,10 @@ def test_k2_has_the_gradient_of_kl_and_k3_that_of_the_other_direction():
         return torch.autograd.grad(value, logits, retain_graph=True)[0]
 
     logprobs = logits.log_softmax(0)
-    pi, sampled = logprobs.exp(), logprobs.exp().detach()  # the expectation is over samples, which carry no gradient
+    pi, sampled = (
+        logprobs.exp(),
+        logprobs.exp().detach(),
+    )  # the expectation is over samples, which carry no gradient
     kl = (pi * (logprobs - reference)).sum()
     reverse = (reference.exp() * (reference - logprobs)).sum()
     assert (sampled * k3(logprobs, reference)).sum().item() == pytest.approx(kl.item(), abs=1e-12)
@@ -239,7 +294,7 @@ def test_weights_of_each_token(name="clip"):
         each, _ = LOSSES[name](now, then, weights, inside, Flags())
         one, _ = LOSSES[name](now[:, 3:4], then[:, 3:4], weights[:, 3:4], inside[:, 3:4], Flags())
         assert torch.equal(each[:, 3:4], one)
-    with pytest.raises(ValueError, match="gspo has one ratio for a response"):
+    with pytest.raises(UserError, match="gspo: has one ratio per response"):
         LOSSES["gspo"](now, then, weights, inside, Flags())
 
 

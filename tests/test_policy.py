@@ -17,7 +17,9 @@ def test_micro_batches_hold_every_row_once_and_keep_to_the_limit():
     assert [batch.tolist() for batch in batches] == [[1], [4], [2, 3], [0, 5]]
     lengths = torch.tensor([10, 9, 8, 7, 6])  # 7 < 0.75 * 10: padding would cost as much as tokens
     assert [batch.tolist() for batch in micro_batches(lengths, 100)] == [[0, 1, 2], [3, 4]]
-    assert [batch.tolist() for batch in micro_batches(lengths, 200)] == [[0, 1, 2, 3, 4]]  # too little for two
+    assert [batch.tolist() for batch in micro_batches(lengths, 200)] == [
+        [0, 1, 2, 3, 4]
+    ]  # too little for two
     assert micro_batches(torch.tensor([], dtype=torch.long), 21) == []
 
 
@@ -29,7 +31,9 @@ def test_the_stop_token_is_trained_on_even_where_pad_equals_eos(load):
     ids = torch.tensor([[40, 41, 42, eos, eos, eos], [40, 41, 42, 43, 44, eos]])
     prompt_lengths, lengths = torch.tensor([2, 2]), torch.tensor([4, 6])
     mask = torch.arange(4) < (lengths - prompt_lengths)[:, None]
-    rollout = Rollout(ids, prompt_lengths, lengths, mask, torch.zeros(2, 4), torch.ones(2, dtype=torch.bool))
+    rollout = Rollout(
+        ids, prompt_lengths, lengths, mask, torch.zeros(2, 4), torch.ones(2, dtype=torch.bool)
+    )
     logprobs, _ = token_logprobs(model, rollout, torch.arange(2), Sampling())
     assert torch.equal(logprobs != 0, mask)
     model.zero_grad()

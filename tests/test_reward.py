@@ -12,7 +12,7 @@ from transformers import AutoModelForSequenceClassification
 
 from lib.flags import UserError
 from lib.reward_model import RewardModel
-from reward import REWARDS, Config, countdown, last_number, load_reward, main, overlong, score
+from reward import REWARDS, Config, countdown, last_number, load_reward, main, score
 
 
 def sample(prompt, response, answer, length):
@@ -22,7 +22,7 @@ def sample(prompt, response, answer, length):
 SAMPLES = [
     sample("1+1=", "2", "2", 2),
     sample("2+2=", "<think>2+2=4</think>4", "4", 10),
-    sample("3+3=", "7", "6", 1),
+    sample("3+3=", "7", "6", 9),
 ]
 
 
@@ -89,11 +89,6 @@ def test_last_number():
     assert last_number("") is last_number("١٢") is None
 
 
-def test_overlong_falls_over_the_last_fifth():
-    falls = [overlong("", "", "", length, 100) for length in (1, 80, 85, 100)]
-    assert falls == [0, 0, -0.25, -1]
-
-
 # 8(3): Python would warn of it. 9**99**88: `eval` would never return. In floats, 1 / 49 * 49 is not
 # quite 1. Among the last, one number too many, one twice, a block that is not the last.
 COUNTDOWN = """
@@ -120,7 +115,6 @@ True + 2 | 3 from 1 2 -> 0
 NESTED = [
     ("3 *\n 8\n", "24 from 3 8", 1),
     ("(" * 99 + "1" + ")" * 99, "1 from 1", 1),
-    ("(" * 199 + "1", "1 from 1", 0),
     ("-" * 199 + "1", "1 from 1", 0),
     ("(" * 10_000 + "1" + ")" * 10_000, "1 from 1", 0),
 ]
@@ -157,27 +151,19 @@ def test_a_rule_takes_any_text_and_is_quick(name):
         assert time.perf_counter() - started < 2, piece
 
 
-@pytest.mark.parametrize(
-    ("text", "expected"),
-    [
-        ("exact * (1 + 0.5*format) - 0.1*length", [0.8, 0.5, -0.1]),
-        ("-exact - -1", [0, 0, 1]),
-        ("2 - 1 - exact", [0, 0, 1]),  # from left to right
-        (" 1e-1*exact ", [0.1, 0.1, 0]),
-        ("overlong", [0, -1, 0]),
-    ],
-)
-def test_mixtures_worked_out_by_hand(text, expected):
+MIXTURES = """
+exact * (1 + 0.5*format) - 0.1*length -> 0.8 0.5 -0.9
+-exact - -1 -> 0 0 1
+2 - 1 - exact -> 0 0 1
+ 1e-1*exact -> 0.1 0.1 0
+overlong -> 0 -1 -0.5"""
+
+
+@pytest.mark.parametrize("line", MIXTURES.strip("\n").splitlines())
+def test_mixtures_worked_out_by_hand(line):
+    text, expected = line.split(" -> ")
     found = score(load_reward(text), SAMPLES, limit=10)
-    assert [row["reward"] for row in found] == pytest.approx(expected)
-
-
-def test_every_part_is_shown():
-    assert score(load_reward("exact + 3*format - 0*exact"), SAMPLES) == [
-        {"reward": 1, "parts": {"exact": 1, "format": 0}},
-        {"reward": 4, "parts": {"exact": 1, "format": 1}},
-        {"reward": 0, "parts": {"exact": 0, "format": 0}},
-    ]
+    assert [row["reward"] for row in found] == pytest.approx(list(map(float, expected.split())))
 
 
 def test_a_file_of_responses_is_scored(capsys):
@@ -189,45 +175,50 @@ def test_a_file_of_responses_is_scored(capsys):
     assert lines[-1] == "0.733 0.667 0.333 mean"
 
 
-REFUSED = """
+NOT_IN_THE_LANGUAGE = """
 exact / 2 | exact ** 2 | exact + True | exact + 1e999 | exact + 1j | +exact | exact == 1
 exact if 1 else 2 | (lambda: 1)() | [exact][0] | __import__('os') | eval('1') | exact('a')
 exact.real.imag | model | model(7) | model('a', 'b') | model(name='a') | exakt"""
 
 
-@pytest.mark.parametrize(
-    ("text", "message"),
-    [
-        *((text, "not one of exact, number") for text in re.split(r" \| |\n", REFUSED.strip())),
-        ("exact +", r"--reward exact \+: cannot be read"),
-        ("", "cannot be read"),
-        ("exact\0", "cannot be read"),
-        ("-" * 9999 + "exact", "cannot be read"),
-        ("2", "nothing in it looks at the response"),
-        ("gone.f", "there is no gone.py in the current folder"),
-        ("mine.f", "there is no function f in"),
-        ("bad.f", "bad.py raised ZeroDivisionError: division by zero"),
-    ],
-)
-def test_what_is_not_in_the_language_is_refused_in_one_sentence(text, message):
-    Path("mine.py").write_text("f = 3")
-    Path("bad.py").write_text("1 / 0")
-    with pytest.raises(UserError, match=message):
+REFUSED = r"""
+ -> cannot be read
+exact + -> --reward exact \+: cannot be read
+2 -> nothing in it looks at the response
+gone.f -> there is no gone.py in the current folder
+mine.f -> there is no function f in
+bad.f -> bad.py raised ZeroDivisionError: division by zero"""
+
+
+@pytest.mark.parametrize("text", re.split(r" \| |\n", NOT_IN_THE_LANGUAGE.strip()))
+def test_what_is_not_in_the_language_is_refused(text):
+    with pytest.raises(UserError, match="not one of exact, number"):
         load_reward(text)
 
 
+def test_other_mistakes_are_named():
+    Path("mine.py").write_text("f = 3")
+    Path("bad.py").write_text("1 / 0")
+    hostile = ["exact\0 -> cannot be read", "-" * 9999 + "exact -> cannot be read"]
+    for line in hostile + REFUSED.strip("\n").splitlines():
+        text, message = line.split(" -> ")
+        with pytest.raises(UserError, match=message):
+            load_reward(text)
+
+
 def test_functions_of_the_users():
-    """One gets a response, one the whole batch, one the numbers of tokens."""
+    """One gets a response, one the whole batch, one the numbers of tokens. A part of no weight is
+    shown as well."""
     Path("mine.py").write_text("""
 def one(prompt, response, answer): return len(prompt) + (response == answer)
 def batch(prompts, responses, answers): return [i + (a == "6") for i, a in enumerate(answers)]
 def counted(prompt, response, answer, length, limit): return length / limit
 """)
-    reward = load_reward("mine.one + 10*mine.batch + 100*mine.counted")
+    reward = load_reward("mine.one + 10*mine.batch + 0*mine.counted")
     assert score(reward, SAMPLES, limit=20) == [
-        {"reward": 15, "parts": {"mine.one": 5, "mine.batch": 0, "mine.counted": 0.1}},
-        {"reward": 64, "parts": {"mine.one": 4, "mine.batch": 1, "mine.counted": 0.5}},
-        {"reward": 39, "parts": {"mine.one": 4, "mine.batch": 3, "mine.counted": 0.05}},
+        {"reward": 5, "parts": {"mine.one": 5, "mine.batch": 0, "mine.counted": 0.1}},
+        {"reward": 14, "parts": {"mine.one": 4, "mine.batch": 1, "mine.counted": 0.5}},
+        {"reward": 34, "parts": {"mine.one": 4, "mine.batch": 3, "mine.counted": 0.45}},
     ]
     with pytest.raises(UserError, match=r"mine\.counted: looks at the number of tokens"):
         score(reward, [{**SAMPLES[0], "length": None}])

@@ -10,7 +10,12 @@ from loss import token_logprobs
 from policy import stop_ids
 from sample import Sampling, join, sample_token
 
-PROMPTS = [[5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15, 16, 17], [300], [40, 41, 42], [77, 78, 79, 80, 81]]
+PROMPTS = [
+    [5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15, 16, 17],
+    [300],
+    [40, 41, 42],
+    [77, 78, 79, 80, 81],
+]
 
 
 @pytest.mark.parametrize("architecture", tiny.ARCHITECTURES)
@@ -18,11 +23,20 @@ def test_greedy_is_that_of_model_generate_on_prompts_of_mixed_length(load, archi
     """Prompts of 13, 1, 3 and 5 tokens in one batch, against each of them alone in transformers' own generate: token
     for token, with a sliding window of 8 in two of the architectures."""
     model, tokenizer = load(architecture)
-    stop = [*stop_ids(model, tokenizer), *range(400, 420)]  # some more, so that rows end at different times
+    stop = [
+        *stop_ids(model, tokenizer),
+        *range(400, 420),
+    ]  # some more, so that rows end at different times
     rollout = generate(model, PROMPTS, 1, 24, stop, [0] * 4, sampling=Sampling(0))
     for row, prompt in enumerate(PROMPTS):
-        expected = model.generate(torch.tensor([prompt]), attention_mask=torch.ones(1, len(prompt)), do_sample=False,
-                                  max_new_tokens=24, eos_token_id=stop, pad_token_id=0)[0].tolist()
+        expected = model.generate(
+            torch.tensor([prompt]),
+            attention_mask=torch.ones(1, len(prompt)),
+            do_sample=False,
+            max_new_tokens=24,
+            eos_token_id=stop,
+            pad_token_id=0,
+        )[0].tolist()
         assert rollout.ids[row, : rollout.lengths[row]].tolist() == expected
         assert rollout.finished[row].item() == (expected[-1] in stop)
     assert len(set(rollout.response_lengths.tolist())) > 1 or architecture == "gemma2"
@@ -31,7 +45,9 @@ def test_greedy_is_that_of_model_generate_on_prompts_of_mixed_length(load, archi
 @pytest.mark.parametrize("architecture", tiny.ARCHITECTURES)
 def test_the_samplers_logprobs_are_the_learners(load, architecture):
     model, _ = load(architecture)
-    rollout = generate(model, PROMPTS, 3, 20, list(range(400, 440)), [1, 2, 3, 4], sampling=Sampling(0.8))
+    rollout = generate(
+        model, PROMPTS, 3, 20, list(range(400, 440)), [1, 2, 3, 4], sampling=Sampling(0.8)
+    )
     with torch.no_grad():
         learned, _ = token_logprobs(model, rollout, torch.arange(12), Sampling(0.8))
     torch.testing.assert_close(rollout.old_logprobs, learned, atol=1e-5, rtol=0)
@@ -65,7 +81,9 @@ def test_a_prompt_is_run_once_for_its_group(load):
     """One prefill of P rows, whatever G; then a step of the rows still going for each token, fewer as they end."""
     model, _ = load("llama")
     shapes = []
-    hook = model.model.embed_tokens.register_forward_hook(lambda module, args, out: shapes.append(tuple(args[0].shape)))
+    hook = model.model.embed_tokens.register_forward_hook(
+        lambda module, args, out: shapes.append(tuple(args[0].shape))
+    )
     rollout = generate(model, PROMPTS, 6, 30, list(range(100, 160)), [1, 2, 3, 4])
     hook.remove()
     assert shapes[0] == (4, 12)  # without the last token
@@ -85,7 +103,10 @@ def test_the_stop_token_ends_a_response_and_belongs_to_it(load):
         assert (response[-1] in stop) == rollout.finished[row].item()
         assert not set(response[:-1]) & set(stop)
         assert rollout.finished[row] or len(response) == 12
-        assert not rollout.ids[row, end:].any() and not rollout.old_logprobs[row, len(response) :].any()
+        assert (
+            not rollout.ids[row, end:].any()
+            and not rollout.old_logprobs[row, len(response) :].any()
+        )
 
 
 def test_draws_follow_the_distribution_and_never_have_probability_zero():
@@ -110,12 +131,18 @@ def test_draws_over_several_blocks_are_those_of_multinomial(V):
     generator = torch.Generator().manual_seed(0)
     logits = torch.randn(V, generator=generator)
     logits[::3] = -float("inf")
+
     def draw():
         uniforms = torch.rand(5000, dtype=torch.float64, generator=generator)
         return sample_token(logits.repeat(5000, 1), uniforms, Sampling())[0]
 
     ours = torch.cat([draw() for _ in range(40)]).bincount(minlength=V).double()
-    theirs = logits.softmax(0).multinomial(200_000, True, generator=generator).bincount(minlength=V).double()
+    theirs = (
+        logits.softmax(0)
+        .multinomial(200_000, True, generator=generator)
+        .bincount(minlength=V)
+        .double()
+    )
     assert ours[::3].sum() == 0
     both = (ours + theirs) > 0
     statistic = ((ours - theirs) ** 2 / (ours + theirs))[both].sum()
@@ -131,7 +158,7 @@ def test_rows_that_wait_for_a_slot_get_the_same_responses(load, architecture):
     together = generate(model, PROMPTS, 6, 20, stop, seeds)
     batches = []
     hook = model.register_forward_hook(lambda module, args, out: batches.append(len(out.logits)))
-    waited = generate(model, PROMPTS, 6, 20, stop, seeds, max_rows=5)
+    waited = generate(model, PROMPTS, 6, 20, stop, seeds, rows_at_once=5)
     hook.remove()
     assert max(batches[1:]) == 5 and sum(batches[1:]) < 24 * 20
     assert torch.equal(waited.ids, together.ids) and torch.equal(waited.finished, together.finished)
@@ -142,17 +169,19 @@ def test_looking_seldom_at_what_has_ended_changes_nothing(load, monkeypatch):
     """On a GPU rows that have ended go on for up to 15 steps before anyone looks: what they do must leave no trace."""
     model, _ = load("llama")
     stop, seeds = list(range(300, 400)), [1, 2, 3, 4]
-    often = generate(model, PROMPTS, 6, 20, stop, seeds, max_rows=9)
+    often = generate(model, PROMPTS, 6, 20, stop, seeds, rows_at_once=9)
     monkeypatch.setitem(fast.generate.CHECK_EVERY, "cpu", 16)
     monkeypatch.setitem(fast.generate.LENGTH_MULTIPLE, "cpu", 64)
-    seldom = generate(model, PROMPTS, 6, 20, stop, seeds, max_rows=9)
+    seldom = generate(model, PROMPTS, 6, 20, stop, seeds, rows_at_once=9)
     assert torch.equal(seldom.ids, often.ids) and torch.equal(seldom.lengths, often.lengths)
     torch.testing.assert_close(seldom.old_logprobs, often.old_logprobs, atol=1e-5, rtol=0)
 
 
 def test_prompts_that_do_not_fit_are_refused(load):
     model, _ = load("llama")
-    with pytest.raises(UserError, match=r"13 tokens and --max_new_tokens 1524 do not fit .* context of 1536"):
+    with pytest.raises(
+        UserError, match=r"13 tokens and --max_new_tokens 1524 do not fit .* context of 1536"
+    ):
         generate(model, PROMPTS, 1, 1524, [], [0] * 4)
     with pytest.raises(UserError, match="a prompt is empty"):
         generate(model, [[1], []], 1, 4, [], [0] * 2)
@@ -164,7 +193,7 @@ def test_the_plain_and_the_fast_form_sample_the_same(load, architecture):
     model, _ = load(architecture)
     arguments = (model, PROMPTS, 5, 20, list(range(400, 440)), [1, 2, 3, 4], Sampling(0.8))
     expected = generate(*arguments)
-    for found in (sample.generate(*arguments), sample.generate(*arguments, max_rows=2)):
+    for found in (sample.generate(*arguments), sample.generate(*arguments, rows_at_once=2)):
         for name in ("ids", "prompt_lengths", "lengths", "response_mask", "finished"):
             assert torch.equal(getattr(found, name), getattr(expected, name)), name
         torch.testing.assert_close(found.old_logprobs, expected.old_logprobs, atol=1e-5, rtol=0)
@@ -175,8 +204,16 @@ def test_nothing_is_taken_from_generation_config_but_stop_tokens(load):
     model, tokenizer = load("llama")
     arguments = (model, PROMPTS, 4, 20, list(range(400, 440)), [1, 2, 3, 4])
     before = [form(*arguments).ids for form in (generate, sample.generate)]
-    settings = dict(num_beams=4, min_p=0.5, repetition_penalty=5.0, epsilon_cutoff=0.5, min_new_tokens=20,
-                    top_k=1, temperature=0.01, suppress_tokens=list(range(300)))
+    settings = dict(
+        num_beams=4,
+        min_p=0.5,
+        repetition_penalty=5.0,
+        epsilon_cutoff=0.5,
+        min_new_tokens=20,
+        top_k=1,
+        temperature=0.01,
+        suppress_tokens=list(range(300)),
+    )
     try:
         for name, value in settings.items():
             setattr(model.generation_config, name, value)
@@ -198,4 +235,6 @@ def test_rows_of_a_rollout_and_a_mask_with_holes(load):
     assert part.response_lengths.tolist() == [4, 6] and part.prompt_lengths.tolist() == [1, 13]
     assert part.responses(tokenizer) == [rollout.responses(tokenizer)[i] for i in (3, 0)]
     parts = join([part, rollout.rows(torch.arange(2))])
-    assert torch.equal(parts.response_mask, torch.cat([part.response_mask, rollout.response_mask[:2]]))
+    assert torch.equal(
+        parts.response_mask, torch.cat([part.response_mask, rollout.response_mask[:2]])
+    )

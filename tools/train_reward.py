@@ -93,7 +93,7 @@ def sample_responses(config: Config, device: torch.device) -> list[dict]:
     G, N = config.group_size, config.max_new_tokens
     print(f"sampling {G} responses to each of {len(problems)} prompts")
     forms = fast.choose(policy, prompts[:8], stop, sampling, N)
-    rollout = forms.generate(policy, prompts, G, N, stop, seeds, sampling, max_rows=512)
+    rollout = forms.generate(policy, prompts, G, N, stop, seeds, sampling, rows_at_once=512)
     return rollout.samples(problems, tokenizer)
 
 
