@@ -165,6 +165,9 @@ class Ours:
         normalise = NORMALISERS[self.flags.normaliser]
         weights = normalise(torch.tensor(rewards).view(P, G), self.flags).view(P * G, 1)
         loss_scale = DENOMINATORS[self.flags.denominator](rollout.response_lengths, self.flags)
+        few = rollout.rows(slice(0, 2))  # as train.py does in each step
+        logprobs = train.all_logprobs(self.forms, self.model, few, Sampling(), 10**6)
+        assert (logprobs - few.old_logprobs).abs().max() < 1e-4
         rows = train.has_gradient(weights, self.flags).nonzero()[:, 0]
         train.backward(
             self.forms,
@@ -174,7 +177,7 @@ class Ours:
             weights,
             loss_scale,
             ref_logprobs=None,
-            known=True,
+            on_policy=True,
             config=self.flags,
             micro_batch_tokens=self.config.micro_batch_tokens,
         )

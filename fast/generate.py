@@ -79,9 +79,8 @@ class SlotCache(Cache):
     not depend on the other rows.
 
     static: the cache has its full size from the start and never moves, as CUDA graphs need it.
-            Otherwise it holds only
-    the attended columns, contiguously, and is copied when it grows: a CPU reads them three times
-    as fast as slices.
+            Otherwise it holds only the attended columns, contiguously, and is copied when it
+            grows: a CPU reads them three times as fast as slices.
     """
 
     def __init__(self, slots, columns, static):

@@ -3,7 +3,6 @@ import re
 import shutil
 from itertools import chain
 from pathlib import Path
-from statistics import fmean
 
 import pytest
 from conftest import CPU, parse_train
@@ -36,7 +35,7 @@ def details_by(rule, groups):
     return details(groups, rule, load_reward(f"{rule} + length"), 8)
 
 
-def test_responses_depend_on_neither_the_batch_size_nor_the_other_problems(base):
+def test_responses_depend_on_neither_the_rows_at_once_nor_the_other_problems(base):
     policy, tokenizer = load_policy(base, CPU)
     task = load_task("add")
     forms = fast.Forms(generate=fast.generate.generate)
@@ -46,9 +45,9 @@ def test_responses_depend_on_neither_the_batch_size_nor_the_other_problems(base)
         return form(forms, policy, tokenizer, task, problems, sampling, 8, **options)
 
     problems = task.test[:20]
-    assert ask(problems, temperature=0) == ask(problems, temperature=0, batch_size=7)
+    assert ask(problems, temperature=0) == ask(problems, temperature=0, rows_at_once=7)
     groups = ask(problems, samples=4)
-    assert groups == ask(problems, samples=4, batch_size=9)
+    assert groups == ask(problems, samples=4, rows_at_once=3)
     assert groups[3:4] == ask(problems[3:4], samples=4)
     assert groups != ask(problems, samples=4, seed=1)
     assert len({row["response"] for row in chain(*groups)}) > 20
@@ -162,7 +161,7 @@ def test_a_run_is_measured_beside_its_base(base, capsys):
     ]:
         with pytest.raises(UserError, match=message):
             main(Config(**flags), models)
-    several = main(Config(max_new_tokens=8, limit=8, samples=2, batch_size=5), [run, str(other)])
+    several = main(Config(max_new_tokens=8, limit=8, samples=2, rows_at_once=5), [run, str(other)])
     assert Path("runs/eval/eval.json").exists() and not (folder / "eval.json").exists()
 
     found = main(Config(limit=8, samples=2), [run])
@@ -171,9 +170,7 @@ def test_a_run_is_measured_beside_its_base(base, capsys):
     assert found["models"].items() <= several["models"].items()
     assert found["reward"] == "number + 0.1*length"
     assert (folder / "eval.json").exists() and (folder / "eval.png").exists()
-    rows = read_rows(folder / "responses.jsonl")
-    assert len(rows) == 48  # 2 models, 8 problems, 1 greedy and 2 sampled responses
-    sampled = found["models"][run]["sampled"]
-    assert sampled["reward"] == pytest.approx(fmean(row["reward"] for row in rows[-16:]))
+    # 2 models, 8 problems, 1 greedy and 2 sampled responses
+    assert len(read_rows(folder / "responses.jsonl")) == 48
     [pair] = found["comparisons"]
     assert (pair["before"], pair["after"]) == (base, run)

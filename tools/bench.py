@@ -168,7 +168,7 @@ def make_update(forms: fast.Forms, model: PreTrainedModel, rollout: Rollout) -> 
             weights,
             loss_scale,
             ref_logprobs=None,
-            known=True,
+            on_policy=True,
             config=flags,
             micro_batch_tokens=flags.micro_batch_tokens,
         )
