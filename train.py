@@ -202,8 +202,8 @@ def backward(
 
 
 def has_gradient(weights, config):
-    """(B, 1) or (B, N) weights -> (B,) bool: whether the row contributes to the gradient. If it does
-    not, it needs no forward pass."""
+    """(B, 1) or (B, N) weights -> (B,) bool: rows that contribute to the gradient. The others need
+    no forward pass."""
     if config.kl_beta or config.entropy_coef:  # these terms do not depend on the weight
         return torch.ones_like(weights[:, 0], dtype=torch.bool)
     return (weights != 0).any(1)
@@ -276,6 +276,10 @@ def main(config) -> Path:
         optimizer.zero_grad()
         buffers.clear()
 
+    # call a function; where memory runs out, again with half the rows_at_once or micro_batch_tokens
+    halving_rows = partial(halve_on_oom, sizes=sizes, name="rows_at_once", undo=free_memory)
+    halving_tokens = partial(halve_on_oom, sizes=sizes, name="micro_batch_tokens", undo=free_memory)
+
     config = run.start(config, device, state["step"], tracker)
     if held_out and state["step"] == 0:
         before = {"greedy": measure(Sampling(0)), "sampled": measure(sampling)}
@@ -296,8 +300,7 @@ def main(config) -> Path:
 
             began = time.perf_counter()
             arguments = policy, prompts, G, limit, stop, seeds, sampling
-            memory = dict(sizes=sizes, name="rows_at_once", undo=buffers.clear)
-            rollout = halve_on_oom(forms.generate, *arguments, buffers=buffers, **memory)
+            rollout = halving_rows(forms.generate, *arguments, buffers=buffers)
             rollouts.append(rollout)
             seconds_generate += time.perf_counter() - began
 
@@ -315,26 +318,27 @@ def main(config) -> Path:
         group_weights = NORMALISERS[config.normaliser](rewards, config)  # (P, G): the advantages
         finished = rollout.finished.view(-1, G).cpu()
         selected = FILTERS[config.filter](rewards, finished, config)  # (P, G) bool
-        weights = group_weights.where(selected, 0.0).view(-1, 1).to(device)  # (B, 1); or (B, N)
+        weights = group_weights.where(selected, 0.0).view(-1, 1).to(device)  # (B, 1), or (B, N)
         selected = selected.flatten().to(device)  # (B,)
         for sample, weight in zip(samples, weights.sum(1).tolist()):
             sample["weight"] = weight
-        selected = selected.flatten().to(device)  # (B,)
 
         # ---------------------------------------------------------- 3. old and reference log-probs
-        longest_row = int(rollout.lengths.max())
-        memory = dict(sizes=sizes, name="micro_batch_tokens", least=longest_row, undo=buffers.clear)
+        least = int(rollout.lengths.max())  # a micro-batch has at least one row
         few = rollout.rows(slice(0, 2))
-        gaps = all_logprobs(forms, policy, few, sampling, longest_row) - few.old_logprobs
+        learner_logprobs = halving_tokens(all_logprobs, forms, policy, few, sampling, least=least)
+        sampler_gap = (learner_logprobs - few.old_logprobs).abs().max().item()
         if policy.dtype == torch.bfloat16 and (config.loss != "logprob" or reference):
             # the sampler's differ from a forward pass by rounding: ratios would not start at 1
-            arguments = forms, policy, rollout, sampling
-            rollout.old_logprobs = halve_on_oom(all_logprobs, *arguments, **memory)  # (B, N)
+            rollout.old_logprobs = halving_tokens(
+                all_logprobs, forms, policy, rollout, sampling, least=least
+            )
         ref_logprobs = None
         if reference:
             with adapter_off(policy):
-                arguments = forms, reference, rollout, sampling
-                ref_logprobs = halve_on_oom(all_logprobs, *arguments, **memory)  # (B, N)
+                ref_logprobs = halving_tokens(
+                    all_logprobs, forms, reference, rollout, sampling, least=least
+                )
 
         # ---------------------------------------------------------- 4. update
         lr = learning_rate(step, config.lr, config.warmup_steps, config.steps)
@@ -349,8 +353,7 @@ def main(config) -> Path:
                     continue
                 on_policy = not updates
                 arguments = forms, policy, rollout, rows, weights, loss_scale, ref_logprobs
-                memory["undo"] = free_memory
-                update = halve_on_oom(backward, *arguments, on_policy, config, **memory)
+                update = halving_tokens(backward, *arguments, on_policy, config, least=least)
                 # nan where loss or gradient are not finite: then the step is skipped
                 update.grad_norm = optimizer.step(lr, config.max_grad_norm, update.loss)
                 updates.append(update)
@@ -359,7 +362,7 @@ def main(config) -> Path:
         metrics = {"step": step, **rollout_metrics(rollout, samples, rewards, weights)}
         metrics["trained"] = (selected & has_gradient(weights, config)).float().mean().item()
         metrics |= update_metrics(updates)
-        metrics["sampler_gap"] = gaps.abs().max().item()
+        metrics["sampler_gap"] = sampler_gap
         if reference:
             metrics["kl"] = (k3(rollout.old_logprobs, ref_logprobs).sum() / counts.sum()).item()
         metrics |= {"lr": lr, "batches_drawn": len(rollouts), "prompts_seen": state["prompts_seen"]}

@@ -35,7 +35,7 @@ def details_by(rule, groups):
     return details(groups, rule, load_reward(f"{rule} + length"), 8)
 
 
-def test_responses_depend_on_neither_the_rows_at_once_nor_the_other_problems(base):
+def test_responses_depend_on_neither_the_batch_nor_the_other_problems(base):
     policy, tokenizer = load_policy(base, CPU)
     task = load_task("add")
     forms = fast.Forms(generate=fast.generate.generate)

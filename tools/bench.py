@@ -23,7 +23,7 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoModelForCausalLM
 
 import fast
 import train
@@ -32,7 +32,7 @@ from fast.optimizer import Optimizer
 from lib.flags import check_range, flag, run_script
 from loss import DENOMINATORS
 from policy import pick_device
-from sample import Rollout, Sampling
+from sample import Sampling
 
 
 @dataclass(frozen=True)
@@ -49,7 +49,7 @@ class Config:
     device: Literal["auto", "cuda", "cpu"] = flag("auto", "auto: cuda if available")
 
 
-def timed(function: Callable, device: torch.device) -> tuple[float, Any]:
+def timed(function, device) -> tuple[float, Any]:
     """-> seconds, what the function returned"""
 
     def clock() -> float:
@@ -63,7 +63,7 @@ def timed(function: Callable, device: torch.device) -> tuple[float, Any]:
     return clock() - start, result
 
 
-def machine_speed(device: torch.device, dtype: torch.dtype) -> dict[str, float]:
+def machine_speed(device, dtype) -> dict[str, float]:
     """Bytes per second (read and written) of a copy larger than the caches, and operations per
     second of a large matrix product."""
     source = torch.zeros(1 << 28, dtype=torch.uint8, device=device)  # 268 MB
@@ -78,14 +78,14 @@ def machine_speed(device: torch.device, dtype: torch.dtype) -> dict[str, float]:
     }
 
 
-def peak_memory(device: torch.device) -> float:
+def peak_memory(device) -> float:
     """GB: the most that tensors took so far on a GPU, or the whole process on a CPU."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated() / 1e9
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9  # Linux counts in kB
 
 
-def least_work(model: PreTrainedModel, rollout: Rollout, P: int) -> dict[str, dict[str, float]]:
+def least_work(model, rollout, P) -> dict[str, dict[str, float]]:
     """The bytes and operations that sampling and the update need at least: each prompt is run once,
     and there is no padding.
 
@@ -121,13 +121,7 @@ def least_work(model: PreTrainedModel, rollout: Rollout, P: int) -> dict[str, di
 
 
 @torch.no_grad()
-def transformers_generate(
-    model: PreTrainedModel,
-    prompts: list[list[int]],
-    group_size: int,
-    max_new_tokens: int,
-    stop: list[int],
-) -> Tensor:
+def transformers_generate(model, prompts, group_size, max_new_tokens, stop) -> Tensor:
     """The same by transformers' own method -> (B, N) response tokens."""
     ids = torch.tensor(prompts, device=model.device).repeat_interleave(group_size, 0)
     ids = model.generate(
@@ -143,14 +137,14 @@ def transformers_generate(
     return ids[:, len(prompts[0]) :]
 
 
-def count_tokens(responses: Tensor, stop: list[int]) -> int:
+def count_tokens(responses, stop) -> int:
     """(B, N) tokens -> how many there are up to the first stop token of each row, inclusive."""
     is_stop = torch.isin(responses, torch.tensor(stop, dtype=torch.long, device=responses.device))
     stops_before = is_stop.cumsum(1) - is_stop.long()
     return int((stops_before == 0).sum())
 
 
-def make_update(forms: fast.Forms, model: PreTrainedModel, rollout: Rollout) -> Callable:
+def make_update(forms, model, rollout) -> Callable:
     """A function that updates the model with learning rate 0, so that the model stays the same, and
     returns the number of response tokens. Every response has a weight."""
     flags = train.Config()
@@ -178,7 +172,7 @@ def make_update(forms: fast.Forms, model: PreTrainedModel, rollout: Rollout) -> 
     return update
 
 
-def report(config: Config, found: dict) -> str:
+def report(config, found) -> str:
     """The table: medians, the seconds that the machine would need at best, the share reached."""
     speed = found["machine"]
     copies = f"{speed['bytes'] / 1e9:.1f} GB/s"
@@ -202,7 +196,7 @@ def report(config: Config, found: dict) -> str:
     return "\n".join(lines)
 
 
-def main(config: Config) -> None:
+def main(config) -> None:
     sizes = "prompts_per_step group_size prompt_length max_new_tokens repeats"
     check_range(config, 1, sizes, most=1e6)
     check_range(config, 0, "stop_prob", most=1)

@@ -49,7 +49,7 @@ class Config:
     runs_dir: str = flag("runs/recipes", "folder of the runs")
 
 
-def train(name: str, seed: int, config: Config) -> Path:
+def train(name, seed, config) -> Path:
     """The folder of a finished run, which is trained unless it is there. In the folder of the
     runs, because train.py looks for coin.py in the current folder."""
     runs_dir = HERE / config.runs_dir
@@ -77,7 +77,7 @@ def train(name: str, seed: int, config: Config) -> Path:
     return folder
 
 
-def summarise(folder: Path, config: Config) -> dict:
+def summarise(folder, config) -> dict:
     """A run at the point where it had sampled as many responses as the others: a recipe that
     resamples takes more per step, so its last steps are left out.
 
@@ -98,11 +98,11 @@ def summarise(folder: Path, config: Config) -> dict:
     }
 
 
-def average(rows: list[dict], key: str) -> float:
+def average(rows, key) -> float:
     return sum(row[key] for row in rows) / len(rows)
 
 
-def half_interval(results: dict[str, list[dict]], key: str) -> float:
+def half_interval(results, key) -> float:
     """Half of the 95 % interval of a recipe's mean. The noise of a run is taken to be the same in
     all recipes and pooled over them, except the control, which wanders further."""
     recipes = [runs for name, runs in results.items() if name != CONTROL]
@@ -111,7 +111,7 @@ def half_interval(results: dict[str, list[dict]], key: str) -> float:
     return T95 * noise / math.sqrt(len(recipes[0]))
 
 
-def results_table(results: dict[str, list[dict]]) -> str:
+def results_table(results) -> str:
     """Markdown, best first."""
     half = {key: half_interval(results, key) for key in ("accuracy", "on the way")}
     lines = [f"| recipe | {' | '.join(COLUMNS)} | accuracy of each run |"]
@@ -130,7 +130,7 @@ def results_table(results: dict[str, list[dict]]) -> str:
     return "\n".join([*lines, "", text])
 
 
-def plot(results: dict[str, list[dict]], path: Path) -> None:
+def plot(results, path) -> None:
     """A panel for each recipe: held-out accuracy (blue) and entropy (red) of each run; in grey the
     accuracy of the runs of grpo, for comparison."""
     height = math.ceil(len(results) / 5)
@@ -152,12 +152,12 @@ def plot(results: dict[str, list[dict]], path: Path) -> None:
     figure.savefig(path, dpi=80)
 
 
-def draw(panel, run: dict, key: str, color: str, linewidth: float) -> None:
+def draw(panel, run, key, color, linewidth) -> None:
     points = [(row["prompts_seen"] * G, row[key]) for row in run["rows"] if key in row]
     panel.plot(*zip(*points), color=color, linewidth=linewidth)
 
 
-def main(config: Config) -> None:
+def main(config) -> None:
     check_range(config, 1, "steps minibatches")
     check_range(config, 2, "seeds", most=1000)  # one run does not tell noise from effect
     jobs = [(name, seed) for seed in range(config.seeds) for name in RUNS]

@@ -22,7 +22,7 @@ class Config(train.Config):
     memory_gb: float = flag(0.0, "memory of the GPU; 0: of this machine")
 
 
-def main(config: Config, architecture: str) -> None:
+def main(config, architecture) -> None:
     train.check(config)
     check_range(config, 1, "longest_prompt")
     check_range(config, 0, "memory_gb")

@@ -21,7 +21,7 @@ class Config:
     output: str = flag("compare.png", "picture to write")
 
 
-def group_by_name(runs: list[str]) -> dict[str, list[Path]]:
+def group_by_name(runs) -> dict[str, list[Path]]:
     """runs/a-0, runs/a-1, runs/b -> {"a (2 runs)": [runs/a-0, runs/a-1], "b": [runs/b]}"""
     groups = {}
     for folder in map(Path, runs):
@@ -33,7 +33,7 @@ def group_by_name(runs: list[str]) -> dict[str, list[Path]]:
     return named
 
 
-def main(config: Config, runs: list[str]) -> None:
+def main(config, runs) -> None:
     if Path(config.output).suffix != ".png":
         raise UserError(f"--output {config.output}: must end in .png")
     for run in runs:

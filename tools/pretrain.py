@@ -64,7 +64,7 @@ def make_tokenizer() -> PreTrainedTokenizerFast:
     )
 
 
-def make_model(tokenizer: PreTrainedTokenizerFast) -> LlamaForCausalLM:
+def make_model(tokenizer) -> LlamaForCausalLM:
     """A Llama with half a million parameters."""
     config = LlamaConfig(
         vocab_size=len(tokenizer),
@@ -83,7 +83,7 @@ def make_model(tokenizer: PreTrainedTokenizerFast) -> LlamaForCausalLM:
     return LlamaForCausalLM(config)
 
 
-def worked(a: int, b: int) -> str:
+def worked(a, b) -> str:
     """The sum digit by digit, always right.
 
     48, 27 -> '<think>8+7=15;4+2+1=7;</think>75'
@@ -95,7 +95,7 @@ def worked(a: int, b: int) -> str:
     return f"<think>{a % 10}+{b % 10}={units};{a // 10}+{b // 10}{carry}={tens};</think>{a + b}"
 
 
-def hasty(a: int, b: int, rng: random.Random) -> str:
+def hasty(a, b, rng) -> str:
     """48, 27 -> '75', or more often with one digit off by one: '74', '85' ..."""
     digits = [int(digit) for digit in str(a + b)]
     if rng.random() < MISTAKES:
@@ -104,7 +104,7 @@ def hasty(a: int, b: int, rng: random.Random) -> str:
     return "".join(map(str, digits))
 
 
-def response_loss(model: LlamaForCausalLM, ids: Tensor, start: int, lengths: Tensor) -> Tensor:
+def response_loss(model, ids, start, lengths) -> Tensor:
     """(B, T) ids padded on the right -> cross entropy, mean over all response tokens.
 
     start: where all responses start; lengths: (B,) tokens of prompt and response together
@@ -117,7 +117,7 @@ def response_loss(model: LlamaForCausalLM, ids: Tensor, start: int, lengths: Ten
     return -torch.where(mask, logprobs, 0.0).sum() / mask.sum()
 
 
-def main(config: Config) -> None:
+def main(config) -> None:
     check_range(config, 1, "steps batch_size", most=1e6)
     check_range(config, 0, "worked_steps seed")
     check_range(config, 0, "lr", most=1)

@@ -68,7 +68,7 @@ class Pair:
     rejected: str
 
 
-def make_pairs(groups: dict[str, dict[str, float]], most: int, rng: random.Random) -> list[Pair]:
+def make_pairs(groups, most, rng) -> list[Pair]:
     """Prompts (as JSON) with their responses and values -> at most `most` pairs for each prompt.
 
     {'"2+2="': {"4": 1.0, "5": 0.0, "6": 0.0}} -> Pair("2+2=", "4", "5"), Pair("2+2=", "4", "6")
@@ -81,7 +81,7 @@ def make_pairs(groups: dict[str, dict[str, float]], most: int, rng: random.Rando
     return pairs
 
 
-def sample_responses(config: Config, device: torch.device) -> list[dict]:
+def sample_responses(config, device) -> list[dict]:
     """Samples for `score`: the policy's responses to training problems of the task."""
     policy, tokenizer = load_policy(config.policy, device)
     task = load_task(config.task, config.data_dir)
@@ -97,7 +97,7 @@ def sample_responses(config: Config, device: torch.device) -> list[dict]:
     return rollout.samples(problems, tokenizer)
 
 
-def read_pairs(config: Config, source: str | None, device: torch.device) -> list[Pair]:
+def read_pairs(config, source, device) -> list[Pair]:
     """Pairs from a file of pairs, from a file of samples, or from new responses of the policy."""
     if source and "chosen" in read_jsonl(Path(source), {"prompt": is_prompt})[0]:
         fields = {"prompt": is_prompt, "chosen": is_string, "rejected": is_string}
@@ -112,38 +112,36 @@ def read_pairs(config: Config, source: str | None, device: torch.device) -> list
     return make_pairs(groups, config.pairs_per_prompt, random.Random(config.seed))
 
 
-def encode(reward_model: RewardModel, pairs: list[Pair]) -> list[list[int]]:
+def encode(reward_model, pairs) -> list[list[int]]:
     """M pairs -> 2 M rows of token ids: chosen, rejected, chosen, rejected ..."""
     texts = [(pair.prompt, text) for pair in pairs for text in (pair.chosen, pair.rejected)]
     return [reward_model.ids(prompt, text) for prompt, text in texts]
 
 
-def pair_scores(reward_model: RewardModel, rows: list[list[int]]) -> tuple[Tensor, Tensor]:
+def pair_scores(reward_model, rows) -> tuple[Tensor, Tensor]:
     """2 M rows from `encode` -> (M,) scores of the chosen, (M,) scores of the rejected."""
     return reward_model.scores(rows).view(-1, 2).unbind(1)
 
 
 @torch.no_grad()
-def accuracy(reward_model: RewardModel, rows: list[list[int]]) -> float:
+def accuracy(reward_model, rows) -> float:
     """Share of the pairs in which the model prefers the chosen response. A tie counts half."""
     chosen, rejected = pair_scores(reward_model, rows)
     return share_above(chosen - rejected)
 
 
-def longer_wins(pairs: list[Pair]) -> float:
+def longer_wins(pairs) -> float:
     """The accuracy of the rule that the longer response is the better one."""
     gaps = [len(pair.chosen) - len(pair.rejected) for pair in pairs]
     return share_above(torch.tensor(gaps, dtype=torch.float))
 
 
-def share_above(gaps: Tensor) -> float:
+def share_above(gaps) -> float:
     """(-1, 0, 2, 3) -> 0.625"""
     return ((gaps.sign() + 1) / 2).mean().item()
 
 
-def fit(
-    reward_model: RewardModel, rows: list[list[int]], held_out: list[list[int]], config: Config
-) -> list[dict]:
+def fit(reward_model, rows, held_out, config) -> list[dict]:
     """Trains on pairs (rows from `encode`) -> step, loss and sometimes accuracy of each step."""
     lr = config.lr
     if lr == 0:
@@ -174,7 +172,7 @@ def fit(
     return curve
 
 
-def main(config: Config, source: str | None = None) -> Path:
+def main(config, source=None) -> Path:
     """Fits, measures, writes; returns the folder."""
     at_least_1 = "prompts group_size max_new_tokens pairs_per_prompt epochs batch_size"
     check_range(config, 1, at_least_1, most=1e6)
@@ -236,7 +234,7 @@ the longer one is the chosen one in         {result["longer_wins"]:.3f}
     return output
 
 
-def plot(curve: list[dict], path: Path) -> None:
+def plot(curve, path) -> None:
     """The loss of each step, and the accuracy on held-out pairs."""
     figure = Figure(figsize=(8, 3.5), layout="constrained")
     left, right = figure.subplots(1, 2)
