@@ -1,10 +1,9 @@
 """Rows of similar length in one micro-batch, so that little of it is padding."""
 
 import torch
-from torch import Tensor
 
 
-def micro_batches(lengths: Tensor, max_tokens: int) -> list[Tensor]:
+def micro_batches(lengths, max_tokens) -> list[torch.Tensor]:
     """(B,) lengths -> row indices of each micro-batch, longest rows first.
 
     A micro-batch has at most `max_tokens` once padded, or a single row. Rows much shorter than its
@@ -19,12 +18,9 @@ def micro_batches(lengths: Tensor, max_tokens: int) -> list[Tensor]:
         padded = longest * len(batch)
         full = padded + longest > max_tokens
         uneven = padded > max_tokens / 4 and length < 0.75 * longest
-        if batch and (full or uneven):
-            batches.append(torch.tensor(batch))
+        if not batch or full or uneven:
             batch = []
-        if not batch:
+            batches.append(batch)
             longest = length
         batch.append(row)
-    if batch:
-        batches.append(torch.tensor(batch))
-    return batches
+    return [torch.tensor(batch) for batch in batches]

@@ -12,7 +12,6 @@ import signal
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
-from pathlib import Path
 from typing import TextIO
 
 import torch
@@ -29,7 +28,7 @@ except ImportError:  # Windows: runs are not locked there
 
 
 @contextmanager
-def new_checkpoint(folder: Path, name: str = "checkpoint") -> Iterator[Path]:
+def new_checkpoint(folder, name="checkpoint") -> Iterator:
     """A folder to write into. At the end of the block it becomes folder/name.
 
     The checkpoint before it is kept as checkpoint.old; under any other name it is deleted.
@@ -55,37 +54,36 @@ def new_checkpoint(folder: Path, name: str = "checkpoint") -> Iterator[Path]:
         shutil.rmtree(outdated, ignore_errors=True)
 
 
-def save_state(folder: Path, state: dict) -> None:
+def save_state(folder, state):
     """Writes state.pt: `state`, and the random states of torch and Python."""
     random_states = {"torch_rng": torch.get_rng_state(), "python_rng": random.getstate()}
-    torch.save({**state, **random_states}, folder / "state.pt")
+    torch.save(state | random_states, folder / "state.pt")
 
 
-def restore_random_state(state: dict) -> None:
+def restore_random_state(state):
     torch.set_rng_state(state["torch_rng"])
     random.setstate(state["python_rng"])
 
 
-def read_checkpoint(folder: Path) -> dict:
+def read_checkpoint(folder) -> dict:
     """The state in state.pt. UserError names a file that is damaged, whether weights or settings.
 
     Pickled code is refused, never executed.
     """
-    for path in [*folder.rglob("*.json"), *folder.rglob("*.safetensors"), folder / "state.pt"]:
-        try:
-            if path.suffix == ".json":
-                json.loads(path.read_text(encoding="utf-8"))
-            elif path.suffix == ".safetensors":
-                with safe_open(path, "pt"):  # checks that the file has the length it should have
-                    pass
-            else:
-                return torch.load(path, weights_only=True, map_location="cpu")
-        except Exception as error:  # a damaged file may raise anything
-            raise UserError(f"{path} cannot be read ({first_line(error)})") from None
+    path = folder / "state.pt"
+    try:
+        state = torch.load(path, weights_only=True, map_location="cpu")
+        for path in folder.rglob("*.json"):
+            json.loads(path.read_bytes())
+        for path in folder.rglob("*.safetensors"):
+            safe_open(path, "pt")  # checks that the file has the length it should have
+    except Exception as error:  # a damaged file may raise anything
+        raise UserError(f"{path} cannot be read ({first_line(error)})") from None
+    return state
 
 
-def find_checkpoint(folder: Path) -> tuple[Path, dict] | None:
-    """The newest checkpoint of a run, and its state. None if there is none.
+def find_checkpoint(folder) -> tuple | None:
+    """The folder of a run's newest checkpoint, and its state. None if there is none.
 
     If it is damaged, or was being replaced when the run was killed, the one before it takes its
     place, with a warning. UserError if both are damaged.
@@ -111,7 +109,7 @@ def find_checkpoint(folder: Path) -> tuple[Path, dict] | None:
     return newest, state
 
 
-def lock(folder: Path) -> TextIO:
+def lock(folder) -> TextIO:
     """Locks folder/lock until the file is closed. The system does that when a process dies.
 
     UserError if another process holds the lock.
@@ -136,15 +134,15 @@ def catch_signals() -> Iterator[list[int]]:
     received = []
     before = {}
 
-    def remember(number: int, frame) -> None:
+    def restore():
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+    def remember(number, frame):
         received.append(number)
         restore()
         name = signal.Signals(number).name
         tqdm.write(f"{name}: finishing this step and saving it; once more to stop at once")
-
-    def restore() -> None:
-        for number, handler in before.items():
-            signal.signal(number, handler)
 
     with suppress(ValueError):  # only the main thread may set handlers
         for number in (signal.SIGINT, signal.SIGTERM):

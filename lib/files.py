@@ -10,11 +10,9 @@ import math
 import os
 import sys
 import urllib.request
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from http.client import HTTPException
-from pathlib import Path
-from typing import Any
 
 from safetensors import SafetensorError
 
@@ -22,7 +20,7 @@ from lib.flags import UserError, first_line
 
 
 @contextmanager
-def writing(path: Path) -> Iterator[None]:
+def writing(path) -> Iterator[None]:
     """Turns an error of the disk (full, read-only, gone) into a UserError that names `path`."""
     try:
         yield
@@ -33,7 +31,7 @@ def writing(path: Path) -> Iterator[None]:
         ) from error
 
 
-def sync(path: Path) -> None:
+def sync(path):
     """Waits until the content of a file, or the names in a folder, are on the disk."""
     if os.name == "posix":  # Windows cannot open folders
         descriptor = os.open(path, os.O_RDONLY)
@@ -41,7 +39,7 @@ def sync(path: Path) -> None:
         os.close(descriptor)
 
 
-def write_text(path: Path, text: str) -> None:
+def write_text(path, text):
     aside = path.with_name(path.name + ".part")
     with writing(path):
         aside.write_text(text, encoding="utf-8")
@@ -49,26 +47,27 @@ def write_text(path: Path, text: str) -> None:
         aside.replace(path)
 
 
-def write_json(path: Path, content: dict) -> None:
+def write_json(path, content):
     write_text(path, json.dumps(content, indent=1) + "\n")
 
 
-def json_lines(rows: list[dict]) -> str:
+def json_lines(rows) -> str:
     """One line of JSON per row, numbers in full: equal runs give equal files."""
     return "".join(json.dumps(row) + "\n" for row in rows)
 
 
-def write_rows(path: Path, rows: list[dict]) -> None:
+def write_rows(path, rows):
     write_text(path, json_lines(rows))
 
 
-def append_rows(path: Path, rows: list[dict]) -> None:
+def append_rows(path, rows):
     with writing(path), path.open("a") as file:
         file.write(json_lines(rows))
 
 
-def read_rows(path: Path, wanted: Callable[[str], bool] = lambda key: True) -> list[dict]:
-    """The rows of a run's own .jsonl file, each with the wanted keys. No file has no rows.
+def read_rows(path, wanted=lambda key: True) -> list[dict]:
+    """The rows of a run's own .jsonl file, each with the keys for which wanted(key). No file has
+    no rows.
 
     Only the last line can be cut short (by a kill), and it is left out. A long run reads its own
     metrics again and again. To save memory, lines are read one by one and rows share their keys.
@@ -90,10 +89,10 @@ def read_rows(path: Path, wanted: Callable[[str], bool] = lambda key: True) -> l
     return rows
 
 
-def read_jsonl(path: Path, fields: dict[str, Callable[[Any], bool]]) -> list[dict]:
+def read_jsonl(path, fields) -> list[dict]:
     """The rows of a user's file: one JSON object per line, empty lines are skipped.
 
-    fields: each must be in every row, and its value must pass the check
+    fields: {"prompt": is_prompt}; each must be in every row, and its value must pass the check
     UserError names the file and the line.
     """
     try:
@@ -126,31 +125,34 @@ def read_jsonl(path: Path, fields: dict[str, Callable[[Any], bool]]) -> list[dic
 # Checks of the fields of a user's file
 
 
-def is_string(value: Any) -> bool:
+def is_string(value) -> bool:
     return isinstance(value, str)
 
 
-def is_text(value: Any) -> bool:
+def is_text(value) -> bool:
     return is_string(value) and value != ""
 
 
-def is_answer(value: Any) -> bool:
-    return is_text(value) or (isinstance(value, (int, float)) and math.isfinite(value))
+def is_answer(value) -> bool:
+    if isinstance(value, float):
+        return math.isfinite(value)
+    return isinstance(value, int) or is_text(value)
 
 
-def is_prompt(value: Any) -> bool:
+def is_prompt(value) -> bool:
     """Text, or chat messages: [{"role": text, "content": text}, ...]"""
     if not isinstance(value, list):
         return is_text(value)
     return value != [] and all(map(is_message, value))
 
 
-def is_message(value: Any) -> bool:
-    value = value if isinstance(value, dict) else {}
+def is_message(value) -> bool:
+    if not isinstance(value, dict):
+        return False
     return is_text(value.get("role")) and is_text(value.get("content"))
 
 
-def download(url: str, path: Path, sha256: str) -> None:
+def download(url, path, sha256):
     """Fetches a file, unless it is there. It is checked, and written whole or not at all."""
     if path.exists():
         return

@@ -7,7 +7,6 @@ import argparse
 import json
 import os
 import sys
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -23,23 +22,23 @@ class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescript
     """Shows the default of every flag, and keeps the line breaks of the docstring."""
 
 
-def flag(default: Any, help: str) -> Any:
+def flag(default, help) -> Any:
     """A field of a Config: `lr: float = flag(0.0, "peak learning rate")`"""
     return HfArg(default=default, help=help)
 
 
-def first_line(error: Exception) -> str:
+def first_line(error) -> str:
     """The first line of an error's message, or the name of its type if the message is empty."""
     text = str(error).strip() or type(error).__name__
     return text.splitlines()[0]
 
 
-def name_error(error: Exception) -> str:
+def name_error(error) -> str:
     """-> "TypeError: unsupported operand" """
     return f"{type(error).__name__}: {first_line(error)}"
 
 
-def check_range(config: Any, least: float, flags: str, most: float = 1e12) -> None:
+def check_range(config, least, flags, most=1e12):
     """UserError unless each of the flags is a number from `least` to `most`.
 
     flags: names with spaces between, "steps lr"
@@ -52,20 +51,13 @@ def check_range(config: Any, least: float, flags: str, most: float = 1e12) -> No
             raise UserError(f"--{name} {value}: must be at most {most:g}")
 
 
-def parse(
-    config_class: type,
-    doc: str,
-    argv: list[str] | None = None,
-    fill: Callable[[dict], dict] | None = None,
-    **positionals: dict,
-) -> tuple[Any, dict]:
+def parse(config_class, doc, argv, fill=None, **positionals) -> tuple:
     """argv -> (config, positional arguments by name)
 
     fill:        gets the value of every flag, returns defaults for those that the user did not give
     positionals: name -> arguments of `ArgumentParser.add_argument`
     Exits with 2 and one line on an unknown flag or a value of the wrong type.
     """
-    argv = sys.argv[1:] if argv is None else argv
     for word in argv:
         if word.encode(errors="ignore").decode() != word:  # half a surrogate pair
             raise UserError(f"{word!a}: is not UTF-8")
@@ -89,7 +81,7 @@ def parse(
     return config_class(**values), arguments
 
 
-def list_presets(flag: str, presets: dict[str, dict]) -> str:
+def list_presets(flag, presets) -> str:
     """'recipe', {"raft": {"loss": "logprob"}} -> '--recipe raft: --loss logprob', for --help"""
     lines = []
     for name, values in presets.items():
@@ -98,14 +90,14 @@ def list_presets(flag: str, presets: dict[str, dict]) -> str:
     return "\n".join(lines)
 
 
-def run_script(main: Callable, config_class: type, doc: str, fill=None, **positionals) -> None:
+def run_script(main, config_class, doc, fill=None, **positionals):
     """Calls main(config, **arguments) with what `parse` makes of sys.argv.
 
     A mistake of the user's, a file that cannot be used or a lack of memory ends the script with one
     line and exit status 2. Ctrl-C ends it without a traceback, with status 130.
     """
     try:
-        config, arguments = parse(config_class, doc, None, fill, **positionals)
+        config, arguments = parse(config_class, doc, sys.argv[1:], fill, **positionals)
         main(config, **arguments)
         sys.stdout.flush()
         return
@@ -125,7 +117,7 @@ def run_script(main: Callable, config_class: type, doc: str, fill=None, **positi
     sys.exit(2)
 
 
-def shorten(text: str | list, limit: int = 300) -> str:
+def shorten(text, limit=300) -> str:
     """Text or chat messages in one line for the screen: "two\\n  words" -> "two words"
 
     White space is folded, and a line of more than `limit` characters ends in "..."
@@ -138,7 +130,7 @@ def shorten(text: str | list, limit: int = 300) -> str:
     return line
 
 
-def align(rows: list[list[str]]) -> str:
+def align(rows) -> str:
     """Columns as wide as their widest cell: [["a", "b"], ["long", "c"]] -> 'a     b\\nlong  c'"""
     widths = [max(map(len, column)) for column in zip(*rows)]
     lines = []

@@ -2,25 +2,21 @@
 
 import math
 from statistics import fmean
-from typing import Any
 
 import torch
-from torch import Tensor
 
 
-def rollout_metrics(
-    rollout: Any, samples: list[dict], rewards: Tensor, weights: Tensor
-) -> dict[str, float]:
+def rollout_metrics(rollout, samples, rewards, weights) -> dict[str, float]:
     """The responses of a step in numbers. A number without a meaning (NaN) is omitted, such as the
     mean length of truncated responses if there are none.
 
     samples: B = P * G dicts with "response", "true_reward" and "parts"
     rewards: (P, G); weights: (B, 1) or (B, N), 0 for responses that were filtered out
     """
-    lengths, finished = rollout.response_lengths.cpu(), rollout.finished.cpu()
-    true_rewards = torch.tensor(
-        [sample["true_reward"] for sample in samples], dtype=torch.float64
-    ).view_as(rewards)
+    lengths = rollout.response_lengths.cpu()
+    finished = rollout.finished.cpu()
+    true_rewards = [sample["true_reward"] for sample in samples]
+    true_rewards = torch.tensor(true_rewards, dtype=torch.float64).view_as(rewards)
     right = true_rewards == 1  # float32 would round 0.99999999 to 1
     weights = weights.cpu().sum(1)
     numbers = {
@@ -56,36 +52,34 @@ class UpdateStatistics:
     def __init__(self):
         self.loss = 0.0
         self.grad_norm = 0.0
-        self.ratios = []  # (K,) of each micro-batch, with K response tokens; so are the next two
-        self.clipped = []
-        self.entropies = []
+        self.columns = []  # ratios, clipped and entropies of each micro-batch, (K,) with K tokens
 
     @torch.no_grad()
-    def add(self, loss, logprobs, old_logprobs, clipped, mask, entropy=None) -> None:
+    def add(self, loss, logprobs, old_logprobs, clipped, mask, entropy=None):
         """loss: a number. The others: (R, N), of which only the tokens in the mask count."""
         self.loss += float(loss)
-        self.ratios.append((logprobs - old_logprobs)[mask].exp())
-        self.clipped.append(clipped[mask].float())
+        columns = [(logprobs - old_logprobs)[mask].exp(), clipped[mask].float()]
         if entropy is not None:
-            self.entropies.append(entropy[mask])
+            columns.append(entropy[mask])
+        self.columns.append(columns)
 
     def summary(self) -> dict[str, float]:
         """Means over the response tokens, except loss, grad_norm and ratio_max."""
-        ratio = torch.cat(self.ratios)
+        ratio, clipped, *entropy = map(torch.cat, zip(*self.columns))
         numbers = {
             "loss": self.loss,
             "grad_norm": self.grad_norm,
             "ratio_mean": ratio.mean().item(),
             "ratio_max": ratio.max().item(),
-            "clip_share": torch.cat(self.clipped).mean().item(),
+            "clip_share": clipped.mean().item(),
         }
-        if self.entropies:
-            numbers["entropy"] = torch.cat(self.entropies).mean().item()
+        if entropy:
+            numbers["entropy"] = entropy[0].mean().item()
         return numbers
 
 
-def update_metrics(updates: list[UpdateStatistics]) -> dict[str, float]:
-    """The optimizer steps of one rollout: means over them, except the largest ratio.
+def update_metrics(updates) -> dict[str, float]:
+    """The UpdateStatistics of one rollout: means over them, except the largest ratio.
 
     Skipped steps (a gradient that is not finite) are only counted. Ratios are left out if there is
     a single step: its policy is the one that sampled.
@@ -102,7 +96,7 @@ def update_metrics(updates: list[UpdateStatistics]) -> dict[str, float]:
     return {**counts, **means}
 
 
-def step_line(metrics: dict) -> str:
+def step_line(metrics) -> str:
     """A step for the screen: "step    1  reward 0.250  informative 0.50 ..." """
     line = (
         f"step {metrics['step']:4d}  reward {metrics['reward']:.3f}  "

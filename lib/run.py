@@ -29,13 +29,11 @@ import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import asdict, replace
 from importlib.metadata import version
 from pathlib import Path
 from statistics import fmean
-from typing import Any
 
 import torch
 from tqdm import tqdm
@@ -49,11 +47,11 @@ TRACKERS = ("none", "tensorboard", "trackio", "wandb")
 ROOT = Path(__file__).parent.parent
 
 
-def is_run(folder: Path) -> bool:
+def is_run(folder) -> bool:
     return (folder / "config.json").exists() and (folder / "code").is_dir()
 
 
-def read_config(folder: Path) -> dict:
+def read_config(folder) -> dict:
     """The flags of a run. UserError if there is no run in `folder`."""
     try:
         return json.loads((folder / "config.json").read_text())["config"]
@@ -61,8 +59,11 @@ def read_config(folder: Path) -> dict:
         raise UserError(f"{folder}: no run there (its config.json cannot be read)") from None
 
 
-def flags_of_runs(config: Any, runs: dict[str, dict], names: list[str]) -> Any:
-    """Flags that were not given are taken from the runs, which must agree in them."""
+def flags_of_runs(config, runs, names):
+    """The config, where flags that were not given are those of the runs, which must agree in them.
+
+    runs: {"runs/add": its flags}
+    """
     for name in names:
         values = list(dict.fromkeys(run[name] for run in runs.values()))
         if getattr(config, name) or not values:
@@ -82,7 +83,7 @@ class Tracker:
     wandb:       files in the run folder; WANDB_MODE=online sends them to its server
     """
 
-    def __init__(self, kind: str):
+    def __init__(self, kind):
         """UserError if the package is missing."""
         self.kind = kind
         self.writer = None
@@ -90,47 +91,44 @@ class Tracker:
         try:
             self.module = importlib.import_module(modules.get(kind, kind))
         except ImportError:
-            raise UserError(
-                f"--tracker {kind}: the package is not installed: pip install {kind}"
-            ) from None
+            missing = f"the package is not installed: pip install {kind}"
+            raise UserError(f"--tracker {kind}: {missing}") from None
 
-    def begin(self, folder: Path, config: dict) -> Any:
+    def begin(self, folder, config):
         if self.kind == "tensorboard":
             return self.module.SummaryWriter(folder / "tensorboard")
-        options = {}
+        options = {"project": "grpo-basics", "name": folder.name, "config": config}
         if self.kind == "wandb":
-            options = {"dir": folder, "mode": os.environ.get("WANDB_MODE", "offline")}
-        return self.module.init(project="grpo-basics", name=folder.name, config=config, **options)
+            options |= {"dir": folder, "mode": os.environ.get("WANDB_MODE", "offline")}
+        return self.module.init(**options)
 
-    def send(self, folder: Path, config: dict, metrics: dict) -> None:
+    def send(self, folder, config, metrics):
         if self.kind == "none":
             return
         self.writer = self.writer or self.begin(folder, config)
         numbers = {key: value for key, value in metrics.items() if isinstance(value, (int, float))}
         step = numbers.pop("step")
-        if self.kind == "tensorboard":
-            for key, value in numbers.items():
-                self.writer.add_scalar(key, value, step)
-            self.writer.flush()
-        else:
+        if self.kind != "tensorboard":
             self.writer.log(numbers, step=step)
+            return
+        for key, value in numbers.items():
+            self.writer.add_scalar(key, value, step)
+        self.writer.flush()
 
 
-def is_free(folder: Path) -> bool:
+def is_free(folder) -> bool:
     """Whether a new run may have this folder: not there, or left by a run killed in its start."""
     if not folder.exists():
         return True
     leftovers = {"lock", "config.json.part"}
-    if not folder.is_dir() or {path.name for path in folder.iterdir()} - leftovers:
-        return False
-    try:
-        lock(folder).close()
-    except UserError:  # another process is about to start there
-        return False
-    return True
+    if folder.is_dir() and {path.name for path in folder.iterdir()} <= leftovers:
+        with suppress(UserError):  # another process is about to start there
+            lock(folder).close()
+            return True
+    return False
 
 
-def free_folder(runs_dir: str, name: str, task: str) -> Path:
+def free_folder(runs_dir, name, task) -> Path:
     """runs_dir/name; without a name the first free one of runs_dir/task, task-2, task-3 ..."""
     if name != Path(name).name:
         raise UserError(f"--name {name}: must be the name of a folder in --runs_dir, not a path")
@@ -139,9 +137,8 @@ def free_folder(runs_dir: str, name: str, task: str) -> Path:
     number = 1
     while not is_free(folder):
         if name:
-            raise UserError(
-                f"--name {name}: {folder} is there already: choose another name, or --resume"
-            )
+            taken = f"{folder} is there already: choose another name, or --resume"
+            raise UserError(f"--name {name}: {taken}")
         number += 1
         folder = folder.with_name(f"{stem}-{number}")
     return folder
@@ -154,16 +151,16 @@ def git_commit() -> str | None:
         return output.strip()
 
 
-def copy_code(folder: Path) -> None:
+def copy_code(folder):
     """Copies the scripts and their packages into folder/code."""
-    with writing(folder / "code"):
-        for part in (".", "lib", "fast", "tools"):
-            (folder / "code" / part).mkdir(exist_ok=True)
-            for script in (ROOT / part).glob("*.py"):
-                shutil.copy(script, folder / "code" / part)
+    for part in (".", "lib", "fast", "tools"):
+        target = folder / "code" / part
+        target.mkdir(exist_ok=True)
+        for script in (ROOT / part).glob("*.py"):
+            shutil.copy(script, target)
 
 
-def rewind(folder: Path, step: int) -> None:
+def rewind(folder, step):
     """Removes what was recorded after `step`: those steps are done again."""
     for name in ("metrics.jsonl", "samples.jsonl"):
         rows = [row for row in read_rows(folder / name) if row["step"] <= step]
@@ -184,14 +181,12 @@ class Run:
     state:      what the run remembered at that checkpoint, or None
     """
 
-    def __init__(self, runs_dir: str, name: str, task: str, resume: bool):
+    def __init__(self, runs_dir, name, task, resume):
         """A run to resume must be there, and is locked. A new one needs a free name; nothing is
         made until `start`."""
         self.wanted = runs_dir, name, task
         self.resumed = resume
-        self.checkpoint = None
-        self.state = None
-        self.signals = []
+        self.checkpoint = self.state = None
         if not resume:
             self.folder = free_folder(*self.wanted)
             return
@@ -201,7 +196,7 @@ class Run:
         if found := find_checkpoint(self.folder):
             self.checkpoint, self.state = found
 
-    def start(self, config: Any, device: torch.device, step: int, tracker: Tracker) -> Any:
+    def start(self, config, device, step, tracker):
         """Writes config.json and code/, and removes what was recorded after `step`.
 
         Returns the config with the run's name filled in.
@@ -229,17 +224,19 @@ class Run:
             "started": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
         }
         self.write_json("config.json", content)
-        copy_code(self.folder)
+        with writing(self.folder / "code"):
+            copy_code(self.folder)
         return config
 
-    def steps(self, first: int, last: int) -> Iterator[int]:
+    def steps(self, first, last):
         """Step numbers, with a progress bar. A signal only sets `stop_requested` meanwhile."""
         self.last = last
-        steps = range(first, last + 1)
         with catch_signals() as self.signals:
-            yield from tqdm(steps, initial=first - 1, total=last, dynamic_ncols=True)
+            yield from tqdm(
+                range(first, last + 1), initial=first - 1, total=last, dynamic_ncols=True
+            )
 
-    def is_due(self, step: int, every: int) -> bool:
+    def is_due(self, step, every) -> bool:
         """Whether the step is the last one, or a multiple of `every`."""
         return step == self.last or step % every == 0
 
@@ -247,7 +244,7 @@ class Run:
     def stop_requested(self) -> bool:
         return bool(self.signals)
 
-    def exit_if_stopped(self, step: int) -> None:
+    def exit_if_stopped(self, step):
         """After a signal: says how to resume, and exits with 130 (SIGINT) or 143 (SIGTERM)."""
         if not self.signals or step == self.last:
             return
@@ -257,17 +254,18 @@ class Run:
         tqdm.write(f"stopped; step {step} is saved. To go on:\n\n    {command}")
         raise SystemExit(128 + self.signals[0])
 
-    def write_json(self, name: str, content: dict) -> None:
+    def write_json(self, name, content):
         write_json(self.folder / name, content)
 
-    def record(self, metrics: dict, samples: list[dict], log_samples: int) -> None:
+    def record(self, metrics, samples, log_samples):
         """Writes a step down: its metrics, and `log_samples` of its samples from the largest to the
-        smallest "weight". UserError after three steps in a row with skipped updates."""
+        smallest "weight". After three steps in a row with skipped updates, writes all samples of
+        the step to bad-step.jsonl and raises UserError."""
         path = self.folder / "metrics.jsonl"
-        finite = dict(metrics)
+        finite = {}
         for key, value in metrics.items():
-            if isinstance(value, float) and not math.isfinite(value):  # it is not JSON
-                del finite[key]
+            if not isinstance(value, float) or math.isfinite(value):  # nan is not JSON
+                finite[key] = value
         append_rows(path, [finite])
         rows = [{"step": metrics["step"], **sample} for sample in samples]
         rows.sort(key=lambda row: row["weight"], reverse=True)
@@ -275,22 +273,19 @@ class Run:
         append_rows(self.folder / "samples.jsonl", rows[::every][:log_samples])
         tqdm.write(step_line(metrics))
         self.tracker.send(self.folder, self.config, metrics)
-        if metrics["skipped"]:
-            recent = [row["skipped"] > 0 for row in read_rows(path)[-3:]]
-            if recent == [True, True, True]:
-                self.give_up(rows)
+        if not metrics["skipped"]:
+            return
+        recent = [row["skipped"] > 0 for row in read_rows(path)[-3:]]
+        if recent == [True, True, True]:
+            path = self.folder / "bad-step.jsonl"
+            write_rows(path, rows)
+            raise UserError(
+                f"step {metrics['step']}: the third in a row with a loss, a gradient or log-probs "
+                f"that are not finite; those updates were skipped. {path} has the samples: "
+                "--resume with a lower --lr"
+            )
 
-    def give_up(self, rows: list[dict]) -> None:
-        """Writes all samples of the step to bad-step.jsonl, and raises UserError."""
-        path = self.folder / "bad-step.jsonl"
-        write_rows(path, rows)
-        raise UserError(
-            f"step {rows[0]['step']}: the third in a row with a loss, a gradient or log-probs that "
-            f"are not finite; those updates were skipped. {path} has the samples: --resume with a "
-            "lower --lr"
-        )
-
-    def track_true_reward(self, every: int) -> bool:
+    def track_true_reward(self, every) -> bool:
         """Whether the mean true reward of the last `every` steps is the best so far.
 
         Warns when reward and true reward diverge: since the true reward was at its best, the reward

@@ -1,0 +1,178 @@
+"""README.md and docs/ say what the code does: commands, flags, keys, examples, links."""
+
+import json
+import re
+import runpy
+import shlex
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import parse_train
+
+import lib.flags
+import train
+from lib.files import read_rows
+from loss import RECIPES
+
+ROOT = Path(__file__).parent.parent
+PAGES = {path: path.read_text() for path in [ROOT / "README.md", *sorted(ROOT.glob("docs/*.md"))]}
+README = PAGES[ROOT / "README.md"]
+REWARDS = PAGES[ROOT / "docs" / "rewards.md"]
+
+
+def without_comments(page):
+    return re.sub(r"<!--.*?-->", "", page, flags=re.DOTALL)
+
+
+def commands():
+    """Every command line `python ...` of the pages: in a line of its own or within a sentence."""
+    texts = []
+    for page in map(without_comments, PAGES.values()):
+        texts += [line.partition("  #")[0] for line in page.splitlines() if line.startswith("    ")]
+        texts += re.findall(r"(?<!`)`([^`]+)`(?!`)", page)
+    parts = [" ".join(part.split()) for text in texts for part in text.split("&&")]
+    return sorted({part for part in parts if re.match(r"python (-m \S|\S+\.py\b)", part)})
+
+
+COMMANDS = commands()
+
+
+def test_the_commands_are_found():
+    assert len(COMMANDS) > 50
+    assert "python eval.py runs/add runs/add-2 runs/add-3" in COMMANDS
+    assert "python -m tools.compare" in COMMANDS
+    assert "    pip install -r requirements.txt && python train.py\n" in README
+    assert re.search("(?m)^.*python -m pytest.*$", README)[0].strip() == (
+        "pip install -r requirements.txt && python -m pytest"  # .ci/run takes this line and runs it
+    )
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_a_command_has_the_flags_of_its_script(command, monkeypatch):
+    """Each command goes through its script's own parser, presets and recipes included."""
+    python, *words = shlex.split(command)
+    if words[:2] == ["-m", "pytest"]:
+        assert all((ROOT / word).exists() for word in words if word.startswith("tests/"))
+        return
+    if words[0] == "-m":
+        script = ROOT / f"{words[1].replace('.', '/')}.py"
+        words = words[2:]
+    else:
+        script = ROOT / words[0]
+        words = words[1:]
+    assert script.exists()
+    if script.parent.name == "tests":
+        return
+    parsed = []
+
+    def parse_only(main, config_class, doc, fill=None, **positionals):
+        parsed.append(lib.flags.parse(config_class, doc, words, fill, **positionals))
+
+    run = Path("runs/add")  # what --resume looks for
+    run.mkdir(parents=True)
+    (run / "config.json").write_text(json.dumps({"config": {}}))
+    monkeypatch.setattr(lib.flags, "run_script", parse_only)
+    monkeypatch.setattr(sys, "argv", [script.name])
+    if "--help" in words:
+        with pytest.raises(SystemExit, match="0"):
+            runpy.run_path(str(script), run_name="__main__")
+    else:
+        runpy.run_path(str(script), run_name="__main__")
+        assert len(parsed) == 1
+
+
+def test_every_flag_that_is_named_exists():
+    """Also in tables and sentences, where there is no command."""
+    known = set()
+    for script in [*ROOT.glob("*.py"), *ROOT.glob("tools/*.py"), ROOT / "docs" / "bench_trl.py"]:
+        known |= set(re.findall(r"(?m)^    (\w+): .*= flag\(", script.read_text()))
+    known |= {"help", "collect"}  # of argparse, of pytest
+    for path, page in PAGES.items():
+        named = set(re.findall(r"--([a-z]\w+)", without_comments(page)))
+        assert named - known == set(), path
+
+
+def test_links_and_pictures_are_there():
+    for path, page in PAGES.items():
+        page = re.sub(r"```.*?```", "", page, flags=re.DOTALL)
+        for link in re.findall(r"\]\(([^)]+)\)", page):
+            target, _, anchor = link.partition("#")
+            file = path.parent / target if target else path
+            assert file.exists(), f"{path}: {link}"
+            if anchor:
+                titles = re.findall("(?m)^#+ (.*)$", file.read_text())
+                anchors = [re.sub("[^a-z0-9 -]", "", title.lower()) for title in titles]
+                assert anchor in [text.replace(" ", "-") for text in anchors], f"{path}: {link}"
+
+
+def test_the_readme_is_short():
+    assert len(README.splitlines()) <= 180
+
+
+def test_every_key_of_a_run_is_documented():
+    """A run with all optional terms, so that every key is there but those of truncated responses."""
+    flags = "--steps=2 --prompts_per_step=2 --group_size=8 --max_new_tokens=8 --eval_problems=2"
+    terms = "--updates_per_rollout=2 --loss=clip --log_kl=True --entropy_coef=0.01"
+    reward = ["--reward", "exact + 0.1*format"]
+    model = ["--model", ROOT / "models" / "add"]
+    run = train.main(parse_train(*model, *flags.split(), *terms.split(), *reward))
+    metrics, documented = PAGES[ROOT / "docs" / "metrics.md"].split("## metrics.jsonl")
+    rows = read_rows(run / "metrics.jsonl")
+    keys = {re.sub("^reward/.*", "reward/PART", key) for row in rows for key in row}
+    assert {"kl", "clip_share", "reward/PART", "eval_interval"} <= keys
+    assert {key for key in keys if f"`{key}`" not in documented} == set()
+    for name in [path.name for path in run.iterdir()]:
+        assert name in metrics
+    for key in read_rows(run / "samples.jsonl")[0]:
+        assert f"`{key}`" in metrics
+
+
+def test_each_recipe_stands_in_the_table_as_it_is():
+    page = PAGES[ROOT / "docs" / "recipes.md"]
+    for recipe, values in RECIPES.items():
+        row = re.search(rf"(?m)^\| `{recipe}` \|.*$", page)[0]
+        for flag in ("normaliser", "denominator", "loss"):
+            assert f"| `{values[flag]}`" in row
+        assert f"| `{values.get('filter', 'none')}` |" in row
+
+
+def run_code(page):
+    """The python blocks of a page, in one namespace."""
+    names = {}
+    for block in re.findall(r"```python\n(.*?)```", page, flags=re.DOTALL):
+        exec(block, names)
+    return names
+
+
+def test_rewards_of_ones_own():
+    names = run_code(REWARDS)
+    assert names["contains"]("", "It is PARIS.", "Paris") == 1
+    assert names["contains"]("", "It is Rome.", "Paris") == 0
+    assert names["boxed"]("", r"\boxed{7} no, \boxed{ 8 }", "8") == 1
+    assert names["boxed"]("", r"\boxed{8} no, \boxed{7}", "8") == 0
+    assert names["boxed"]("", "8", "8") == 0
+    assert names["not_too_long"]("", "", "", length=25, limit=100) == 0.75
+    assert names["unlike_the_others"](["", "", ""], ["a", "b", "a"], ["", "", ""]) == [0, 1, 0]
+    brief = run_code(README)["brief"]
+    assert brief("", "8", "8") == 1 - 0.5 / 200
+    assert brief("", "word " * 300 + "8", "8") == 0.5
+    assert brief("", "7", "8") == 0
+
+
+def test_slow_calls_are_made_in_parallel_and_miss_their_limit():
+    """Each response waits a hundredth of a second per character: the longest one misses."""
+    judged = run_code(REWARDS)["judged"]
+    responses = ["75", "74", "7" * 50, *["75"] * 20]
+    texts = ["48+27="] * 23, responses, ["75"] * 23
+    assert judged(*texts, seconds=0.25, missed=-1.0) == [1, 0, -1, *[1] * 20]
+
+
+def test_the_weights_of_the_trap():
+    names = run_code(REWARDS)
+    expected = torch.tensor([[1.73, -0.58, -0.58, -0.58]])
+    for name in ("zscore_form", "zscore_right"):
+        torch.testing.assert_close(names[name], expected, atol=0.005, rtol=0)
+    torch.testing.assert_close(names["mean_form"], torch.tensor([[0.15, -0.05, -0.05, -0.05]]))
+    assert "(1.73, -0.58, -0.58, -0.58)" in README
