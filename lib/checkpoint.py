@@ -10,9 +10,7 @@ import random
 import shutil
 import signal
 import sys
-from collections.abc import Iterator
 from contextlib import contextmanager, suppress
-from typing import TextIO
 
 import torch
 from safetensors import safe_open
@@ -28,7 +26,7 @@ except ImportError:  # Windows: runs are not locked there
 
 
 @contextmanager
-def new_checkpoint(folder, name="checkpoint") -> Iterator:
+def new_checkpoint(folder, name="checkpoint"):
     """A folder to write into. At the end of the block it becomes folder/name.
 
     The checkpoint before it is kept as checkpoint.old; under any other name it is deleted.
@@ -109,8 +107,8 @@ def find_checkpoint(folder) -> tuple | None:
     return newest, state
 
 
-def lock(folder) -> TextIO:
-    """Locks folder/lock until the file is closed. The system does that when a process dies.
+def lock(folder):
+    """Locks folder/lock until the file that is returned is closed, or the process dies.
 
     UserError if another process holds the lock.
     """
@@ -126,8 +124,8 @@ def lock(folder) -> TextIO:
 
 
 @contextmanager
-def catch_signals() -> Iterator[list[int]]:
-    """A list into which the first SIGINT or SIGTERM is put, so that the caller can stop cleanly.
+def catch_signals():
+    """Gives a list into which the first SIGINT or SIGTERM is put, so that the caller can stop cleanly.
 
     A second signal has its usual effect at once.
     """

@@ -10,7 +10,6 @@ import math
 import os
 import sys
 import urllib.request
-from collections.abc import Iterator
 from contextlib import contextmanager
 from http.client import HTTPException
 
@@ -20,7 +19,7 @@ from lib.flags import UserError, first_line
 
 
 @contextmanager
-def writing(path) -> Iterator[None]:
+def writing(path):
     """Turns an error of the disk (full, read-only, gone) into a UserError that names `path`."""
     try:
         yield
@@ -51,7 +50,7 @@ def write_json(path, content):
     write_text(path, json.dumps(content, indent=1) + "\n")
 
 
-def json_lines(rows) -> str:
+def json_lines(rows):
     """One line of JSON per row, numbers in full: equal runs give equal files."""
     return "".join(json.dumps(row) + "\n" for row in rows)
 
@@ -125,28 +124,28 @@ def read_jsonl(path, fields) -> list[dict]:
 # Checks of the fields of a user's file
 
 
-def is_string(value) -> bool:
+def is_string(value):
     return isinstance(value, str)
 
 
-def is_text(value) -> bool:
+def is_text(value):
     return is_string(value) and value != ""
 
 
-def is_answer(value) -> bool:
+def is_answer(value):
     if isinstance(value, float):
         return math.isfinite(value)
     return isinstance(value, int) or is_text(value)
 
 
-def is_prompt(value) -> bool:
+def is_prompt(value):
     """Text, or chat messages: [{"role": text, "content": text}, ...]"""
     if not isinstance(value, list):
         return is_text(value)
     return value != [] and all(map(is_message, value))
 
 
-def is_message(value) -> bool:
+def is_message(value):
     if not isinstance(value, dict):
         return False
     return is_text(value.get("role")) and is_text(value.get("content"))

@@ -8,7 +8,6 @@ import json
 import os
 import sys
 from pathlib import Path
-from typing import Any
 
 from transformers import HfArgumentParser
 from transformers.hf_argparser import HfArg
@@ -22,18 +21,18 @@ class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescript
     """Shows the default of every flag, and keeps the line breaks of the docstring."""
 
 
-def flag(default, help) -> Any:
+def flag(default, help):
     """A field of a Config: `lr: float = flag(0.0, "peak learning rate")`"""
     return HfArg(default=default, help=help)
 
 
-def first_line(error) -> str:
+def first_line(error):
     """The first line of an error's message, or the name of its type if the message is empty."""
     text = str(error).strip() or type(error).__name__
     return text.splitlines()[0]
 
 
-def name_error(error) -> str:
+def name_error(error):
     """-> "TypeError: unsupported operand" """
     return f"{type(error).__name__}: {first_line(error)}"
 
@@ -51,7 +50,7 @@ def check_range(config, least, flags, most=1e12):
             raise UserError(f"--{name} {value}: must be at most {most:g}")
 
 
-def parse(config_class, doc, argv, fill=None, **positionals) -> tuple:
+def parse(config_class, doc, argv, fill=None, **positionals):
     """argv -> (config, positional arguments by name)
 
     fill:        gets the value of every flag, returns defaults for those that the user did not give
@@ -73,15 +72,15 @@ def parse(config_class, doc, argv, fill=None, **positionals) -> tuple:
         parser.add_argument(name, **options)
     if fill:
         known = vars(parser.parse_known_args(argv)[0])
-        defaults = fill(known)
-        # a run of an older version may have flags that are gone
-        parser.set_defaults(**{name: value for name, value in defaults.items() if name in known})
+        for name, value in fill(known).items():
+            if name in known:  # a run of an older version may have flags that are gone
+                parser.set_defaults(**{name: value})
     values = vars(parser.parse_args(argv))
     arguments = {name: values.pop(name) for name in positionals}
     return config_class(**values), arguments
 
 
-def list_presets(flag, presets) -> str:
+def list_presets(flag, presets):
     """'recipe', {"raft": {"loss": "logprob"}} -> '--recipe raft: --loss logprob', for --help"""
     lines = []
     for name, values in presets.items():
@@ -107,7 +106,7 @@ def run_script(main, config_class, doc, fill=None, **positionals):
     except (UserError, OSError) as error:
         message = str(error)
     except (MemoryError, RuntimeError) as error:  # torch raises several types
-        if isinstance(error, RuntimeError) and "memory" not in str(error):
+        if "memory" not in repr(error).lower():
             raise
         message = f"out of memory ({first_line(error)}): lower the sizes, see --help"
     except KeyboardInterrupt:
@@ -117,7 +116,7 @@ def run_script(main, config_class, doc, fill=None, **positionals):
     sys.exit(2)
 
 
-def shorten(text, limit=300) -> str:
+def shorten(text, limit=300):
     """Text or chat messages in one line for the screen: "two\\n  words" -> "two words"
 
     White space is folded, and a line of more than `limit` characters ends in "..."
@@ -130,11 +129,11 @@ def shorten(text, limit=300) -> str:
     return line
 
 
-def align(rows) -> str:
+def align(rows):
     """Columns as wide as their widest cell: [["a", "b"], ["long", "c"]] -> 'a     b\\nlong  c'"""
     widths = [max(map(len, column)) for column in zip(*rows)]
     lines = []
     for row in rows:
-        cells = [cell.ljust(width) for cell, width in zip(row, widths)]
+        cells = map(str.ljust, row, widths)
         lines.append("  ".join(cells).rstrip())
     return "\n".join(lines)

@@ -63,7 +63,7 @@ class UpdateStatistics:
             columns.append(entropy[mask])
         self.columns.append(columns)
 
-    def summary(self) -> dict[str, float]:
+    def summary(self):
         """Means over the response tokens, except loss, grad_norm and ratio_max."""
         ratio, clipped, *entropy = map(torch.cat, zip(*self.columns))
         numbers = {
@@ -96,7 +96,7 @@ def update_metrics(updates) -> dict[str, float]:
     return {**counts, **means}
 
 
-def step_line(metrics) -> str:
+def step_line(metrics):
     """A step for the screen: "step    1  reward 0.250  informative 0.50 ..." """
     line = (
         f"step {metrics['step']:4d}  reward {metrics['reward']:.3f}  "

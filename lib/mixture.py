@@ -27,7 +27,7 @@ class Mixture:
     parts: dict[str, Callable]  # {"number": its function, "format": its function}
 
 
-def arithmetic(node: ast.expr, leaf: Callable, operators: dict):
+def arithmetic(node, leaf, operators):
     """The value of a parsed expression. `leaf` gives the value of a node without an operator.
 
     3 * (4 + 1), where leaf reads numbers -> 15
@@ -35,14 +35,11 @@ def arithmetic(node: ast.expr, leaf: Callable, operators: dict):
     operation = operators.get(type(getattr(node, "op", None)))
     if operation is None:
         return leaf(node)
-    if isinstance(node, ast.UnaryOp):
-        return operation(arithmetic(node.operand, leaf, operators))
-    left = arithmetic(node.left, leaf, operators)
-    right = arithmetic(node.right, leaf, operators)
-    return operation(left, right)
+    operands = [node.operand] if isinstance(node, ast.UnaryOp) else [node.left, node.right]
+    return operation(*[arithmetic(operand, leaf, operators) for operand in operands])
 
 
-def parse_mixture(text: str, rules: dict, makers: dict) -> Mixture:
+def parse_mixture(text, rules, makers) -> Mixture:
     """'number + 0.2*format' -> Mixture. UserError where the syntax is not supported.
 
     rules:    {"number": function}
@@ -52,7 +49,7 @@ def parse_mixture(text: str, rules: dict, makers: dict) -> Mixture:
     known = ", ".join([*rules, "module.name", *calls, "a number", "+ - *"])
     parts = {}
 
-    def add_part(node: ast.expr) -> float:
+    def add_part(node):
         match node:
             case ast.Constant(value) if type(value) in (int, float) and is_finite(value):
                 return 0.0
@@ -78,7 +75,7 @@ def parse_mixture(text: str, rules: dict, makers: dict) -> Mixture:
     return Mixture(tree, parts)
 
 
-def own_function(module: str, name: str) -> Callable:
+def own_function(module, name):
     """The function `name` of module.py in the current folder. UserError if it is not there."""
     where = f"--reward {module}.{name}"
     path = Path(f"{module}.py").resolve()
@@ -88,15 +85,18 @@ def own_function(module: str, name: str) -> Callable:
         function = runpy.run_path(str(path)).get(name)
     except Exception as error:  # the user's file may raise anything
         raise UserError(f"{where}: {path} raised {name_error(error)}") from error
-    if not callable(function):
-        raise UserError(f"{where}: there is no function {name} in {path}")
+    try:
+        inspect.signature(function)
+    except (TypeError, ValueError):  # not a function, or a built-in such as max
+        reason = f"there is no function {name} in {path}, or it is a built-in one"
+        raise UserError(f"{where}: {reason}") from None
     return function
 
 
-def evaluate_mixture(mixture: Mixture, values: dict) -> list[float]:
+def evaluate_mixture(mixture, values) -> list[float]:
     """'number + 0.2*format', {"number": [1, 0], "format": [1, 1]} -> [1.2, 0.2]"""
 
-    def value_of(node: ast.expr):
+    def value_of(node):
         if isinstance(node, ast.Constant):
             return float(node.value)
         return torch.tensor(values[ast.unparse(node)], dtype=torch.float64)
@@ -104,36 +104,37 @@ def evaluate_mixture(mixture: Mixture, values: dict) -> list[float]:
     return arithmetic(mixture.tree, value_of, SIGNED).tolist()
 
 
-def call_part(part: str, function: Callable, rows: list[dict], limit: int) -> list[float]:
+def call_part(part, function, rows, limit) -> list[float]:
     """The value of one part for each row.
 
     rows:  {"prompt", "response", "answer"} each, and "length" if it is known
     limit: most tokens of a response. A function with a parameter `length` or `limit` gets that
-           number too. One whose first parameter is `prompts` is called once, with three lists.
+           number too. One whose first parameter is `prompts` is called once, with three lists, and
+           can have neither `length` nor `limit`.
     UserError names the row for which the function raised, or returned no finite number.
     """
-    texts = [[row[name] for row in rows] for name in ("prompt", "response", "answer")]
-    parameters = list(inspect.signature(function).parameters)
-    extra = [name for name in ("length", "limit") if name in parameters]
-    if extra and not all(isinstance(row.get("length"), int) for row in rows):
+    names = list(inspect.signature(function).parameters)
+    if "length" in names and not all(isinstance(row.get("length"), int) for row in rows):
         reason = "looks at the number of tokens (length), which is not given here"
         raise UserError(f"--reward {part}: {reason}")
 
-    def error_at(i: int, reason: str) -> UserError:
-        prompt, response = shorten(rows[i]["prompt"], 100), shorten(rows[i]["response"], 100)
+    def error_at(i, reason):
+        prompt = shorten(rows[i]["prompt"], 100)
+        response = shorten(rows[i]["response"], 100)
         return UserError(f"--reward {part}: {reason} (prompt: {prompt}; response: {response})")
 
-    i = 0
+    texts = [[row[name] for row in rows] for name in ("prompt", "response", "answer")]
     values = []
     try:
-        if parameters[:1] == ["prompts"]:
+        if names[:1] == ["prompts"]:
             values = list(function(*texts))
         else:
-            for i, arguments in enumerate(zip(*texts)):
-                numbers = {"length": rows[i].get("length"), "limit": limit}
-                values.append(function(*arguments, **{name: numbers[name] for name in extra}))
+            for row, arguments in zip(rows, zip(*texts)):
+                numbers = {"length": row.get("length"), "limit": limit}
+                extra = {name: numbers[name] for name in numbers if name in names}
+                values.append(function(*arguments, **extra))
     except Exception as error:  # a function of the user's may raise anything
-        raise error_at(i, f"raised {name_error(error)}") from error
+        raise error_at(len(values), f"raised {name_error(error)}") from error
 
     if len(values) != len(rows):
         count = f"returned {len(values)} values for {len(rows)} responses"
@@ -141,10 +142,10 @@ def call_part(part: str, function: Callable, rows: list[dict], limit: int) -> li
     for i, value in enumerate(values):
         if not is_finite(value):
             raise error_at(i, f"returned {shorten(repr(value), 50)}, not a finite number")
-    return [float(value) for value in values]
+    return list(map(float, values))
 
 
-def is_finite(value) -> bool:
+def is_finite(value):
     try:
         return math.isfinite(value)
     except Exception:  # text, a list, 10**400

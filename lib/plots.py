@@ -34,12 +34,12 @@ def read_metrics(folder) -> list[dict]:
     return rows
 
 
-def curve(rows, metric) -> dict[int, float]:
+def curve(rows, metric):
     """{step: value}, of the rows that have the metric"""
     return {row["step"]: row[metric] for row in rows if metric in row}
 
 
-def smooth(values) -> list[float]:
+def smooth(values):
     """The mean of each value, the three before and the three after it.
 
     [0, 0, 0, 7, 0, 0, 0] -> 1.75, 1.4 ...
@@ -53,7 +53,7 @@ def draw(panel, steps, values, low, high, color, **style):
     panel.fill_between(steps, low, high, color=color, alpha=0.2, linewidth=0)
 
 
-def make_panels(curves) -> tuple[Figure, dict]:
+def make_panels(curves):
     """A figure, and the panel of each curve, with its title, three in a row."""
     lines = (len(curves) + 2) // 3
     figure = Figure(figsize=(11, 2.75 * lines), layout="constrained")

@@ -5,7 +5,7 @@ import json
 from lib.flags import align, shorten
 
 
-def results_table(results) -> str:
+def results_table(results):
     """{name: {"greedy": evaluation, "sampled": evaluation}} -> a column per model: both accuracies,
     and below them all other numbers of the sampled responses."""
     columns = {}
@@ -18,7 +18,7 @@ def results_table(results) -> str:
     return align(lines)
 
 
-def number_texts(numbers, prefix="") -> dict[str, str]:
+def number_texts(numbers, prefix=""):
     """{"reward": 0.9, "pass_at": {2: {"accuracy": 0.5, "interval": (0.4, 0.6)}}}
     -> {"reward": "0.900", "pass@2": "0.500 [0.400, 0.600]"}"""
     texts = {}
@@ -34,7 +34,7 @@ def number_texts(numbers, prefix="") -> dict[str, str]:
     return texts
 
 
-def comparison_text(pair) -> str:
+def comparison_text(pair):
     """A comparison of two models (lib/stats.py), with their names as "before" and "after"."""
     lines = [f"{pair['after']} against {pair['before']}, on the same problems:"]
     for kind in ("greedy", "sampled"):
@@ -47,7 +47,7 @@ def comparison_text(pair) -> str:
     return "\n".join(lines)
 
 
-def before_and_after(folder, name, problems) -> str:
+def before_and_after(folder, name, problems):
     """A run's before.json and after.json as a table, and three held-out prompts in full."""
     results = {}
     for when in ("before", "after"):

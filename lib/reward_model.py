@@ -13,17 +13,17 @@ class RewardModel:
 
     bounded: sigmoid(score - mean score of the preferred responses in its training), in (0, 1),
              instead of the raw score
-    options: for from_pretrained. With num_labels=1 a language model gets a new head, at random
+    options: for from_pretrained. With num_labels=1 a language model gets a new head, at random;
+             no other parameter may be missing
     UserError: it cannot be loaded, has not one output, or parameters are missing
     """
 
-    def __init__(self, name: str, device: torch.device, bounded: bool = True, **options):
-        dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+    def __init__(self, name, device, bounded=True, **options):
+        options["dtype"] = torch.bfloat16 if device.type == "cuda" else torch.float32
         try:
             self.tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=False)
             model, info = AutoModelForSequenceClassification.from_pretrained(
                 name,
-                dtype=dtype,
                 use_safetensors=True,
                 trust_remote_code=False,
                 output_loading_info=True,
@@ -36,14 +36,16 @@ class RewardModel:
             reason = f"has {model.config.num_labels} outputs, a reward model has one"
             cure = "train_reward.py makes one of a language model"
             raise UserError(f'model("{name}"): {reason}; {cure}')
-        missing = sorted(info["missing_keys"])  # transformers would fill them with random numbers
-        if missing and "num_labels" not in options:
+        needed = f"{model.base_model_prefix}." if "num_labels" in options else ""
+        # transformers would fill them with random numbers
+        missing = sorted(key for key in info["missing_keys"] if key.startswith(needed))
+        if missing:
             count = f"{len(missing)} of its parameters are not in its files"
             raise UserError(f'model("{name}"): {count}, {missing[0]} for one')
         self.model = model.to(device).eval()
         self.bounded = bounded
 
-    def ids(self, prompt: str | list, response: str) -> list[int]:
+    def ids(self, prompt, response) -> list[int]:
         """Token ids of prompt and response, by the reward model's chat template if it has one.
 
         A response could spell out special tokens, to end its turn and praise itself as the user:
@@ -58,30 +60,32 @@ class RewardModel:
             return self.tokenizer.apply_chat_template(messages, return_dict=False)
         text = "\n".join(message["content"] for message in messages) + response
         ids = self.tokenizer(text)["input_ids"]
-        end = [self.tokenizer.eos_token_id]
-        return ids if end in ([None], ids[-1:]) else ids + end  # some tokenizers add it themselves
+        eos = self.tokenizer.eos_token_id
+        if eos is not None and ids[-1:] != [eos]:  # some tokenizers add it themselves
+            ids.append(eos)
+        return ids
 
-    def scores(self, rows: list[list[int]], tokens: int = 16384) -> torch.Tensor:
+    def scores(self, rows, tokens=16384) -> torch.Tensor:
         """B rows of token ids -> (B,) float32 raw scores, in micro-batches of so many tokens."""
-        room = getattr(self.model.config.get_text_config(), "max_position_embeddings", None) or 0
+        config = self.model.config.get_text_config()
+        room = getattr(config, "max_position_embeddings", None) or 0
         rows = [torch.tensor(row[-room:]) for row in rows]  # room 0 keeps all
-        lengths = torch.tensor([len(row) for row in rows])
+        lengths = torch.tensor(list(map(len, rows)))
         # The model reads the score at the last token that is not padding, and knows padding by its
         # id, which may be that of the end of text. So pad with an id that is no row's last.
         last = {int(row[-1]) for row in rows}
-        padding = min(set(range(len(last) + 1)) - last)
-        self.model.config.get_text_config().pad_token_id = padding
+        config.pad_token_id = min(set(range(len(last) + 1)) - last)
         scores = torch.zeros(len(rows), device=self.model.device)
         for batch in micro_batches(lengths, tokens):
-            ids = pad_sequence([rows[i] for i in batch], batch_first=True, padding_value=padding)
-            ids = ids.to(scores.device)  # (R, T)
+            ids = pad_sequence([rows[i] for i in batch], True, config.pad_token_id)  # (R, T)
             mask = torch.arange(ids.shape[1]) < lengths[batch, None]
+            ids = ids.to(scores.device)
             logits = self.model(ids, attention_mask=mask.to(ids)).logits  # (R, 1)
             scores[batch] = logits[:, 0].float()
         return scores
 
     @torch.no_grad()
-    def __call__(self, prompts, responses, answers) -> list[float]:
+    def __call__(self, prompts, responses, answers):
         scores = self.scores(list(map(self.ids, prompts, responses)))
         if self.bounded:
             scores = torch.sigmoid(scores - getattr(self.model.config, "mean_chosen_score", 0.0))

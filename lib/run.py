@@ -47,7 +47,7 @@ TRACKERS = ("none", "tensorboard", "trackio", "wandb")
 ROOT = Path(__file__).parent.parent
 
 
-def is_run(folder) -> bool:
+def is_run(folder):
     return (folder / "config.json").exists() and (folder / "code").is_dir()
 
 
@@ -69,7 +69,7 @@ def flags_of_runs(config, runs, names):
         if getattr(config, name) or not values:
             continue
         if len(values) > 1:
-            listed = ", ".join(map(repr, values))
+            listed = str(values).strip("[]")
             raise UserError(f"--{name}: the runs differ in it ({listed}), give one for all")
         config = replace(config, **{name: values[0]})
     return config
@@ -116,7 +116,7 @@ class Tracker:
         self.writer.flush()
 
 
-def is_free(folder) -> bool:
+def is_free(folder):
     """Whether a new run may have this folder: not there, or left by a run killed in its start."""
     if not folder.exists():
         return True
@@ -144,11 +144,12 @@ def free_folder(runs_dir, name, task) -> Path:
     return folder
 
 
-def git_commit() -> str | None:
-    command = ["git", "describe", "--always", "--dirty", "--abbrev=40"]
-    with suppress(OSError, subprocess.CalledProcessError):  # no git, or no repository
-        output = subprocess.check_output(command, cwd=ROOT, stderr=subprocess.DEVNULL, text=True)
-        return output.strip()
+def git_commit():
+    """None if there is no git, or no repository."""
+    command = "git describe --always --dirty --abbrev=40".split()
+    with suppress(OSError):
+        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+        return done.stdout.strip() or None
 
 
 def copy_code(folder):
@@ -215,7 +216,7 @@ class Run:
         hardware = f"{device} ({platform.machine()})"
         if device.type == "cuda":
             hardware = torch.cuda.get_device_name()
-        content = {
+        settings = {
             "config": self.config,
             "versions": {"python": platform.python_version(), **versions},
             "device": hardware,
@@ -223,7 +224,7 @@ class Run:
             "git_commit": git_commit(),
             "started": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
         }
-        self.write_json("config.json", content)
+        self.write_json("config.json", settings)
         with writing(self.folder / "code"):
             copy_code(self.folder)
         return config
@@ -231,17 +232,16 @@ class Run:
     def steps(self, first, last):
         """Step numbers, with a progress bar. A signal only sets `stop_requested` meanwhile."""
         self.last = last
+        steps = range(first, last + 1)
         with catch_signals() as self.signals:
-            yield from tqdm(
-                range(first, last + 1), initial=first - 1, total=last, dynamic_ncols=True
-            )
+            yield from tqdm(steps, initial=first - 1, total=last, dynamic_ncols=True)
 
-    def is_due(self, step, every) -> bool:
+    def is_due(self, step, every):
         """Whether the step is the last one, or a multiple of `every`."""
         return step == self.last or step % every == 0
 
     @property
-    def stop_requested(self) -> bool:
+    def stop_requested(self):
         return bool(self.signals)
 
     def exit_if_stopped(self, step):
@@ -285,7 +285,7 @@ class Run:
                 "--resume with a lower --lr"
             )
 
-    def track_true_reward(self, every) -> bool:
+    def track_true_reward(self, every):
         """Whether the mean true reward of the last `every` steps is the best so far.
 
         Warns when reward and true reward diverge: since the true reward was at its best, the reward

@@ -2,13 +2,14 @@
 
 import math
 from collections import Counter
+from statistics import fmean
 
 import torch
 
 Z = 1.959964  # a normal variable is within this many standard deviations in 95 % of cases
 
 
-def wilson(successes, n) -> tuple[float, float]:
+def wilson(successes, n):
     """The 95 % score interval of a proportion (Wilson, 1927), which is honest at 0 and 1 too.
 
     wilson(8, 10) -> (0.490, 0.943)
@@ -22,7 +23,7 @@ def wilson(successes, n) -> tuple[float, float]:
     return max(0.0, middle - half), min(1.0, middle + half)
 
 
-def pass_at_k(right, n, k) -> float:
+def pass_at_k(right, n, k):
     """The chance that at least one of k responses is right, from n responses of which some are.
 
     1 - C(n - right, k) / C(n, k), which is unbiased (arXiv 2107.03374), as a product because the
@@ -33,28 +34,26 @@ def pass_at_k(right, n, k) -> float:
     return 1 - math.prod(1 - k / i for i in range(n - right + 1, n + 1))
 
 
-def majority(answers, right) -> bool:
+def majority(answers, right):
     """Whether the most frequent answer is right. In a tie, the answer that was given first counts.
 
     None is no answer and has no vote: of ['7', None, '8', '8', '7'] the majority is '7'.
     """
-    votes = Counter(answer for answer in answers if answer is not None)
+    votes = Counter(answers)
+    del votes[None]
     if not votes:
         return False
     winner = max(votes, key=votes.get)  # the first of equals: a Counter keeps the order
     return right[answers.index(winner)]
 
 
-def maj_at_k(answers, right, k) -> float:
+def maj_at_k(answers, right, k):
     """How often the majority of k responses is right: mean over n // k consecutive blocks of k."""
-    hits = []
-    for start in range(0, len(answers) - k + 1, k):
-        block = slice(start, start + k)
-        hits.append(majority(answers[block], right[block]))
-    return sum(hits) / len(hits)
+    starts = range(0, len(answers) - k + 1, k)
+    return fmean(majority(answers[i : i + k], right[i : i + k]) for i in starts)
 
 
-def bootstrap(values, resamples=2000) -> list[tuple[float, float]]:
+def bootstrap(values, resamples=2000):
     """(n, K) K numbers of each of n problems -> K 95 % intervals of their means.
 
     The problems are resampled with replacement (percentile method: Efron, 1979), all columns alike.
@@ -67,23 +66,21 @@ def bootstrap(values, resamples=2000) -> list[tuple[float, float]]:
         chosen = torch.randint(n, (n,), generator=generator)
         means.append(values[chosen].mean(0))
     ends = torch.tensor([0.025, 0.975], dtype=values.dtype)
-    low, high = torch.stack(means).quantile(ends, 0)
-    return list(zip(low.tolist(), high.tolist()))
+    return list(zip(*torch.stack(means).quantile(ends, 0).tolist()))
 
 
-def mcnemar(gained, lost) -> float:
+def mcnemar(gained, lost):
     """The exact two-sided p-value of McNemar's test, from the problems on which two models differ.
 
     The probability of a split at least this uneven if both models are equally good: one has
     `gained` more of these problems right, the other `lost`. mcnemar(6, 0) -> 0.03125
     """
     n = gained + lost
-    fewer = min(gained, lost)
-    tail = sum(math.comb(n, i) for i in range(fewer + 1)) / 2**n
+    tail = sum(math.comb(n, i) for i in range(min(gained, lost) + 1)) / 2**n
     return min(1.0, 2 * tail)
 
 
-def paired_difference(gained, lost, n) -> tuple[float, float]:
+def paired_difference(gained, lost, n):
     """The 95 % interval of the difference of two proportions, measured on the same n problems.
 
     Bonett and Price, 2012: Wald's interval with one problem more of each kind, so that it has a
@@ -96,13 +93,13 @@ def paired_difference(gained, lost, n) -> tuple[float, float]:
     return max(-1.0, difference - half), min(1.0, difference + half)
 
 
-def bootstrapped(values) -> dict:
+def bootstrapped(values):
     """One value per problem -> their mean, and its interval by `bootstrap`."""
     column = torch.tensor(values, dtype=torch.float64)[:, None]
-    return {"accuracy": sum(values) / len(values), "interval": bootstrap(column)[0]}
+    return {"accuracy": fmean(values), "interval": bootstrap(column)[0]}
 
 
-def at_k(votes, right) -> dict:
+def at_k(votes, right):
     """Several answers to each problem -> pass@k (one of k is right) and maj@k (the majority of k is
     right) for k = 1, 2, 4 ... and all."""
     n = len(right[0])
@@ -113,16 +110,16 @@ def at_k(votes, right) -> dict:
     return {"pass_at": pass_at, "maj_at": maj_at}
 
 
-def compare_greedy(before, after) -> dict:
+def compare_greedy(before, after):
     """Two models, one answer to each problem, right or wrong -> the difference of their accuracies,
     its interval, and a verdict by McNemar's exact test."""
-    n = len(before)
-    gained = sum(new > old for old, new in zip(before, after))
-    lost = sum(new < old for old, new in zip(before, after))
+    pairs = Counter(zip(before, after))
+    gained = pairs[False, True]
+    lost = pairs[True, False]
     p = mcnemar(gained, lost)
     return {
-        "difference": (gained - lost) / n,
-        "interval": paired_difference(gained, lost, n),
+        "difference": (gained - lost) / len(before),
+        "interval": paired_difference(gained, lost, len(before)),
         "gained": gained,
         "lost": lost,
         "p": p,
@@ -130,20 +127,21 @@ def compare_greedy(before, after) -> dict:
     }
 
 
-def compare_sampled(before, after) -> dict:
+def compare_sampled(before, after):
     """Two models, the share of right answers to each problem -> the same, with a verdict by whether
     0 is in the interval. It is bootstrapped over problems: what both find hard is no noise."""
     found = bootstrapped([new - old for old, new in zip(before, after)])
     difference = found["accuracy"]
     low, high = found["interval"]
+    significant = low > 0 or high < 0
     return {
         "difference": difference,
         "interval": (low, high),
-        "verdict": verdict(difference, low > 0 or high < 0),
+        "verdict": verdict(difference, significant),
     }
 
 
-def verdict(difference, significant) -> str:
+def verdict(difference, significant):
     if not significant:
         return "no difference seen"
     return "better" if difference > 0 else "worse"
