@@ -23,7 +23,6 @@ small learning rate and a reward that cannot be gamed need none (--kl_beta adds 
 
 import random
 import time
-from collections import ChainMap
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -33,7 +32,7 @@ import torch
 
 import fast
 from eval import evaluate
-from fast.memory import device_memory, halve_on_oom, memory_table
+from fast.memory import device_memory, halve_on_oom, memory_table, remember_halved
 from fast.optimizer import Optimizer
 from lib.batching import micro_batches
 from lib.checkpoint import new_checkpoint, restore_random_state, save_state
@@ -267,9 +266,7 @@ def main(config) -> Path:
         restore_random_state(state)
     sizes = {"rows_at_once": config.rows_at_once or P * G}
     sizes["micro_batch_tokens"] = config.micro_batch_tokens
-    for name, size in state["halved"].items():  # the GPU ran out of memory before a resume
-        state["halved"][name] = min(size, sizes[name])
-    sizes = ChainMap(state["halved"], sizes)  # a size that is halved goes into state["halved"]
+    sizes = remember_halved(sizes, state["halved"])
     buffers = {}  # the sampler's KV cache and CUDA graphs
 
     def free_memory():

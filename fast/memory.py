@@ -2,7 +2,7 @@
 will."""
 
 import os
-from typing import TypeVar
+from collections import ChainMap
 
 import torch
 from tqdm import tqdm
@@ -11,8 +11,6 @@ from transformers.pytorch_utils import Conv1D
 
 from fast.logprobs import TILE
 from lib.flags import UserError
-
-Result = TypeVar("Result")
 
 
 def halve_on_oom(work, *arguments, sizes, name, least=1, undo=None, **options):
@@ -37,6 +35,14 @@ def halve_on_oom(work, *arguments, sizes, name, least=1, undo=None, **options):
         torch.cuda.empty_cache()
         sizes[name] = max(least, sizes[name] // 2)
         tqdm.write(f"out of memory: --{name} is {sizes[name]} from now on")
+
+
+def remember_halved(sizes, halved) -> ChainMap:
+    """sizes: as the flags say; halved: those that were halved before a resume, a part of the run's
+    state -> the sizes to start with. When one of them is set, that is written into `halved`."""
+    for name in halved:
+        halved[name] = min(halved[name], sizes[name])
+    return ChainMap(halved, sizes)
 
 
 # -------------------------------------------------------------------------------------------------

@@ -54,8 +54,8 @@ def new_checkpoint(folder, name="checkpoint"):
 
 def save_state(folder, state):
     """Writes state.pt: `state`, and the random states of torch and Python."""
-    random_states = {"torch_rng": torch.get_rng_state(), "python_rng": random.getstate()}
-    torch.save(state | random_states, folder / "state.pt")
+    state = {**state, "torch_rng": torch.get_rng_state(), "python_rng": random.getstate()}
+    torch.save(state, folder / "state.pt")
 
 
 def restore_random_state(state):
@@ -125,7 +125,7 @@ def lock(folder):
 
 @contextmanager
 def catch_signals():
-    """Gives a list into which the first SIGINT or SIGTERM is put, so that the caller can stop cleanly.
+    """Yields a list, into which the first SIGINT or SIGTERM is put: the caller can stop cleanly.
 
     A second signal has its usual effect at once.
     """

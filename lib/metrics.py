@@ -1,4 +1,4 @@
-"""The numbers of a step, for metrics.jsonl and the screen. The README defines each."""
+"""The numbers of a step, for metrics.jsonl and the screen. docs/metrics.md defines each."""
 
 import math
 from statistics import fmean

@@ -68,8 +68,7 @@ def parse_mixture(text, rules, makers) -> Mixture:
         tree = ast.parse(text.strip(), mode="eval").body
         arithmetic(tree, add_part, SIGNED)
     except (SyntaxError, ValueError, RecursionError, MemoryError) as error:
-        message = f"--reward {shorten(text)}: cannot be read: {first_line(error)}"
-        raise UserError(message) from None
+        raise UserError(f"--reward {shorten(text)}: cannot be read: {first_line(error)}") from None
     if not parts:
         raise UserError(f"--reward {text}: nothing in it looks at the response")
     return Mixture(tree, parts)
@@ -88,8 +87,9 @@ def own_function(module, name):
     try:
         inspect.signature(function)
     except (TypeError, ValueError):  # not a function, or a built-in such as max
-        reason = f"there is no function {name} in {path}, or it is a built-in one"
-        raise UserError(f"{where}: {reason}") from None
+        raise UserError(
+            f"{where}: there is no function {name} in {path}, or it is a built-in one"
+        ) from None
     return function
 
 
@@ -115,8 +115,9 @@ def call_part(part, function, rows, limit) -> list[float]:
     """
     names = list(inspect.signature(function).parameters)
     if "length" in names and not all(isinstance(row.get("length"), int) for row in rows):
-        reason = "looks at the number of tokens (length), which is not given here"
-        raise UserError(f"--reward {part}: {reason}")
+        raise UserError(
+            f"--reward {part}: looks at the number of tokens (length), which is not given here"
+        )
 
     def error_at(i, reason):
         prompt = shorten(rows[i]["prompt"], 100)
@@ -137,8 +138,7 @@ def call_part(part, function, rows, limit) -> list[float]:
         raise error_at(len(values), f"raised {name_error(error)}") from error
 
     if len(values) != len(rows):
-        count = f"returned {len(values)} values for {len(rows)} responses"
-        raise error_at(0, f"{count}, the first")
+        raise error_at(0, f"returned {len(values)} values for {len(rows)} responses, the first")
     for i, value in enumerate(values):
         if not is_finite(value):
             raise error_at(i, f"returned {shorten(repr(value), 50)}, not a finite number")

@@ -30,7 +30,7 @@ def read_metrics(folder) -> list[dict]:
     if (folder / "before.json").exists():
         before = json.loads((folder / "before.json").read_text())["sampled"]
         first = {"eval_accuracy": before["accuracy"], "eval_interval": before["interval"]}
-        rows.insert(0, {"step": 0, **first})
+        return [{"step": 0, **first}, *rows]
     return rows
 
 
@@ -122,7 +122,7 @@ def plot_runs(runs, path):
             mean = list(map(fmean, columns))
             low = list(map(min, columns))
             high = list(map(max, columns))
-            draw(panel, steps, mean, low, high, f"C{i}", markersize=2, label=name)
+            draw(panel, steps, mean, low, high, f"C{i}", markersize=1.5, label=name)
     figure.legend(handles=panel.lines, **LEGEND)
     save(figure, path)
 
@@ -138,7 +138,7 @@ def plot_evaluation(results, path):
     figure = Figure(figsize=(5.5 * columns, 4), layout="constrained")
     left, *right = figure.subplots(1, columns, sharey=True, squeeze=False)[0]
     for i, (name, found) in enumerate(results.items()):
-        shift = 0.6 * ((i + 0.5) / len(results) - 0.5)  # models side by side over a label
+        shift = 0.4 * ((i + 0.5) / len(results) - 0.5)  # models side by side over a label
         sampled = found["sampled"]
         if "pass_at" in sampled:
             left.set_title("pass@k (full) and maj@k (dashed)", fontsize=10)

@@ -30,18 +30,22 @@ class RewardModel:
                 **options,
             )
         except Exception as error:  # transformers, tokenizers and safetensors raise many kinds
-            reason = f"cannot be loaded as a reward model: {first_line(error)}"
-            raise UserError(f'model("{name}"): {reason}') from None
+            raise UserError(
+                f'model("{name}"): cannot be loaded as a reward model: {first_line(error)}'
+            ) from None
         if model.config.num_labels != 1:
-            reason = f"has {model.config.num_labels} outputs, a reward model has one"
-            cure = "train_reward.py makes one of a language model"
-            raise UserError(f'model("{name}"): {reason}; {cure}')
+            raise UserError(
+                f'model("{name}"): has {model.config.num_labels} outputs, a reward model has one; '
+                "train_reward.py makes one of a language model"
+            )
         needed = f"{model.base_model_prefix}." if "num_labels" in options else ""
         # transformers would fill them with random numbers
         missing = sorted(key for key in info["missing_keys"] if key.startswith(needed))
         if missing:
-            count = f"{len(missing)} of its parameters are not in its files"
-            raise UserError(f'model("{name}"): {count}, {missing[0]} for one')
+            raise UserError(
+                f'model("{name}"): {len(missing)} of its parameters are not in its files, '
+                f"{missing[0]} for one"
+            )
         self.model = model.to(device).eval()
         self.bounded = bounded
 

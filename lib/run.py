@@ -1,7 +1,7 @@
 """The run folder: everything that a run leaves on disk.
 
     runs/<name>/config.json     every flag, versions, device, git commit
-                metrics.jsonl   one object per step; the README defines each key
+                metrics.jsonl   one object per step; docs/metrics.md defines each key
                 samples.jsonl   a few responses per step, with rewards and weights
                 code/           the scripts as they ran
                 checkpoint/     the policy as a Hugging Face folder, and state.pt to resume from
@@ -91,8 +91,9 @@ class Tracker:
         try:
             self.module = importlib.import_module(modules.get(kind, kind))
         except ImportError:
-            missing = f"the package is not installed: pip install {kind}"
-            raise UserError(f"--tracker {kind}: {missing}") from None
+            raise UserError(
+                f"--tracker {kind}: the package is not installed: pip install {kind}"
+            ) from None
 
     def begin(self, folder, config):
         if self.kind == "tensorboard":
@@ -137,8 +138,9 @@ def free_folder(runs_dir, name, task) -> Path:
     number = 1
     while not is_free(folder):
         if name:
-            taken = f"{folder} is there already: choose another name, or --resume"
-            raise UserError(f"--name {name}: {taken}")
+            raise UserError(
+                f"--name {name}: {folder} is there already: choose another name, or --resume"
+            )
         number += 1
         folder = folder.with_name(f"{stem}-{number}")
     return folder
@@ -146,7 +148,7 @@ def free_folder(runs_dir, name, task) -> Path:
 
 def git_commit():
     """None if there is no git, or no repository."""
-    command = "git describe --always --dirty --abbrev=40".split()
+    command = ["git", "describe", "--always", "--dirty", "--abbrev=40"]
     with suppress(OSError):
         done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
         return done.stdout.strip() or None
@@ -216,7 +218,7 @@ class Run:
         hardware = f"{device} ({platform.machine()})"
         if device.type == "cuda":
             hardware = torch.cuda.get_device_name()
-        settings = {
+        content = {
             "config": self.config,
             "versions": {"python": platform.python_version(), **versions},
             "device": hardware,
@@ -224,7 +226,7 @@ class Run:
             "git_commit": git_commit(),
             "started": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
         }
-        self.write_json("config.json", settings)
+        self.write_json("config.json", content)
         with writing(self.folder / "code"):
             copy_code(self.folder)
         return config

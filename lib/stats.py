@@ -103,7 +103,8 @@ def at_k(votes, right):
     """Several answers to each problem -> pass@k (one of k is right) and maj@k (the majority of k is
     right) for k = 1, 2, 4 ... and all."""
     n = len(right[0])
-    pass_at, maj_at = {}, {}
+    pass_at = {}
+    maj_at = {}
     for k in [2**i for i in range(20) if 2**i < n] + [n]:
         pass_at[k] = bootstrapped([pass_at_k(sum(each), n, k) for each in right])
         maj_at[k] = bootstrapped([maj_at_k(*pair, k) for pair in zip(votes, right)])
@@ -131,13 +132,11 @@ def compare_sampled(before, after):
     """Two models, the share of right answers to each problem -> the same, with a verdict by whether
     0 is in the interval. It is bootstrapped over problems: what both find hard is no noise."""
     found = bootstrapped([new - old for old, new in zip(before, after)])
-    difference = found["accuracy"]
     low, high = found["interval"]
-    significant = low > 0 or high < 0
     return {
-        "difference": difference,
+        "difference": found["accuracy"],
         "interval": (low, high),
-        "verdict": verdict(difference, significant),
+        "verdict": verdict(found["accuracy"], low > 0 or high < 0),
     }
 
 
