@@ -217,8 +217,7 @@ def main(config, models) -> dict:
         }
         results[name] = {}
         for kind, found in groups[name].items():
-            more = details(found, task.reward, reward, N)
-            results[name][kind] = summarise(found) | more
+            results[name][kind] = summarise(found) | details(found, task.reward, reward, N)
             rows += [{"model": name, "decoding": kind, **row} for row in chain(*found)]
 
     kinds = f"greedy, and {config.samples} sampled at temperature {config.temperature:g}"

@@ -5,14 +5,11 @@ dropout would make the trained policy another one than the sampling policy."""
 
 import os
 import warnings
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 import torch
 import transformers
 from packaging.version import Version
-from safetensors.torch import load_file, save_file
 from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
@@ -23,11 +20,11 @@ from transformers import (
 from transformers.utils import logging
 
 from lib.flags import UserError, first_line
+from lib.lora import adapted_layers, save_adapted
 
 logging.disable_progress_bar()  # of loading and saving: they garble the bar of the steps
 # the argument and the output that hold the KV cache: renamed in transformers 5.24
 CACHE = "cache" if Version(transformers.__version__) >= Version("5.24") else "past_key_values"
-PEFT_PREFIX = "base_model.model."  # of the names in the file of an adapter
 DEVICES = ("auto", "cuda", "mps", "cpu")
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
@@ -110,78 +107,14 @@ def stop_ids(model, tokenizer) -> list[int]:
     return sorted({tokenizer.eos_token_id, *ids})
 
 
-def context_length(model) -> int | None:
-    """The most tokens of prompt and response together, or None where the model names no limit."""
-    return getattr(model.config.get_text_config(), "max_position_embeddings", None)
-
-
 def save_policy(model, tokenizer, folder) -> None:
     """Writes an ordinary Hugging Face folder. An adapter is merged into the parameters, and also
-    saved by itself in folder/adapter as peft has it."""
+    saved by itself in folder/adapter, as peft has it."""
     tokenizer.save_pretrained(folder)
-    if not adapted_layers(model):
+    if adapted_layers(model):
+        save_adapted(model, folder)
+    else:
         model.save_pretrained(folder)
-        return
-    merged, adapter = {}, {}
-    for name, parameter in model.state_dict().items():
-        if ".lora_" in name:
-            adapter[PEFT_PREFIX + name.replace(".default", "")] = parameter.contiguous()
-        else:
-            merged[name.replace(".base_layer", "")] = parameter
-    for name, layer in adapted_layers(model).items():
-        weight = merged[f"{name}.weight"]
-        change = layer.get_delta_weight("default")
-        merged[f"{name}.weight"] = (weight.float() + change.float()).to(weight.dtype)
-    with torch.device("meta"):
-        plain = AutoModelForCausalLM.from_config(model.config)
-    plain.generation_config = model.generation_config
-    plain.save_pretrained(folder, state_dict=merged)
-    model.peft_config["default"].save_pretrained(folder / "adapter")
-    save_file(adapter, folder / "adapter" / "adapter_model.safetensors")
-
-
-def add_adapter(model, rank, saved=None) -> None:
-    """From now on only low-rank adapters on all linear layers of the body are trained, alpha 32.
-    LoRA, arXiv 2106.09685. (By peft itself: transformers' own integration is stricter about its
-    version.)
-
-    saved: folder of an adapter to resume from; otherwise freshly initialised, so that it changes
-           nothing yet
-    UserError: the package peft is missing
-    """
-    try:
-        from peft import LoraConfig, inject_adapter_in_model, set_peft_model_state_dict
-    except ImportError:
-        raise UserError(
-            f"--lora_rank {rank}: needs the package peft, install it by: pip install peft"
-        ) from None
-    options = {"target_modules": "all-linear", "task_type": "CAUSAL_LM"}
-    inject_adapter_in_model(LoraConfig(r=rank, lora_alpha=32, **options), model)
-    if saved:
-        adapter = load_file(saved / "adapter_model.safetensors")
-        adapter = {name.removeprefix(PEFT_PREFIX): value for name, value in adapter.items()}
-        set_peft_model_state_dict(model, adapter)
-
-
-def adapted_layers(model) -> dict:
-    """The layers that have an adapter, by name."""
-    return {
-        name: layer for name, layer in model.named_modules() if hasattr(layer, "get_delta_weight")
-    }
-
-
-@contextmanager
-def adapter_off(model) -> Iterator[None]:
-    """Within the block the model is what it was before `add_adapter`. A model without an adapter
-    stays as it is."""
-    layers = adapted_layers(model).values()
-    for layer in layers:
-        layer.enable_adapters(False)
-    try:
-        yield
-    finally:
-        for layer in layers:
-            layer.enable_adapters(True)
 
 
 def enable_gradient_checkpointing(model) -> None:

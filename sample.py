@@ -17,8 +17,9 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
+from lib.checks import check_prompts, context_length
 from lib.flags import UserError, check_range, flag, run_script
-from policy import CACHE, DEVICES, context_length, load_policy, pick_device, stop_ids
+from policy import CACHE, DEVICES, load_policy, pick_device, stop_ids
 from tasks import NO_TASK, Problem, prompt_ids
 
 
@@ -54,14 +55,12 @@ class Rollout:
     def samples(self, problems, tokenizer) -> list[dict]:
         """A dict for each row: prompt, response, answer, length (tokens), finished."""
         group_size = len(self.ids) // len(problems)
-        responses = self.responses(tokenizer)
-        lengths = self.response_lengths.tolist()
-        finished = self.finished.tolist()
+        rows = [problem for problem in problems for _ in range(group_size)]
+        columns = rows, self.responses(tokenizer), self.response_lengths.tolist()
         samples = []
-        for b, response in enumerate(responses):
-            problem = problems[b // group_size]
+        for problem, response, length, finished in zip(*columns, self.finished.tolist()):
             sample = {"prompt": problem.prompt, "response": response, "answer": problem.answer}
-            samples.append({**sample, "length": lengths[b], "finished": finished[b]})
+            samples.append({**sample, "length": length, "finished": finished})
         return samples
 
     def responses(self, tokenizer) -> list[str]:
@@ -199,25 +198,6 @@ def uniform_numbers(seed, rows, columns, device) -> Tensor:
     if device.type == "mps":  # it has no float64
         numbers = numbers.float()
     return numbers.to(device)
-
-
-def check_prompts(policy, prompts, max_new_tokens) -> None:
-    """UserError unless every prompt has a token and fits into the model's context with its
-    response."""
-    longest = max(map(len, prompts))
-    if min(map(len, prompts)) == 0:
-        raise UserError("a prompt is empty: the model needs at least one token to start from")
-    highest = max(map(max, prompts))
-    vocabulary = policy.get_input_embeddings().num_embeddings
-    if highest >= vocabulary:
-        knows = f"but the model knows {vocabulary}: its tokenizer is another model's"
-        raise UserError(f"a prompt has token {highest}, {knows}")
-    room = context_length(policy)
-    if room is not None and longest + max_new_tokens > room:
-        raise UserError(
-            f"a prompt of {longest} tokens and --max_new_tokens {max_new_tokens} do not fit into "
-            f"the model's context of {room}: lower the flag, or leave that prompt out"
-        )
 
 
 @dataclass(frozen=True)

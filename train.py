@@ -36,7 +36,9 @@ from fast.memory import device_memory, halve_on_oom, memory_table, remember_halv
 from fast.optimizer import Optimizer
 from lib.batching import micro_batches
 from lib.checkpoint import new_checkpoint, restore_random_state, save_state
+from lib.checks import check_prompts
 from lib.flags import UserError, check_range, flag, list_presets, run_script
+from lib.lora import adapter_off, add_adapter
 from lib.metrics import UpdateStatistics, rollout_metrics, update_metrics
 from lib.plots import plot_run
 from lib.report import before_and_after
@@ -45,8 +47,6 @@ from loss import BASELINED, DENOMINATORS, FILTERS, LOSSES, NORMALISERS, RECIPES,
 from policy import (
     DEVICES,
     DTYPES,
-    adapter_off,
-    add_adapter,
     default_learning_rate,
     enable_gradient_checkpointing,
     learning_rate,
@@ -56,7 +56,7 @@ from policy import (
     stop_ids,
 )
 from reward import load_reward, score
-from sample import Sampling, check_prompts, join
+from sample import Sampling, join
 from tasks import load_task, longest_prompts, prompt_ids, stable_hash, take_problems
 
 
@@ -183,9 +183,8 @@ def backward(
         r = rows[micro_batch.to(rows.device)]  # (R,)
         mask = rollout.response_mask[r]  # (R, N) tokens that the policy wrote
         old = rollout.old_logprobs[r]  # (R, N)
-        known = old if on_policy else None
         logprobs, entropy = forms.token_logprobs(
-            policy, rollout, r, config.sampling, known, with_entropy
+            policy, rollout, r, config.sampling, old if on_policy else None, with_entropy
         )
 
         token_loss, clipped = LOSSES[config.loss](logprobs, old, weights[r], mask, config)
@@ -237,8 +236,8 @@ def main(config) -> Path:
     start = run.checkpoint if run.checkpoint and not config.lora_rank else config.model
     policy, tokenizer = load_policy(str(start), device, config.dtype)
     stop = stop_ids(policy, tokenizer)
-    lr = config.lr or default_learning_rate(policy, config.lora_rank)
-    config = replace(config, lr=lr)
+    if config.lr == 0:
+        config = replace(config, lr=default_learning_rate(policy, config.lora_rank))
     torch.manual_seed(config.seed)  # for a new adapter and rewards; sampling has its own generators
     random.seed(config.seed)
     if config.lora_rank:
@@ -366,14 +365,13 @@ def main(config) -> Path:
         metrics |= {**sizes, "seconds_generate": seconds_generate}
         metrics["seconds"] = time.perf_counter() - started
 
-        evaluation_due = run.is_due(step, config.eval_every)
-        if held_out and evaluation_due:
+        if held_out and run.is_due(step, config.eval_every):
             after = measure(sampling)
             metrics |= {"eval_accuracy": after["accuracy"], "eval_interval": after["interval"]}
             if step == config.steps:
                 run.write_json("after.json", {"greedy": measure(Sampling(0)), "sampled": after})
         run.record(metrics, samples, config.log_samples)
-        if evaluation_due or run.stop_requested:
+        if run.is_due(step, config.eval_every) or run.stop_requested:
             plot_run(run.folder)
 
         state["step"] = step
@@ -389,8 +387,7 @@ def main(config) -> Path:
 
     if held_out and (run.folder / "before.json").exists():
         print("\n" + before_and_after(run.folder, task.name, held_out))
-    print(f"\n{run.folder}/: curves.png, metrics.jsonl, samples.jsonl, checkpoint/ ...")
-    print(f"\n    python eval.py {run.folder}      # on the test problems, unseen in training")
+    print(f"\npython eval.py {run.folder}      # on the test problems, unseen in training")
     return run.folder
 
 

@@ -53,8 +53,10 @@ def new_checkpoint(folder, name="checkpoint"):
 
 
 def save_state(folder, state):
-    """Writes state.pt: `state`, and the random states of torch and Python."""
+    """Writes state.pt: `state`, the random states of torch and Python, and the names of the other
+    files in the folder: a missing one is noticed by `read_checkpoint`."""
     state = {**state, "torch_rng": torch.get_rng_state(), "python_rng": random.getstate()}
+    state["files"] = [str(path.relative_to(folder)) for path in folder.rglob("*.*")]
     torch.save(state, folder / "state.pt")
 
 
@@ -64,17 +66,19 @@ def restore_random_state(state):
 
 
 def read_checkpoint(folder) -> dict:
-    """The state in state.pt. UserError names a file that is damaged, whether weights or settings.
+    """The state in state.pt. UserError names a file that is damaged or missing.
 
     Pickled code is refused, never executed.
     """
     path = folder / "state.pt"
     try:
         state = torch.load(path, weights_only=True, map_location="cpu")
-        for path in folder.rglob("*.json"):
-            json.loads(path.read_bytes())
-        for path in folder.rglob("*.safetensors"):
-            safe_open(path, "pt")  # checks that the file has the length it should have
+        for path in [folder / name for name in state["files"]]:
+            path.stat()  # is the file there?
+            if path.suffix == ".json":
+                json.loads(path.read_bytes())
+            if path.suffix == ".safetensors":
+                safe_open(path, "pt")  # checks that the file has the length it should have
     except Exception as error:  # a damaged file may raise anything
         raise UserError(f"{path} cannot be read ({first_line(error)})") from None
     return state

@@ -6,7 +6,7 @@ from statistics import fmean
 import torch
 
 
-def rollout_metrics(rollout, samples, rewards, weights) -> dict[str, float]:
+def rollout_metrics(rollout, samples, rewards, weights) -> dict:
     """The responses of a step in numbers. A number without a meaning (NaN) is omitted, such as the
     mean length of truncated responses if there are none.
 
@@ -78,7 +78,7 @@ class UpdateStatistics:
         return numbers
 
 
-def update_metrics(updates) -> dict[str, float]:
+def update_metrics(updates) -> dict:
     """The UpdateStatistics of one rollout: means over them, except the largest ratio.
 
     Skipped steps (a gradient that is not finite) are only counted. Ratios are left out if there is

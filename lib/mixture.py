@@ -9,7 +9,6 @@ import inspect
 import math
 import operator
 import runpy
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -24,7 +23,7 @@ SIGNED = OPERATORS | {ast.USub: operator.neg}  # the minus of -number
 @dataclass(frozen=True)
 class Mixture:
     tree: ast.expr
-    parts: dict[str, Callable]  # {"number": its function, "format": its function}
+    parts: dict  # {"number": its function, "format": its function}
 
 
 def arithmetic(node, leaf, operators):

@@ -16,6 +16,11 @@ CURVES = {  # metric -> title of its panel
     "entropy": "entropy (nats per token)",
     "grad_norm": "gradient norm before clipping",
 }
+PANELS = {  # of the sampled responses -> title of its panel
+    "by_difficulty": "accuracy by difficulty, sampled",
+    "pass_at": "pass@k, sampled",
+    "maj_at": "maj@k, sampled",
+}
 SHARES = ("reward", "true_reward", "eval_accuracy", "thinking")  # from 0 to 1, as a rule
 LEGEND = {"loc": "outside lower center", "ncols": 4, "fontsize": 9}
 POINTS = 500  # of a curve: a long run is thinned to about as many
@@ -130,37 +135,31 @@ def plot_runs(runs, path):
 def plot_evaluation(results, path):
     """Draws what eval.py found for each model, with 95 % intervals.
 
-    Left: pass@k (full) and maj@k (dashed), or the accuracy if there was one response per problem.
-    Right: the sampled accuracy by difficulty, if the task has it.
+    Left: the accuracy, greedy and sampled. Then a panel for each of PANELS that the results have.
     """
     first = next(iter(results.values()))["sampled"]
-    columns = 2 if "by_difficulty" in first else 1
-    figure = Figure(figsize=(5.5 * columns, 4), layout="constrained")
-    left, *right = figure.subplots(1, columns, sharey=True, squeeze=False)[0]
+    kinds = [kind for kind in PANELS if kind in first]
+    columns = 1 + len(kinds)
+    figure = Figure(figsize=(5 * columns, 4), layout="constrained")
+    left, *others = figure.subplots(1, columns, sharey=True, squeeze=False)[0]
+    left.set_title("accuracy", fontsize=10)
     for i, (name, found) in enumerate(results.items()):
         shift = 0.4 * ((i + 0.5) / len(results) - 0.5)  # models side by side over a label
-        sampled = found["sampled"]
-        if "pass_at" in sampled:
-            left.set_title("pass@k (full) and maj@k (dashed)", fontsize=10)
-            plot_points(left, sampled["pass_at"], shift, f"C{i}", "o-", name)
-            plot_points(left, sampled["maj_at"], shift, f"C{i}", "o--")
-        else:
-            left.set_title("accuracy", fontsize=10)
-            plot_points(left, found, shift, f"C{i}", "o", name)
-        for panel in right:
-            panel.set_title("accuracy by difficulty, sampled", fontsize=10)
-            plot_points(panel, sampled["by_difficulty"], shift, f"C{i}", "o")
+        plot_points(left, found, shift, f"C{i}", name)
+        for kind, panel in zip(kinds, others):
+            panel.set_title(PANELS[kind], fontsize=10)
+            plot_points(panel, found["sampled"][kind], shift, f"C{i}")
     figure.legend(**LEGEND)
     save(figure, path)
 
 
-def plot_points(panel, accuracies, shift, color, style, label=None):
-    """Points with their intervals, one over each key: {"sampled": {"accuracy", "interval"}}"""
+def plot_points(panel, accuracies, shift, color, label=None):
+    """A point with its interval over each key: {"sampled": {"accuracy", "interval"}}"""
+    for i, found in enumerate(accuracies.values()):
+        panel.vlines(i + shift, *found["interval"], color=color)
     x = [i + shift for i in range(len(accuracies))]
     heights = [found["accuracy"] for found in accuracies.values()]
-    low, high = zip(*[found["interval"] for found in accuracies.values()])
-    panel.plot(x, heights, style, color=color, markersize=4, label=label)
-    panel.vlines(x, low, high, color=color)
+    panel.plot(x, heights, "o", color=color, markersize=4, label=label)
     panel.set_xticks(range(len(x)), list(accuracies))
     panel.set_ylim(-0.03, 1.03)
     panel.grid(alpha=0.3)

@@ -87,9 +87,11 @@ class Tracker:
         """UserError if the package is missing."""
         self.kind = kind
         self.writer = None
-        modules = {"none": "math", "tensorboard": "torch.utils.tensorboard"}
+        if kind == "none":
+            return
         try:
-            self.module = importlib.import_module(modules.get(kind, kind))
+            package = "torch.utils.tensorboard" if kind == "tensorboard" else kind
+            self.module = importlib.import_module(package)
         except ImportError:
             raise UserError(
                 f"--tracker {kind}: the package is not installed: pip install {kind}"

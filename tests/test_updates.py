@@ -1,193 +1,338 @@
-"""What train.py does with weights and losses: rollouts reused, groups drawn again, the KL term, what is recorded."""
+"""What train.py does with weights, losses and sizes: reused rollouts, filters, KL and entropy, lack of memory, metrics."""
 
 import math
-import random
 from dataclasses import replace
+from statistics import fmean
 
 import pytest
 import torch
-from conftest import parse_train
-from safetensors.torch import load_file
+from conftest import CPU
+from test_train import assert_equal, cut_and_resume, metrics_of, run, weights_of
 
-import reward
-import track
+import fast
+import loss
+import sample
 import train
-from sample import generate, join
-from update import Learner
+from lib.files import read_rows
+from lib.flags import UserError
+from lib.metrics import UpdateStatistics, rollout_metrics, update_metrics
+from policy import load_policy
+from sample import Rollout, Sampling
 
 
-def run(base, *flags):
-    return train.main(parse_train(
-        "--model", base, "--device", "cpu", "--lr", 1e-3, "--prompts_per_step", 4, "--group_size", 8,
-        "--max_new_tokens", 8, "--eval_problems", 0, *flags))
+def use_forms(monkeypatch, generate=sample.generate, token_logprobs=loss.token_logprobs):
+    monkeypatch.setattr(fast, "choose", lambda *arguments: fast.Forms(generate, token_logprobs))
 
 
-def metrics_of(folder):
-    rows = track.read_rows(folder / "metrics.jsonl")
-    return [{key: value for key, value in row.items() if not key.startswith("seconds")} for row in rows]
+def sampler_off_by(gap):
+    """A sampler whose log-probs are that much too low."""
+
+    def generate(*arguments, **options):
+        rollout = sample.generate(*arguments, **options)
+        return replace(rollout, old_logprobs=rollout.old_logprobs - gap * rollout.response_mask)
+
+    return generate
 
 
-def weights_of(folder):
-    weights = load_file(folder / "model.safetensors")
-    return torch.cat([weights[name].flatten() for name in sorted(weights)])
-
-
-@pytest.fixture(autouse=True)
-def rewards(monkeypatch):
-    """seven: rare, so that many groups of 8 have none; same: no group has a signal; noisy: every group has one."""
-    rules = {"seven": lambda prompt, response, answer: float(response[:1] == "7"), "same": lambda *row: 0.7,
-             "noisy": lambda *row: len(row[1]) + random.random()}
-    for name, rule in rules.items():
-        monkeypatch.setitem(reward.REWARDS, name, rule)
-
-
-def test_a_rollout_reused_has_ratios_and_clips(base):
-    """3 passes in 2 optimizer steps each. In the first of the 6 the policy is the one that sampled; with one alone
-    there is nothing to say about ratios."""
-    flags = "--reward", "noisy", "--loss", "clip", "--clip_low", 0.01, "--clip_high", 0.01, "--steps", 2
+def test_a_reused_rollout_has_ratios_and_clips(base):
+    """3 epochs of 2 optimizer steps. A single step has no ratios: its policy is the one that sampled."""
+    flags = "--reward noisy --loss clip --clip_low 0.01 --clip_high 0.01 --steps 2".split()
     rows = metrics_of(run(base, *flags, "--updates_per_rollout", 3, "--minibatches", 2))
     for row in rows:
         assert row["updates"] == 6 and 0 < row["sampler_gap"] < 1e-5
-        assert 0.5 < row["ratio_mean"] < 1.5 and row["ratio_max"] > 1.01 and 0 < row["clip_share"] < 0.9
+        assert 0.5 < row["ratio_mean"] < 1.5 < 150 * row["ratio_max"] and row["ratio_max"] > 1.01
+        assert 0 < row["clip_share"] < 0.9
     once = metrics_of(run(base, *flags))
-    assert [row["updates"] for row in once] == [1, 1] and not {"ratio_mean", "ratio_max", "clip_share"} & set(once[0])
-    free = metrics_of(run(base, "--reward", "noisy", "--steps", 2, "--updates_per_rollout", 6))
+    assert [row["updates"] for row in once] == [1, 1] and "ratio_mean" not in once[0]
+    free = metrics_of(run(base, "--reward", "noisy", "--steps", 1, "--updates_per_rollout", 6))
     assert free[0]["clip_share"] == 0 and free[0]["ratio_max"] > rows[0]["ratio_max"]
 
 
 def test_a_minibatch_is_divided_by_its_own_tokens(base, monkeypatch):
-    """Denominators belong to optimizer steps: a minibatch's factors add up to 1 over its tokens."""
-    sums, backward = [], Learner.backward
+    sums, backward = [], train.backward
 
-    def spy(learner, rollout, rows, token_losses, then, start, weights, factors, tokens):
-        sums.append((factors * rollout.response_lengths)[rows].sum().item())
-        return backward(learner, rollout, rows, token_losses, then, start, weights, factors, tokens)
+    def spy(forms, policy, rollout, rows, weights, loss_scale, *rest, **options):
+        sums.append((loss_scale * rollout.response_lengths)[rows].sum().item())
+        return backward(forms, policy, rollout, rows, weights, loss_scale, *rest, **options)
 
-    monkeypatch.setattr(Learner, "backward", spy)
-    run(base, "--reward", "noisy", "--steps", 1, "--minibatches", 3, "--updates_per_rollout", 2)
+    monkeypatch.setattr(train, "backward", spy)
+    flags = "--steps 1 --minibatches 3 --updates_per_rollout 2".split()
+    run(base, "--reward", "noisy", *flags)
     assert sums == pytest.approx([1.0] * 6)
 
 
-def test_bfloat16_ratios_are_against_the_learners_own_logprobs(base, monkeypatch):
-    """One token at a time bfloat16 rounds otherwise than all at once: played here by a sampler that is 0.1 off. Ratios
-    to what it says would not start at 1; in float32 the two agree, and nothing is computed twice."""
-    updates, backward, passes, logprobs = [], Learner.backward, [], Learner.logprobs
+@pytest.mark.parametrize("name", ["finished", "top"])
+def test_weights_are_normalised_over_the_whole_group_before_the_filter(base, name):
+    flags = f"--filter {name} --top_share 0.25 --reward noisy --steps 1 --log_samples 32".split()
+    samples = read_rows(run(base, *flags) / "samples.jsonl")
+    groups = {}
+    for row in samples:
+        groups.setdefault(row["prompt"], []).append(row)
+    dropped = 0
+    for group in groups.values():
+        rewards = torch.tensor([row["reward"] for row in group])
+        weights = (rewards - rewards.mean()) / (rewards.std(correction=0) + 1e-4)
+        for row, reward, weight in zip(group, rewards, weights.tolist()):
+            kept = row["finished"] if name == "finished" else (rewards > reward).sum() < 2
+            assert row["weight"] == pytest.approx(weight * bool(kept), abs=1e-4)
+            dropped += not kept
+    assert len(groups) == 4 and 0 < dropped < 32
 
-    def off(*args, **kwargs):
-        rollout = generate(*args, **kwargs)
-        return replace(rollout, logprobs=rollout.logprobs - 0.1 * (rollout.logprobs != 0))
 
-    monkeypatch.setattr(train, "choose_sampler", lambda *args: off)
-    monkeypatch.setattr(Learner, "backward", lambda *args: updates.append(backward(*args)) or updates[-1])
-    monkeypatch.setattr(Learner, "logprobs", lambda *args: passes.append(1) or logprobs(*args))
-    for dtype, loss, ratio, count in (("bfloat16", "clip", 1, 1), ("float32", "clip", math.exp(0.1), 1),
-                                      ("bfloat16", "logprob", math.exp(0.1), 1)):
-        run(base, "--reward", "noisy", "--dtype", dtype, "--loss", loss, "--steps", 1)
-        assert updates[-1]["ratio_mean"] == pytest.approx(ratio, abs=0.01) and len(passes) == count
-        assert updates[-1]["sampler_gap"] == pytest.approx(0.1, abs=0.05)
+@pytest.mark.parametrize(("name", "skipped"), [("logprob", 0), ("clip", 2)])
+def test_an_infinite_ratio_skips_only_updates_of_losses_that_use_it(base, monkeypatch, name, skipped):
+    use_forms(monkeypatch, sampler_off_by(200))
+    flags = f"--loss {name} --reward noisy --steps 1 --updates_per_rollout 2".split()
+    folder = run(base, *flags)
+    [row] = metrics_of(folder)
+    assert (row["skipped"], row["updates"]) == (skipped, 2 - skipped)
+    assert torch.equal(weights_of(base), weights_of(folder / "checkpoint")) == (name == "clip")
 
 
-@pytest.mark.parametrize(("flags", "trained"), [
-    (("--filter", "informative", "--reward", "same"), 0),
-    (("--filter", "resample", "--reward", "same"), 0),
-    (("--filter", "finished", "--reward", "noisy", "--max_new_tokens", 1), 0),
-    (("--filter", "informative", "--reward", "same", "--kl_beta", 0.1), 0),
-    (("--reward", "same", "--kl_beta", 0.1), 1),
-])
-def test_what_a_filter_leaves_nothing_of_is_not_updated_and_the_screen_says_so(base, capfd, flags, trained):
-    """No division by the zero rows. With a KL term rows without a weight have a gradient, but not rows filtered out."""
-    folder = run(base, *flags, "--steps", 2)
-    rows = metrics_of(folder)
-    assert [(row["trained"], row["updates"]) for row in rows] == [(trained, trained)] * 2
-    assert all(math.isfinite(value) for row in rows for value in row.values())
-    assert ("effective_samples" in rows[0]) is False  # no weight at all
-    assert (capfd.readouterr().out.count("no update") == 2) == (trained == 0)
+@pytest.mark.parametrize(("dtype", "ratio"), [("bfloat16", 1), ("float32", math.exp(0.1))])
+def test_bfloat16_ratios_are_to_the_learners_own_logprobs(base, monkeypatch, dtype, ratio):
+    """A bfloat16 sampler rounds otherwise than a forward pass: here it is 0.1 off. With this learning rate nothing
+    moves, so both ratios are those before the update."""
+    use_forms(monkeypatch, sampler_off_by(0.1))
+    flags = "--loss clip --reward noisy --steps 1 --updates_per_rollout 2 --lr 1e-12".split()
+    [row] = metrics_of(run(base, "--dtype", dtype, *flags))
+    assert row["ratio_mean"] == pytest.approx(ratio, abs=1e-4)
+    assert row["sampler_gap"] == pytest.approx(0.1, abs=0.05)
+
+
+@pytest.mark.parametrize(
+    ("flags", "trained"),
+    [
+        ("--filter informative --reward same", 0),
+        ("--filter resample --reward same", 0),
+        ("--filter finished --reward noisy --max_new_tokens 1 --seed 1", 0),
+        ("--filter informative --reward same --kl_beta 0.1", 0),
+        ("--reward same --kl_beta 0.1", 1),
+    ],
+)
+def test_a_filter_that_leaves_nothing_makes_no_update(base, capfd, flags, trained):
+    """With a KL term rows of weight 0 have a gradient, but not rows that were filtered out."""
+    folder = run(base, *flags.split(), "--steps", 2)
+    for row in metrics_of(folder):
+        assert row["trained"] == row["updates"] == trained
+        assert "effective_samples" not in row  # no weight at all
+    assert capfd.readouterr().out.count("no update") == (0 if trained else 2)
     if not trained:
-        assert torch.equal(weights_of(folder / "checkpoint"), torch.cat([
-            tensor.flatten() for _, tensor in sorted(load_file(f"{base}/model.safetensors").items())]))
+        assert torch.equal(weights_of(base), weights_of(folder / "checkpoint"))
 
 
-def test_resampling_draws_until_enough_groups_have_a_signal(base):
-    rows = metrics_of(run(base, "--reward", "seven", "--filter", "resample", "--resample_tries", 3, "--steps", 6))
-    drawn = 0
+def test_resampling_goes_on_until_enough_groups_have_a_signal(base):
+    flags = "--reward seven --filter resample --resample_tries 3 --steps 5".split()
+    rows, seen = metrics_of(run(base, *flags)), 0
     for row in rows:
-        drawn += 4 * row["draws"]
-        assert row["drawn"] == drawn and 1 <= row["draws"] <= 3
-        informative = round(row["informative"] * 4 * row["draws"])
-        assert informative >= 4 or row["draws"] == 3
+        batches = row["batches_drawn"]
+        seen += 4 * batches
+        assert row["prompts_seen"] == seen and 1 <= batches <= 3
+        assert round(row["informative"] * 4 * batches) >= 4 or batches == 3
         assert row["trained"] == pytest.approx(row["informative"])
-    assert len({row["draws"] for row in rows}) > 1
-    assert {row["draws"] for row in metrics_of(run(base, "--reward", "seven", "--steps", 3))} == {1}
+    assert len({row["batches_drawn"] for row in rows}) > 1
 
 
-def test_rollouts_joined_are_the_rollout_of_all_prompts(load):
+def test_joined_rollouts_are_the_rollout_of_all_prompts(load):
     model, _ = load("llama")
-    prompts, stop = [[5, 6, 7, 8], [9], [10, 11, 12, 13, 14, 15]], list(range(100, 160))
-    together = generate(model, prompts, 4, 12, stop, [1, 2, 3])
-    joined = join([generate(model, prompts[:1], 4, 12, stop, [1]), generate(model, prompts[1:], 4, 12, stop, [2, 3])])
-    for name in ("ids", "prompt_lengths", "lengths", "finished"):
-        assert torch.equal(getattr(joined, name), getattr(together, name)), name
-    torch.testing.assert_close(joined.logprobs, together.logprobs, atol=1e-5, rtol=0)
-
-
-def test_a_resumed_run_with_everything_on_equals_straight(base, monkeypatch):
-    """The reference is the model that the run set out from, not the checkpoint; what resampling drew is not drawn
-    again."""
-    flags = ("--reward", "seven", "--recipe", "dapo", "--updates_per_rollout", 2, "--minibatches", 2, "--kl_beta", 0.05,
-             "--steps", 5, "--save_every", 2)
-    straight = run(base, "--name", "straight", *flags)
-
-    class PowerCut(Exception):
-        pass
-
-    def append(path, rows, append=track.append):
-        append(path, rows)
-        if path.name == "metrics.jsonl" and rows[0]["step"] == 3:
-            raise PowerCut
-
-    with monkeypatch.context() as patch, pytest.raises(PowerCut):
-        patch.setattr(track, "append", append)
-        run(base, "--name", "cut", *flags)
-    resumed = train.main(parse_train("--name", "cut", "--resume"))
-    assert metrics_of(resumed) == metrics_of(straight)
-    assert torch.equal(weights_of(resumed / "checkpoint"), weights_of(straight / "checkpoint"))
-    assert metrics_of(resumed)[-1]["kl"] > 1e-3 and max(row["draws"] for row in metrics_of(resumed)) > 1
-    assert track.read_config(resumed)["clip_high"] == 0.28
+    prompts, stop = [[5, 6, 7, 8], [9], [10] * 6], list(range(100, 160))
+    expected = sample.generate(model, prompts, 4, 12, stop, [1, 2, 3])
+    first = sample.generate(model, prompts[:1], 4, 12, stop, [1])
+    joined = sample.join([first, sample.generate(model, prompts[1:], 4, 12, stop, [2, 3])])
+    for name, value in vars(expected).items():
+        assert torch.equal(getattr(joined, name), value), name
 
 
 def test_the_kl_term_holds_the_policy_where_it_was(base):
-    """Of the starting policy to itself it is 0 (up to rounding); 20 steps on, a strong pull leaves it much smaller.
-    Asking for the number alone changes nothing that is learnt."""
-    flags = "--reward", "seven", "--steps", 12
-    free, held, silent = (run(base, *flags, *more) for more in (("--log_kl",), ("--kl_beta", 1.0), ()))
-    kl = [[row["kl"] for row in metrics_of(folder)] for folder in (free, held)]
-    assert abs(kl[0][0]) < 1e-6 and kl[0][-1] > 0.05 and min(kl[0]) > -1e-9
-    assert kl[1][-1] < kl[0][-1] / 3
+    """To log the KL changes nothing that is learnt."""
+    flags = "--reward seven --steps 12".split()
+    extra = "--log_kl", "--kl_beta=1", "--filter=none"
+    free, held, silent = [run(base, *flags, flag) for flag in extra]
+    kl = [row["kl"] for row in metrics_of(free)]
+    assert abs(kl[0]) < 1e-6 and kl[-1] > 0.05 and min(kl) > -1e-9
+    assert metrics_of(held)[-1]["kl"] < kl[-1] / 3
     assert torch.equal(weights_of(free / "checkpoint"), weights_of(silent / "checkpoint"))
     assert "kl" not in metrics_of(silent)[0]
 
 
-def test_the_numbers_of_a_step_worked_out_by_hand():
-    """Two groups of two. Deviations within 0.5 and 0; group means 0.5 and 1, so 0.25 between. Weights: 4^2 / 6."""
+def test_an_entropy_term_trains_on_every_row_and_raises_the_entropy(base, monkeypatch):
+    """With a constant reward all weights are 0: the entropy is all that is left of the loss, and its metric is exact,
+    where -log pi of the sampled tokens is an estimate."""
+    rollouts = []
+
+    def generate(*arguments, **options):
+        rollouts.append(sample.generate(*arguments, **options))
+        return rollouts[-1]
+
+    use_forms(monkeypatch, generate)
+    rows = metrics_of(run(base, "--reward", "same", "--entropy_coef", 0.5, "--steps", 8))
+    policy, _ = load_policy(base, CPU)
+    first = rollouts[0]
+    with torch.no_grad():
+        _, entropy = loss.token_logprobs(policy, first, torch.arange(32), Sampling())
+    exact = entropy.sum().item() / first.response_lengths.sum().item()
+    assert rows[0]["entropy"] == pytest.approx(exact, abs=1e-5)
+    assert rows[0]["loss"] == pytest.approx(-0.5 * exact, abs=1e-5)
+    assert abs(exact + first.old_logprobs.sum().item() / first.response_mask.sum().item()) > 0.01
+    assert all(row["trained"] == 1 for row in rows)
+    assert rows[-1]["entropy"] > exact + 0.3
+
+
+@pytest.mark.parametrize("entropy_coef", [0, 0.1])
+def test_a_row_of_weight_0_gets_no_forward_pass_without_such_a_term(base, monkeypatch, entropy_coef):
+    passed = []
+
+    def token_logprobs(policy, rollout, rows, *rest):
+        if torch.is_grad_enabled():
+            passed.append(len(rows))
+        return loss.token_logprobs(policy, rollout, rows, *rest)
+
+    use_forms(monkeypatch, token_logprobs=token_logprobs)
+    flags = f"--normaliser raw --reward low --steps 1 --entropy_coef {entropy_coef}".split()
+    [row] = metrics_of(run(base, *flags))
+    assert 0 < row["reward"] < 1
+    assert sum(passed) == (32 if entropy_coef else 32 * row["reward"])
+
+
+# ------------------------------------------------------------------------------ lack of memory
+
+
+def starve(monkeypatch, place, times=1):
+    """Memory runs out in the second pass of that kind, when a part of the work is done, and in what follows."""
+    policies, calls = [], []
+
+    def work(kind):
+        calls.append(kind)
+        if kind == place and 2 <= calls.count(kind) < 2 + times:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+
+    def generate(policy, *rest, **options):
+        policies.append(policy)
+        rollout = sample.generate(policy, *rest, **options)
+        work("sampling")
+        return rollout
+
+    def token_logprobs(policy, rollout, rows, *rest):
+        found = loss.token_logprobs(policy, rollout, rows, *rest)
+        if torch.is_grad_enabled():
+            work("update")
+        elif policy is not policies[0]:
+            work("reference")
+        elif len(rollout.ids) > 2:
+            work("old")
+        return found
+
+    use_forms(monkeypatch, generate, token_logprobs)
+
+
+@pytest.mark.parametrize(
+    ("place", "flags", "size"),
+    [
+        ("sampling", "--rows_at_once 8", "--rows_at_once 4"),
+        ("update", "--micro_batch_tokens 128", "--micro_batch_tokens 64"),
+        ("reference", "--micro_batch_tokens 128 --kl_beta 0.1", "--micro_batch_tokens 64"),
+        ("old", "--micro_batch_tokens 128 --dtype bfloat16 --loss clip", "--micro_batch_tokens 64"),
+    ],
+)
+def test_out_of_memory_halves_the_size_and_counts_nothing_twice(
+    base, monkeypatch, place, flags, size
+):
+    """The end is that of a run with half the size from the start, also after a resume, which once forgot the size."""
+    flags = f"{flags} --reward noisy --steps 3 --save_every 1".split()
+    use_forms(monkeypatch)
+    expected = run(base, *flags, *size.split())
+    starve(monkeypatch, place)
+    found = cut_and_resume(3, base, *flags)
+    name, value = size[2:].split()
+    assert [row[name] for row in metrics_of(found)][-1] == int(value)
+    if place == "sampling":  # step 1 was done when memory ran out
+        for folder in (found, expected):
+            rows = metrics_of(folder)
+    assert_equal(found, expected)
+
+
+def test_halving_stops_at_the_longest_row(base, monkeypatch):
+    lengths = []
+
+    def backward(forms, policy, rollout, *rest, micro_batch_tokens):
+        lengths.append(rollout.lengths.max().item())
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(train, "backward", backward)
+    with pytest.raises(UserError) as error:
+        run(base, "--reward", "noisy", "--steps", 1, "--micro_batch_tokens", 100)
+    message = f"--micro_batch_tokens {lengths[0]}: out of memory, and less would not help"
+    assert message in str(error.value) and 2 < len(lengths) < 5
+
+
+def test_offload_changes_no_number(base):
+    """In micro-batches, whose gradients add up in the host's memory."""
+    flags = "--reward noisy --steps 3 --micro_batch_tokens 128 --save_every 1".split()
+    here, there = run(base, *flags), cut_and_resume(2, base, *flags, "--offload")
+    assert_equal(here, there)
+
+
+# ------------------------------------------------------------------------------ metrics
+
+
+def test_the_numbers_of_a_step_by_hand():
+    """Two groups of two. Deviations are 0.5 and 0; means are 0.5 and 1, 0.25 from their mean. Weights: 4^2 / 6."""
+    lengths = torch.tensor([3, 5, 4, 8])
+    mask = torch.arange(8) < lengths[:, None]
+    finished = torch.tensor([True, True, True, False])
+    rollout = Rollout(mask.long(), lengths, lengths, mask, -0.5 * mask, finished)
+    texts, true, parts = ["a</think>b", "", "a", ""], [1.0, 0.5, 1.0, 1.0], [2.0, 0.0, 0.0, 1.0]
+    samples = [
+        {"response": text, "true_reward": value, "parts": {"number": part}}
+        for text, value, part in zip(texts, true, parts)
+    ]
     rewards = torch.tensor([[1.0, 0.0], [1.0, 1.0]])
-    samples = [{"true_reward": true, "response": text, "parts": {"number": part}}
-               for true, text, part in zip([1.0, 0.5, 1.0, 1.0], ["a</think>b", "", "a", ""], [2.0, 0.0, 0.0, 1.0])]
-    numbers = track.describe(samples, rewards, torch.tensor([2.0, -1, 1, 0]), torch.tensor([3, 5, 4, 8]),
-                             torch.tensor([True, True, True, False]))
-    assert numbers == pytest.approx({
-        "reward": 0.75, "reward_std": 0.25, "reward_std_between": 0.25, "reward/number": 0.75, "informative": 0.5,
-        "true_reward": 0.875, "accuracy": 0.75, "thinking": 0.25,
-        "all_right": 0.5, "all_wrong": 0.0, "response_length": 5.0, "response_length_finished": 4.0,
-        "response_length_cut": 8.0, "finished": 0.75, "effective_samples": 16 / 6})
-    wrong = [sample | {"true_reward": 0.0} for sample in samples]
-    none = track.describe(wrong, rewards, torch.zeros(4), torch.tensor([3, 5, 4, 8]), torch.ones(4).bool())
-    assert none["all_wrong"] == 1 and not {"response_length_cut", "effective_samples"} & set(none)
+    expected = {
+        "reward": 0.75,
+        "reward_std": 0.25,
+        "reward_std_between": 0.25,
+        "reward/number": 0.75,
+        "informative": 0.5,
+        "true_reward": 0.875,
+        "accuracy": 0.75,
+        "thinking": 0.25,
+        "all_right": 0.5,
+        "all_wrong": 0.0,
+        "response_length": 5.0,
+        "response_length_finished": 4.0,
+        "response_length_cut": 8.0,
+        "finished": 0.75,
+        "entropy": 0.5,
+        "effective_samples": 16 / 6,
+    }
+    found = rollout_metrics(rollout, samples, rewards, torch.tensor([[2.0], [-1], [1], [0]]))
+    assert {name: found[name] for name in expected} == pytest.approx(expected)
+    rollout.finished[:] = True
+    found = rollout_metrics(rollout, samples, rewards, torch.zeros(4, 1))
+    assert not {"response_length_cut", "effective_samples"} & set(found)
 
 
-def test_the_updates_of_a_step_in_numbers():
-    one = {"loss": 1.0, "sampler_gap": 1e-6, "ratio_mean": 1.0, "ratio_max": 1.5, "clip_share": 0.0, "grad_norm": 2.0}
-    two = one | {"loss": 0.0, "sampler_gap": 0.5, "ratio_max": 1.1, "clip_share": 0.2, "grad_norm": 1.0}
-    assert track.summarise([one]) == {"updates": 1, "skipped": 0, "loss": 1.0, "sampler_gap": 1e-6, "grad_norm": 2.0}
-    assert track.summarise([one, two]) == {"updates": 2, "skipped": 0, "loss": 0.5, "sampler_gap": 1e-6,
-                                           "ratio_mean": 1.0, "ratio_max": 1.5, "clip_share": 0.1, "grad_norm": 1.5}
-    assert track.summarise([]) == {"updates": 0, "skipped": 0, "loss": 0.0, "grad_norm": 0.0}
+def test_the_numbers_of_the_updates_by_hand():
+    """The first in two micro-batches, of 3 tokens and of 1: ratios 1, 1, 1.5 and 0.5, one of them clipped."""
+    mask = torch.tensor([[True, True, True, False]])
+
+    def statistics(grad_norm, *micro_batches):
+        update = UpdateStatistics()
+        for loss, ratios, mask in micro_batches:
+            ratio = torch.tensor([ratios])
+            update.add(loss, ratio.log(), torch.zeros(1, 4), ratio > 1.2, mask, 2 * ratio)
+        update.grad_norm = grad_norm
+        return update
+
+    one = statistics(2.0, (0.75, [1, 1, 1.5, 9], mask), (0.25, [9, 9, 9, 0.5], ~mask))
+    two = statistics(1.0, (0.0, [1.0, 1, 1, 9], mask))
+    bad = statistics(math.nan, (7.0, [7.0, 7, 7, 7], mask))
+    first = {"updates": 1, "skipped": 1, "loss": 1.0, "grad_norm": 2.0, "entropy": 2.0}
+    found = update_metrics([one, bad])
+    assert {name: found[name] for name in first} == pytest.approx(first)
+    assert "ratio_max" not in found
+    both = {"updates": 2, "skipped": 0, "loss": 0.5, "grad_norm": 1.5, "entropy": 2.0}
+    both |= {"ratio_mean": 1.0, "ratio_max": 1.5, "clip_share": 0.125}
+    found = update_metrics([one, two])
+    assert {name: found[name] for name in both} == pytest.approx(both)
+    assert update_metrics([])["updates"] == 0
