@@ -58,13 +58,13 @@ class Task:
 NO_TASK = Task("", [], [], [], reward="")  # prompts are passed on as they are
 
 
-def stable_hash(text) -> int:
+def stable_hash(text):
     """8 bytes of SHA-256: the same number in every process, and without a pattern."""
     digest = hashlib.sha256(text.encode("utf-8", "surrogatepass")).digest()
     return int.from_bytes(digest[:8], "big")
 
 
-def hold_out(problems, share) -> tuple[list[Problem], list[Problem]]:
+def hold_out(problems, share):
     """-> (held out, the rest). Chosen by a hash of the prompt, and sorted by it.
 
     So the choice depends on nothing else, equal prompts are never on both sides, and the first few
@@ -93,11 +93,11 @@ def split(name, problems, reward, *prompting) -> Task:
 
 
 @lru_cache(maxsize=2)
-def shuffled(n, seed, epoch) -> list[int]:
+def shuffled(n, seed, epoch):
     return random.Random(f"{seed}/{epoch}").sample(range(n), n)
 
 
-def take_problems(problems, start, count, seed) -> list[Problem]:
+def take_problems(problems, start, count, seed):
     """`count` problems from position `start` of an endless sequence of epochs, each shuffled anew.
 
     The result depends only on the arguments: a resumed run gets the problems it would have had.
@@ -157,7 +157,7 @@ def countdown(data_dir) -> Task:
     return split("countdown", list(problems.values()), "countdown", *prompting)
 
 
-def random_target(numbers, rng) -> int:
+def random_target(numbers, rng):
     """Combines two random numbers until one is left, so there always is a solution."""
     left = rng.sample(numbers, len(numbers))
     while len(left) > 1:
@@ -265,7 +265,7 @@ def prompt_ids(task, problem, tokenizer) -> list[int]:
     return tokenizer.apply_chat_template(messages, **options)
 
 
-def longest_prompts(task, problems, tokenizer) -> list[list[int]]:
+def longest_prompts(task, problems, tokenizer):
     """Token ids of the longest prompts, longest first."""
     longest = sorted(problems, key=lambda problem: len(str(problem.prompt)))[-64:]
     prompts = [prompt_ids(task, problem, tokenizer) for problem in longest]
