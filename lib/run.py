@@ -133,7 +133,7 @@ def is_free(folder):
 
 def free_folder(runs_dir, name, task) -> Path:
     """runs_dir/name; without a name the first free one of runs_dir/task, task-2, task-3 ..."""
-    if name != Path(name).name:
+    if name != Path(name).name or name == "..":
         raise UserError(f"--name {name}: must be the name of a folder in --runs_dir, not a path")
     stem = Path(task).stem
     folder = Path(runs_dir) / (name or stem)

@@ -1,11 +1,8 @@
 """Runs train.py again and again, each time in a process that may kill itself at a chosen moment.
 
 test_reliability.py starts it: importing torch takes longer than a tiny run, and a fork of a process
-that has imported it takes none. Reads lines of JSON, {"folder": where, "flags": [...],
-"phase": a key of PHASES or
-null, "event": n}. A child runs train.py with the flags, and dies by SIGKILL at the n-th call, of
-Python or of C, inside of that phase. Answers each with a line: {"status": as from os.waitpid,
-"events": {phase: calls inside of it}, or null if it was killed}.
+that has imported it takes none. Reads lines of JSON with the arguments of `run`, and answers each
+with a line: {"status": as from os.waitpid, "events": see `run`, null if it was killed}.
 """
 
 import inspect
@@ -38,7 +35,12 @@ PHASE_OF = {
 }
 
 
-def run(flags, phase, event, answer):
+def run(folder, flags, phase, event, answer):
+    """Runs train.py in a folder, and dies by SIGKILL at the event-th call, of Python or of C,
+    inside of a phase. Phase "": lives, and writes {phase: calls inside of it} into the pipe. None: lives,
+    and is several times faster.
+    """
+    os.chdir(folder)
     phases = []  # that the program is in at the moment, the innermost last
     events = dict.fromkeys(PHASES, 0)
 
@@ -54,18 +56,19 @@ def run(flags, phase, event, answer):
 
     sys.argv = ["train.py", *flags]
     sys.stdout = sys.stderr = open(os.devnull, "w")  # noqa: SIM115
-    sys.setprofile(listen)
+    if phase is not None:
+        sys.setprofile(listen)
     run_script(train.main, train.Config, train.HELP, train.fill)
     sys.setprofile(None)
     os.write(answer, json.dumps(events).encode())
 
 
+print("ready", flush=True)
 for line in sys.stdin:
     order = json.loads(line)
     read, write = os.pipe()
     child = os.fork()
     if child == 0:
-        os.chdir(order.pop("folder"))
         try:
             run(**order, answer=write)
             os._exit(0)

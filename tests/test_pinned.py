@@ -11,6 +11,7 @@ import os
 import sys
 import tempfile
 from pathlib import Path
+from unittest.mock import patch
 
 import pytest
 import torch
@@ -18,7 +19,7 @@ import torch
 TESTS = Path(__file__).parent
 PINNED = TESTS / "pinned.json"
 FLAGS = """--model untaught --device cpu --steps 10 --prompts_per_step 4 --group_size 8 --max_new_tokens 12
---eval_every 5 --eval_problems 20 --lr 1e-3 --reward""".split()
+--eval_every 5 --eval_problems 20 --lr 1e-3 --reward"""
 REWARD = "exact + 0.1*length + my_rewards.ones"
 ONES = "def ones(prompt, response, answer):\n    return float('1' in response)\n"
 
@@ -36,11 +37,10 @@ def first_ten():
     tokenizer = pretrain.make_tokenizer()
     save_policy(pretrain.make_model(tokenizer), tokenizer, Path("untaught"))
     Path("my_rewards.py").write_text(ONES)
-    folder = train.main(parse_train(*FLAGS, REWARD))
+    with patch.object(train, "plot_run"):  # slow
+        folder = train.main(parse_train(*FLAGS.split(), REWARD))
     rows = read_rows(folder / "metrics.jsonl")
-    return [
-        {key: row[key] for key in row if not key.startswith("seconds")} for row in rows
-    ]
+    return [{key: row[key] for key in row if not key.startswith("seconds")} for row in rows]
 
 
 def test_the_first_ten_steps_are_what_they_were():

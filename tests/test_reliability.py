@@ -6,6 +6,7 @@ import math
 import os
 import random
 import resource
+import shlex
 import shutil
 import signal
 import subprocess
@@ -28,8 +29,8 @@ from policy import load_policy, save_policy
 from tools import pretrain
 
 ROOT = Path(__file__).parent.parent
-FLAGS = """--model=untaught --device=cpu --lr=1e-3 --prompts_per_step=2 --group_size=4 --steps=6
-    --max_new_tokens=6 --save_every=2 --eval_every=6 --eval_problems=8 --reward=mine.noisy""".split()
+FLAGS = shlex.split("""--model=untaught --device=cpu --lr=1e-3 --prompts_per_step=2 --group_size=4
+    --steps=6 --max_new_tokens=6 --save_every=2 --eval_every=6 --eval_problems=8 --reward=mine.noisy""")
 NOISY = """import random
 def noisy(prompt, response, answer): return len(set(response)) + random.random()
 """
@@ -82,12 +83,13 @@ def straight(run):
 
 @pytest.fixture(scope="module")
 def killable():
-    """killable("run", phase, n) trains or resumes, and is killed at the n-th call inside of a
-    phase (None: never) -> whether it was killed, calls in each phase"""
+    """killable("run", phase, n) trains or resumes, see tests/killing.py -> whether it was killed,
+    calls in each phase"""
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     command = [sys.executable, ROOT / "tests" / "killing.py"]
     pipes = dict(stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
     with subprocess.Popen(command, env=environment, **pipes) as server:
+        assert server.stdout.readline() == "ready\n"
 
         def train(name, phase=None, event=0):
             started = (Path("runs") / name / "config.json").exists()
@@ -103,28 +105,36 @@ def killable():
 
 def assert_whole(run):
     """Nothing under a final name is half written."""
-    for path in [*run.glob("*.json"), *run.glob("checkpoint*/*.json")]:
-        if ".part" not in str(path):
-            json.loads(path.read_text())
+    for path in run.glob("*.json"):
+        json.loads(path.read_text())
     for name in ("checkpoint", "checkpoint.old"):
         if (run / name).exists():
             torch.load(run / name / "state.pt", weights_only=True)
-            load_policy(str(run / name), CPU)
+            load_file(run / name / "model.safetensors")
     if (run / "curves.png").exists():
         assert (run / "curves.png").read_bytes().endswith(b"IEND\xaeB`\x82")
     steps = [row["step"] for row in read_rows(run / "metrics.jsonl")]
     assert steps == list(range(1, len(steps) + 1))
 
 
-@pytest.mark.parametrize("times", [2, pytest.param(20, marks=pytest.mark.slow)])
-def test_killed_at_any_moment_a_run_comes_out_the_same(killable, straight, times):
+def test_killed_twice_a_run_comes_out_the_same(killable, straight):
+    """In the update of its first step, and when it writes its first checkpoint."""
+    for phase in ("update", "checkpoint"):
+        assert killable("killed", phase, 10)[0]
+        assert_whole(Path("runs/killed"))
+    killable("killed")
+    assert outcome(Path("runs/killed")) == straight
+
+
+@pytest.mark.slow
+def test_killed_at_20_moments_a_run_comes_out_the_same(killable, straight):
     """Each run is killed up to five times, once in each phase, at a random call inside of it."""
-    rng = random.Random(times)
-    _, events = killable("undisturbed")
+    rng = random.Random(0)
+    _, events = killable("undisturbed", "")
     killed = []
-    while len(killed) < times:
+    while len(killed) < 20:
         name = f"run-{len(killed)}"
-        for phase in rng.sample(list(events), len(events))[: times - len(killed)]:
+        for phase in rng.sample(list(events), len(events))[: 20 - len(killed)]:
             # a run that resumes makes fewer calls: half of them are surely made
             event = rng.randrange(events[phase] // (1 if phase == "plot" else 2))
             if not killable(name, phase, event)[0]:
@@ -133,7 +143,7 @@ def test_killed_at_any_moment_a_run_comes_out_the_same(killable, straight, times
             assert_whole(Path("runs") / name)
         killable(name)
         assert outcome(Path("runs") / name) == straight
-    assert times < 20 or set(killed) == set(events)
+    assert set(killed) == set(events)
 
 
 def test_killed_before_its_first_checkpoint_a_run_starts_again(run, straight):
@@ -147,7 +157,10 @@ def test_killed_before_its_first_checkpoint_a_run_starts_again(run, straight):
     assert outcome(resume("straight")) == straight
 
 
-@pytest.mark.parametrize(("number", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+@pytest.mark.parametrize(
+    ("number", "status"),
+    [(signal.SIGINT, 130), pytest.param(signal.SIGTERM, 143, marks=pytest.mark.slow)],
+)
 def test_a_signal_ends_the_step_saves_and_says_how_to_resume(straight, capsys, number, status):
     """It comes while step 3 of 6 is being rewarded; checkpoints are due after 2, 4 and 6."""
     Path("mine.py").write_text(f"""import os
@@ -254,11 +267,13 @@ def bad_numbers(where, steps, monkeypatch):
         if where == "sampled":
             rollout.old_logprobs[:] = math.nan
 
-        def no_numbers(*arguments):
-            logprobs, entropy = forms.token_logprobs(*arguments)
-            return logprobs * math.nan, entropy
-
         if where == "learner":
+            learner = forms.token_logprobs
+
+            def no_numbers(*arguments):
+                logprobs, entropy = learner(*arguments)
+                return logprobs * math.nan, entropy
+
             forms = replace(forms, token_logprobs=no_numbers)
         update = backward(forms, policy, rollout, *rest, **sizes)
         if where == "gradient":
@@ -277,7 +292,8 @@ def test_numbers_that_are_not_finite_make_no_update(run, monkeypatch, where):
     rows = read_rows(bad / "metrics.jsonl")
     assert [(row["updates"], row["skipped"]) for row in rows] == [(1, 0), (0, 1), (0, 1), (1, 0)]
     for row in rows:
-        assert all(math.isfinite(value) for value in row.values())
+        numbers = [value for value in row.values() if isinstance(value, float)]
+        assert all(map(math.isfinite, numbers))
     for name in ("checkpoint", "checkpoint.old"):
         weights = load_file(bad / name / "model.safetensors")
         assert all(weight.isfinite().all() for weight in weights.values())
@@ -311,8 +327,8 @@ time.sleep(600)"""
     assert lock(folder)
 
 
-FORBIDDEN = """eval exec compile os.system os.popen pickle.load pickle.loads marshal.loads
-    shelve.open numpy.load joblib.load yaml.load subprocess.getoutput""".split()
+FORBIDDEN = shlex.split("""eval exec compile os.system os.popen pickle.load pickle.loads
+    marshal.loads shelve.open numpy.load joblib.load yaml.load subprocess.getoutput""")
 
 
 def test_nothing_in_the_sources_executes_what_was_downloaded_or_generated():

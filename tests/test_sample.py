@@ -1,3 +1,7 @@
+import io
+import runpy
+import sys
+
 import pytest
 import tiny
 import torch
@@ -238,3 +242,34 @@ def test_rows_of_a_rollout_and_a_mask_with_holes(load):
     assert torch.equal(
         parts.response_mask, torch.cat([part.response_mask, rollout.response_mask[:2]])
     )
+
+
+def test_the_script_prints_responses_to_a_prompt(folders, load, monkeypatch, capsys):
+    folder = folders("llama")
+    flags = ["--samples", "3", "--max_new_tokens", "8", "--seed", "5", "--device", "cpu"]
+    monkeypatch.setattr(sys, "argv", ["sample.py", folder, "2+2=", *flags])
+    runpy.run_path(sample.__file__, run_name="__main__")
+    policy, tokenizer = load("llama")
+    ids = tokenizer("2+2=")["input_ids"]
+    rollout = generate(policy, [ids], 3, 8, stop_ids(policy, tokenizer), [5])
+    assert capsys.readouterr().out == "\n".join(rollout.responses(tokenizer)) + "\n"
+
+
+def test_a_chat_answers_each_line_and_remembers_the_lines_before(
+    folders, load, monkeypatch, capsys
+):
+    _, tokenizer = load("qwen2")  # has a chat template
+    prompts, responses = [], []
+
+    def recorded(policy, ids, *arguments):
+        rollout = generate(policy, ids, *arguments)
+        prompts.append(tokenizer.decode(ids[0]))
+        responses.extend(rollout.responses(tokenizer))
+        return rollout
+
+    monkeypatch.setattr(sample, "generate", recorded)
+    monkeypatch.setattr(sys, "stdin", io.StringIO("hello\nand then?\n"))
+    sample.main(sample.Config(chat=True, max_new_tokens=6, device="cpu"), folders("qwen2"))
+    assert capsys.readouterr().out == "> {}\n> {}\n> ".format(*responses)
+    assert "hello" in prompts[0] and "then" not in prompts[0]
+    assert prompts[1].startswith(prompts[0]) and "and then?" in prompts[1]

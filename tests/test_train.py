@@ -37,12 +37,14 @@ RULES = {
 
 
 def start(*flags):
-    with patch.dict(reward.REWARDS, RULES):
+    """train.py with RULES, and without curves, which take most of the time of a short run. Flags: "--steps 3" """
+    flags = " ".join(map(str, flags)).split()
+    with patch.dict(reward.REWARDS, RULES), patch.object(train, "plot_run"):
         return train.main(parse_train(*flags))
 
 
 def run(base, *flags):
-    return start("--model", base, *SMALL.split(), *flags)
+    return start("--model", base, SMALL, *flags)
 
 
 def metrics_of(folder):
@@ -64,11 +66,11 @@ def cut_and_resume(step, base, *flags):
             raise InterruptedError
 
     with patch.object(lib.run, "append_rows", append), pytest.raises(InterruptedError):
-        run(base, "--name", "cut", *flags)
+        run(base, "--name cut", *flags)
     assert len(metrics_of(Path("runs/cut"))) == step
     random.seed("elsewhere")
     torch.manual_seed(99)
-    return start("--name", "cut", "--resume")
+    return start("--name cut --resume")
 
 
 def assert_equal(one, other):
@@ -79,10 +81,10 @@ def assert_equal(one, other):
 
 
 def test_a_run_leaves_what_it_should(base):
-    flags = "--name demo --steps 3 --eval_every 2 --eval_problems 20 --reward sevens".split()
-    folder = run(base, *flags)
+    flags = f"--model {base} {SMALL} --name demo --steps 3 --eval_every 2 --eval_problems 20 --reward length"
+    folder = train.main(parse_train(*flags.split()))
     config = json.loads((folder / "config.json").read_text())["config"]
-    assert (config["group_size"], config["name"], config["reward"]) == (8, "demo", "sevens")
+    assert (config["group_size"], config["name"], config["reward"]) == (8, "demo", "length")
     rows = metrics_of(folder)
     assert [row["step"] for row in rows] == [1, 2, 3]
     assert ["eval_accuracy" in row for row in rows] == [False, True, True]
@@ -97,38 +99,38 @@ def test_a_run_leaves_what_it_should(base):
     assert (folder / "curves.png").read_bytes().startswith(b"\x89PNG")
     policy, tokenizer = load_policy(str(folder), CPU)
     before, _ = load_policy(base, CPU)
-    assert tokenizer("48+27=").input_ids and not torch.equal(policy.lm_head.weight, before.lm_head.weight)
+    assert tokenizer("48+27=").input_ids and not torch.equal(
+        policy.lm_head.weight, before.lm_head.weight
+    )
 
 
 def test_resumed_equals_straight_to_the_last_bit(base):
     """Dies in step 5, after the checkpoint of step 4. The reward draws from the random states of Python and of torch:
     a state of torch that was saved wrongly once went unnoticed."""
-    flags = "--reward noisy --steps 7 --save_every 2 --eval_every 3 --eval_problems 10".split()
-    resumed = cut_and_resume(5, base, *flags)
-    assert_equal(resumed, run(base, *flags))
+    flags = "--reward noisy --steps 7 --save_every 2 --eval_every 3 --eval_problems 10"
+    resumed = cut_and_resume(5, base, flags)
+    assert_equal(resumed, run(base, flags))
 
 
 def test_with_everything_on_resumed_equals_straight(base):
     """The reference is the model that the run started from, not the checkpoint; prompts that resampling took are not
     taken again."""
-    flags = "--reward seven --recipe dapo --updates_per_rollout 2 --minibatches 2 --kl_beta 0.05"
-    flags = [*flags.split(), "--steps", 5, "--save_every", 2]
-    resumed = cut_and_resume(3, base, *flags)
-    assert_equal(resumed, run(base, *flags))
+    flags = "--reward seven --recipe dapo --updates_per_rollout 2 --minibatches 2 --kl_beta 0.05 --steps 5 --save_every 2"
+    resumed = cut_and_resume(3, base, flags)
+    assert_equal(resumed, run(base, flags))
     rows = metrics_of(resumed)
     assert rows[-1]["kl"] > 1e-3 and max(row["batches_drawn"] for row in rows) > 1
     assert read_config(resumed)["clip_high"] == 0.28
 
 
 def test_the_reward_rises_on_something_learnable(base):
-    rows = metrics_of(run(base, "--reward", "sevens", "--steps", 25))
+    rows = metrics_of(run(base, "--reward sevens --steps 25"))
     assert rows[0]["reward"] < 0.15
     assert fmean(row["reward"] for row in rows[-3:]) > rows[0]["reward"] + 0.3
 
 
 def test_each_part_of_a_mixture_is_recorded(base):
-    flags = "--true_reward", "number", "--steps", 2
-    folder = run(base, "--reward", "2*exact - 0.1*length", *flags)
+    folder = run(base, "--reward 2*exact-0.1*length --true_reward number --steps 2")
     for row in metrics_of(folder):
         expected = 2 * row["reward/exact"] - 0.1 * row["reward/length"]
         assert row["reward"] == pytest.approx(expected, abs=1e-6)
@@ -147,11 +149,11 @@ def test_a_reward_that_fails_stops_the_run_and_the_checkpoint_stays(base):
         "    seen.append(response)\n"
         "    return float('nan') if len(seen) == 2 * 32 + 5 else len(response)\n"
     )
-    flags = "--name broken --reward mine.broken --steps 4 --save_every 1".split()
+    flags = "--name broken --reward mine.broken --steps 4 --save_every 1"
     with pytest.raises(UserError, match=r"--reward mine.broken: returned nan, not a finite number"):
-        run(base, *flags)
+        run(base, flags)
     assert len(metrics_of(Path("runs/broken"))) == 2
-    resumed = start("--name", "broken", "--resume")
+    resumed = start("--name broken --resume")
     assert [row["step"] for row in metrics_of(resumed)] == [1, 2, 3, 4]
 
 
@@ -166,17 +168,17 @@ def test_the_run_warns_when_reward_and_true_reward_diverge(capsys):
         assert run.track_true_reward(1) == (step <= 2)
         said.append(capsys.readouterr().out)
     assert said[:3] == ["", "", ""]
-    assert "risen from 0.300 to 0.400, but the true reward has fallen from 0.500 to 0.400" in said[3]
+    assert (
+        "risen from 0.300 to 0.400, but the true reward has fallen from 0.500 to 0.400" in said[3]
+    )
 
 
 def test_the_best_policy_by_the_true_reward_is_kept(base):
     """The true reward falls as the reward rises: the first policy that is saved is the best."""
-    flags = "--reward sevens --save_every 5".split()
-    folder = run(base, *flags, "--true_reward", "others", "--steps", 10, "--warmup_steps", 1)
-    five = cut_and_resume(5, base, *flags, "--steps", 10, "--warmup_steps", 1)
+    flags = "--reward sevens --true_reward others --steps 8 --save_every 4 --warmup_steps 1"
+    folder = run(base, flags)
     assert not torch.equal(weights_of(folder / "best"), weights_of(folder / "checkpoint"))
     assert torch.equal(weights_of(folder / "best"), weights_of(folder / "checkpoint.old"))
-    assert torch.equal(weights_of(folder / "checkpoint"), weights_of(five / "checkpoint"))
 
 
 def test_random_rewards_move_nothing_and_real_ones_do(base):
@@ -184,16 +186,15 @@ def test_random_rewards_move_nothing_and_real_ones_do(base):
     it."""
     moved = {}
     for name in ("low", "coin"):
-        flags = f"--reward {name} --true_reward low --steps 16 --prompts_per_step 6 --lr 4e-4".split()
-        rows = metrics_of(run(base, *flags))
-        shares = [row["true_reward"] for row in rows]
+        flags = f"--reward {name} --true_reward low --steps 15 --lr 3e-4"
+        shares = [row["true_reward"] for row in metrics_of(run(base, flags))]
         moved[name] = fmean(shares[-4:]) - fmean(shares[:4])
-    assert moved["low"] > 0.2
-    assert abs(moved["coin"]) < 0.1
+    assert moved["low"] > 0.3
+    assert abs(moved["coin"]) < 0.15
 
 
 def test_groups_without_a_signal_change_nothing(base):
-    folder = run(base, "--reward", "same", "--steps", 2)
+    folder = run(base, "--reward same --steps 2")
     for row in metrics_of(folder):
         assert row["trained"] == row["grad_norm"] == row["informative"] == row["updates"] == 0
     assert torch.equal(weights_of(base), weights_of(folder / "checkpoint"))
@@ -226,27 +227,29 @@ def test_a_mistake_gets_one_sentence_and_status_2(base, capsys, monkeypatch, fla
 
 
 def test_a_taken_name_is_refused_and_nothing_there_changes(base):
-    folder = run(base, "--name", "demo", "--steps", 1)
+    folder = run(base, "--name demo --steps 1")
 
     def contents():
         return {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
     before = contents()
     with pytest.raises(UserError, match="--name demo: runs/demo is there already"):
-        run(base, "--name", "demo", "--steps", 1)
+        run(base, "--name demo --steps 1")
     assert contents() == before
-    assert [run(base, "--steps", 1).name for _ in range(2)] == ["add", "add-2"]
+    assert [run(base, "--steps 1").name for _ in range(2)] == ["add", "add-2"]
 
 
 @pytest.mark.slow
 def test_an_adapter_learns_resumes_and_is_saved_alone_and_merged(base):
     peft = pytest.importorskip("peft")
-    flags = "--lora_rank 4 --lr 1e-2 --log_kl --reward sevens --steps 15 --save_every 4".split()
-    resumed = cut_and_resume(6, base, *flags)
-    assert_equal(resumed, run(base, *flags))
+    flags = "--lora_rank 4 --lr 1e-2 --log_kl --reward sevens --steps 15 --save_every 4"
+    resumed = cut_and_resume(6, base, flags)
+    assert_equal(resumed, run(base, flags))
     rows = metrics_of(resumed)
     assert fmean(row["reward"] for row in rows[-3:]) > rows[0]["reward"] + 0.2
-    assert abs(rows[0]["kl"]) < 1e-6 and rows[-1]["kl"] > 0.05  # against the model without the adapter
+    assert (
+        abs(rows[0]["kl"]) < 1e-6 and rows[-1]["kl"] > 0.05
+    )  # against the model without the adapter
     checkpoint = resumed / "checkpoint"
     adapted = AutoModelForCausalLM.from_pretrained(base)
     plain = adapted(torch.arange(20)[None]).logits

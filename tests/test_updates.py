@@ -2,7 +2,6 @@
 
 import math
 from dataclasses import replace
-from statistics import fmean
 
 import pytest
 import torch
@@ -36,15 +35,15 @@ def sampler_off_by(gap):
 
 def test_a_reused_rollout_has_ratios_and_clips(base):
     """3 epochs of 2 optimizer steps. A single step has no ratios: its policy is the one that sampled."""
-    flags = "--reward noisy --loss clip --clip_low 0.01 --clip_high 0.01 --steps 2".split()
-    rows = metrics_of(run(base, *flags, "--updates_per_rollout", 3, "--minibatches", 2))
+    flags = "--reward noisy --loss clip --clip_low 0.01 --clip_high 0.01 --steps 2"
+    rows = metrics_of(run(base, flags, "--updates_per_rollout 3 --minibatches 2"))
     for row in rows:
         assert row["updates"] == 6 and 0 < row["sampler_gap"] < 1e-5
-        assert 0.5 < row["ratio_mean"] < 1.5 < 150 * row["ratio_max"] and row["ratio_max"] > 1.01
+        assert 0.5 < row["ratio_mean"] < 1.5 and row["ratio_max"] > 1.01
         assert 0 < row["clip_share"] < 0.9
-    once = metrics_of(run(base, *flags))
+    once = metrics_of(run(base, flags))
     assert [row["updates"] for row in once] == [1, 1] and "ratio_mean" not in once[0]
-    free = metrics_of(run(base, "--reward", "noisy", "--steps", 1, "--updates_per_rollout", 6))
+    free = metrics_of(run(base, "--reward noisy --steps 1 --updates_per_rollout 6"))
     assert free[0]["clip_share"] == 0 and free[0]["ratio_max"] > rows[0]["ratio_max"]
 
 
@@ -56,15 +55,14 @@ def test_a_minibatch_is_divided_by_its_own_tokens(base, monkeypatch):
         return backward(forms, policy, rollout, rows, weights, loss_scale, *rest, **options)
 
     monkeypatch.setattr(train, "backward", spy)
-    flags = "--steps 1 --minibatches 3 --updates_per_rollout 2".split()
-    run(base, "--reward", "noisy", *flags)
+    run(base, "--reward noisy --steps 1 --minibatches 3 --updates_per_rollout 2")
     assert sums == pytest.approx([1.0] * 6)
 
 
 @pytest.mark.parametrize("name", ["finished", "top"])
 def test_weights_are_normalised_over_the_whole_group_before_the_filter(base, name):
-    flags = f"--filter {name} --top_share 0.25 --reward noisy --steps 1 --log_samples 32".split()
-    samples = read_rows(run(base, *flags) / "samples.jsonl")
+    flags = f"--filter {name} --top_share 0.25 --reward noisy --steps 1 --log_samples 32"
+    samples = read_rows(run(base, flags) / "samples.jsonl")
     groups = {}
     for row in samples:
         groups.setdefault(row["prompt"], []).append(row)
@@ -80,10 +78,12 @@ def test_weights_are_normalised_over_the_whole_group_before_the_filter(base, nam
 
 
 @pytest.mark.parametrize(("name", "skipped"), [("logprob", 0), ("clip", 2)])
-def test_an_infinite_ratio_skips_only_updates_of_losses_that_use_it(base, monkeypatch, name, skipped):
+def test_an_infinite_ratio_skips_only_updates_of_losses_that_use_it(
+    base, monkeypatch, name, skipped
+):
     use_forms(monkeypatch, sampler_off_by(200))
-    flags = f"--loss {name} --reward noisy --steps 1 --updates_per_rollout 2".split()
-    folder = run(base, *flags)
+    flags = f"--loss {name} --reward noisy --steps 1 --updates_per_rollout 2"
+    folder = run(base, flags)
     [row] = metrics_of(folder)
     assert (row["skipped"], row["updates"]) == (skipped, 2 - skipped)
     assert torch.equal(weights_of(base), weights_of(folder / "checkpoint")) == (name == "clip")
@@ -94,8 +94,8 @@ def test_bfloat16_ratios_are_to_the_learners_own_logprobs(base, monkeypatch, dty
     """A bfloat16 sampler rounds otherwise than a forward pass: here it is 0.1 off. With this learning rate nothing
     moves, so both ratios are those before the update."""
     use_forms(monkeypatch, sampler_off_by(0.1))
-    flags = "--loss clip --reward noisy --steps 1 --updates_per_rollout 2 --lr 1e-12".split()
-    [row] = metrics_of(run(base, "--dtype", dtype, *flags))
+    flags = "--loss clip --reward noisy --steps 1 --updates_per_rollout 2 --lr 1e-12"
+    [row] = metrics_of(run(base, flags, "--dtype", dtype))
     assert row["ratio_mean"] == pytest.approx(ratio, abs=1e-4)
     assert row["sampler_gap"] == pytest.approx(0.1, abs=0.05)
 
@@ -112,7 +112,7 @@ def test_bfloat16_ratios_are_to_the_learners_own_logprobs(base, monkeypatch, dty
 )
 def test_a_filter_that_leaves_nothing_makes_no_update(base, capfd, flags, trained):
     """With a KL term rows of weight 0 have a gradient, but not rows that were filtered out."""
-    folder = run(base, *flags.split(), "--steps", 2)
+    folder = run(base, flags, "--steps 2")
     for row in metrics_of(folder):
         assert row["trained"] == row["updates"] == trained
         assert "effective_samples" not in row  # no weight at all
@@ -122,8 +122,8 @@ def test_a_filter_that_leaves_nothing_makes_no_update(base, capfd, flags, traine
 
 
 def test_resampling_goes_on_until_enough_groups_have_a_signal(base):
-    flags = "--reward seven --filter resample --resample_tries 3 --steps 5".split()
-    rows, seen = metrics_of(run(base, *flags)), 0
+    flags = "--reward seven --filter resample --resample_tries 3 --steps 5"
+    rows, seen = metrics_of(run(base, flags)), 0
     for row in rows:
         batches = row["batches_drawn"]
         seen += 4 * batches
@@ -145,9 +145,9 @@ def test_joined_rollouts_are_the_rollout_of_all_prompts(load):
 
 def test_the_kl_term_holds_the_policy_where_it_was(base):
     """To log the KL changes nothing that is learnt."""
-    flags = "--reward seven --steps 12".split()
+    flags = "--reward seven --steps 9"
     extra = "--log_kl", "--kl_beta=1", "--filter=none"
-    free, held, silent = [run(base, *flags, flag) for flag in extra]
+    free, held, silent = [run(base, flags, flag) for flag in extra]
     kl = [row["kl"] for row in metrics_of(free)]
     assert abs(kl[0]) < 1e-6 and kl[-1] > 0.05 and min(kl) > -1e-9
     assert metrics_of(held)[-1]["kl"] < kl[-1] / 3
@@ -165,7 +165,7 @@ def test_an_entropy_term_trains_on_every_row_and_raises_the_entropy(base, monkey
         return rollouts[-1]
 
     use_forms(monkeypatch, generate)
-    rows = metrics_of(run(base, "--reward", "same", "--entropy_coef", 0.5, "--steps", 8))
+    rows = metrics_of(run(base, "--reward same --entropy_coef 0.5 --steps 8"))
     policy, _ = load_policy(base, CPU)
     first = rollouts[0]
     with torch.no_grad():
@@ -179,7 +179,9 @@ def test_an_entropy_term_trains_on_every_row_and_raises_the_entropy(base, monkey
 
 
 @pytest.mark.parametrize("entropy_coef", [0, 0.1])
-def test_a_row_of_weight_0_gets_no_forward_pass_without_such_a_term(base, monkeypatch, entropy_coef):
+def test_a_row_of_weight_0_gets_no_forward_pass_without_such_a_term(
+    base, monkeypatch, entropy_coef
+):
     passed = []
 
     def token_logprobs(policy, rollout, rows, *rest):
@@ -188,8 +190,8 @@ def test_a_row_of_weight_0_gets_no_forward_pass_without_such_a_term(base, monkey
         return loss.token_logprobs(policy, rollout, rows, *rest)
 
     use_forms(monkeypatch, token_logprobs=token_logprobs)
-    flags = f"--normaliser raw --reward low --steps 1 --entropy_coef {entropy_coef}".split()
-    [row] = metrics_of(run(base, *flags))
+    flags = f"--normaliser raw --reward low --steps 1 --entropy_coef {entropy_coef}"
+    [row] = metrics_of(run(base, flags))
     assert 0 < row["reward"] < 1
     assert sum(passed) == (32 if entropy_coef else 32 * row["reward"])
 
@@ -197,13 +199,14 @@ def test_a_row_of_weight_0_gets_no_forward_pass_without_such_a_term(base, monkey
 # ------------------------------------------------------------------------------ lack of memory
 
 
-def starve(monkeypatch, place, times=1):
-    """Memory runs out in the second pass of that kind, when a part of the work is done, and in what follows."""
+def starve(monkeypatch, place):
+    """Memory runs out once, in the first sampling or in the second pass of another kind, when work is done."""
     policies, calls = [], []
+    fatal = 1 if place == "sampling" else 2
 
     def work(kind):
         calls.append(kind)
-        if kind == place and 2 <= calls.count(kind) < 2 + times:
+        if kind == place and calls.count(kind) == fatal:
             raise torch.OutOfMemoryError("CUDA out of memory")
 
     def generate(policy, *rest, **options):
@@ -238,16 +241,11 @@ def test_out_of_memory_halves_the_size_and_counts_nothing_twice(
     base, monkeypatch, place, flags, size
 ):
     """The end is that of a run with half the size from the start, also after a resume, which once forgot the size."""
-    flags = f"{flags} --reward noisy --steps 3 --save_every 1".split()
+    flags = f"{flags} --reward noisy --steps 2 --save_every 1"
     use_forms(monkeypatch)
-    expected = run(base, *flags, *size.split())
+    expected = run(base, flags, size)
     starve(monkeypatch, place)
-    found = cut_and_resume(3, base, *flags)
-    name, value = size[2:].split()
-    assert [row[name] for row in metrics_of(found)][-1] == int(value)
-    if place == "sampling":  # step 1 was done when memory ran out
-        for folder in (found, expected):
-            rows = metrics_of(folder)
+    found = cut_and_resume(2, base, flags)
     assert_equal(found, expected)
 
 
@@ -260,15 +258,15 @@ def test_halving_stops_at_the_longest_row(base, monkeypatch):
 
     monkeypatch.setattr(train, "backward", backward)
     with pytest.raises(UserError) as error:
-        run(base, "--reward", "noisy", "--steps", 1, "--micro_batch_tokens", 100)
+        run(base, "--reward noisy --steps 1 --micro_batch_tokens 100")
     message = f"--micro_batch_tokens {lengths[0]}: out of memory, and less would not help"
     assert message in str(error.value) and 2 < len(lengths) < 5
 
 
 def test_offload_changes_no_number(base):
     """In micro-batches, whose gradients add up in the host's memory."""
-    flags = "--reward noisy --steps 3 --micro_batch_tokens 128 --save_every 1".split()
-    here, there = run(base, *flags), cut_and_resume(2, base, *flags, "--offload")
+    flags = "--reward noisy --steps 2 --micro_batch_tokens 128 --save_every 1"
+    here, there = run(base, flags), cut_and_resume(2, base, flags, "--offload")
     assert_equal(here, there)
 
 
@@ -318,9 +316,9 @@ def test_the_numbers_of_the_updates_by_hand():
 
     def statistics(grad_norm, *micro_batches):
         update = UpdateStatistics()
-        for loss, ratios, mask in micro_batches:
+        for value, ratios, mask in micro_batches:
             ratio = torch.tensor([ratios])
-            update.add(loss, ratio.log(), torch.zeros(1, 4), ratio > 1.2, mask, 2 * ratio)
+            update.add(value, ratio.log(), torch.zeros(1, 4), ratio > 1.2, mask, 2 * ratio)
         update.grad_norm = grad_norm
         return update
 
