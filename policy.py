@@ -50,11 +50,12 @@ def load_policy(name, device, dtype="auto") -> tuple[PreTrainedModel, PreTrained
     dtype: a key of DTYPES, or 'auto': bfloat16 on cuda, float32 elsewhere
     UserError: it cannot be loaded, parameters are missing, or the tokenizer does not fit
     """
-    if name.startswith(("/", "./", "../", "~", "runs/", "models/")) and not Path(name).is_dir():
-        # rather than ask the hub for it
-        raise UserError(f"--model {name}: there is no such folder")
-    if (Path(name) / "checkpoint").is_dir():
-        name = str(Path(name) / "checkpoint")
+    folder = Path(name)
+    if name.startswith((".", "/", "~", "runs/", "models/")) and not folder.exists():
+        raise UserError(f"--model {name}: there is no such folder")  # do not ask the hub for it
+    if (folder / "checkpoint").is_dir():
+        folder = folder / "checkpoint"
+        name = str(folder)
     if dtype == "auto":
         dtype = "bfloat16" if device.type == "cuda" else "float32"
     try:
@@ -65,10 +66,10 @@ def load_policy(name, device, dtype="auto") -> tuple[PreTrainedModel, PreTrained
             trust_remote_code=False,
             output_loading_info=True,
         )
-        if (Path(name) / "generation_config.json").is_file():
+        if (folder / "generation_config.json").is_file():
             # from_pretrained ignores a corrupt one, and its stop tokens would be lost
             GenerationConfig.from_pretrained(name)
-        if Path(name).is_dir() and not any(Path(name).glob("tokenizer*")):
+        if folder.is_dir() and not any(folder.glob("tokenizer*")):
             raise OSError("there is no tokenizer in the folder")  # it would be an empty one
         tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=False)
     except Exception as error:  # transformers, tokenizers and safetensors raise many kinds
@@ -89,7 +90,6 @@ def load_policy(name, device, dtype="auto") -> tuple[PreTrainedModel, PreTrained
             f"--model {name}: its tokenizer ends by token {eos}, but the model knows "
             f"{vocabulary}: that tokenizer is another model's"
         )
-    model.config.use_cache = True
     if (
         device.type == "cpu"
         and model.num_parameters() < 10e6

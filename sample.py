@@ -216,12 +216,15 @@ def main(config, model, prompt=None) -> None:
     if prompt is None and not config.chat:
         raise UserError(f"{model}: needs a prompt, or --chat")
     policy, tokenizer = load_policy(model, pick_device(config.device))
+    room = context_length(policy) or 10**9
+    stop = stop_ids(policy, tokenizer)
 
-    def respond(prompt, samples) -> list[str]:
-        ids = prompt_ids(NO_TASK, Problem(prompt, ""), tokenizer)
-        room = (context_length(policy) or 10**9) - len(ids)
-        limit = max(1, min(config.max_new_tokens, room))
-        stop = stop_ids(policy, tokenizer)
+    def encode(prompt):
+        return prompt_ids(NO_TASK, Problem(prompt, ""), tokenizer)
+
+    def respond(prompt, samples):
+        ids = encode(prompt)
+        limit = max(1, min(config.max_new_tokens, room - len(ids)))
         sampling = Sampling(config.temperature)
         rollout = generate(policy, [ids], samples, limit, stop, [config.seed], sampling)
         return rollout.responses(tokenizer)
@@ -229,13 +232,15 @@ def main(config, model, prompt=None) -> None:
     if not config.chat:
         print("\n".join(respond(prompt, config.samples)))
         return
-    # the model sees the whole conversation, or without a chat template only the line
-    history = []
+    turns = []  # the conversation; a model without a chat template sees only the line
     print("> ", end="", flush=True)
-    for line in sys.stdin:
-        history.append({"role": "user", "content": line.strip()})
-        [text] = respond(history if tokenizer.chat_template else line.strip(), 1)
-        history.append({"role": "assistant", "content": text})
+    for line in filter(str.strip, sys.stdin):
+        turns.append({"role": "user", "content": line.strip()})
+        prompt = turns if tokenizer.chat_template else line.strip()
+        while len(turns) > 1 and 2 * len(encode(prompt)) > room:  # half of it is for the response
+            del turns[:2]
+        [text] = respond(prompt, 1)
+        turns.append({"role": "assistant", "content": text})
         print(f"{text}\n> ", end="", flush=True)
 
 

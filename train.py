@@ -142,10 +142,12 @@ def fill(known) -> dict:
 def check(config) -> None:
     """UserError for a value that cannot work."""
     check_range(config, 1, "resample_tries steps micro_batch_tokens eval_every save_every")
-    check_range(config, 1, "prompts_per_step group_size max_new_tokens", most=1e6)
-    check_range(config, 1, "minibatches updates_per_rollout", most=1e6)
-    check_range(config, 0, "clip_low clip_high kl_beta warmup_steps eval_problems")
-    check_range(config, 0, "log_samples seed rows_at_once")
+    counts = "prompts_per_step group_size max_new_tokens minibatches updates_per_rollout"
+    check_range(config, 1, counts, most=1e6)
+    from_zero = (
+        "clip_low clip_high kl_beta warmup_steps eval_problems log_samples rows_at_once seed"
+    )
+    check_range(config, 0, from_zero)
     check_range(config, 0, "lr weight_decay top_share", most=1)
     check_range(config, 0, "lora_rank", most=1e4)
     check_range(config, -1e4, "entropy_coef", most=1e4)
