@@ -387,7 +387,7 @@ def main(config) -> Path:
                 save_state(folder, {**state, "optimizer": optimizer.state_dict()})
         run.exit_if_stopped(step)
 
-    if held_out and (run.folder / "before.json").exists():
+    if held_out:
         print("\n" + before_and_after(run.folder, task.name, held_out))
     print(f"\npython eval.py {run.folder}      # on the test problems, unseen in training")
     return run.folder

@@ -51,7 +51,10 @@ def before_and_after(folder, name, problems):
     """A run's before.json and after.json as a table, and three held-out prompts in full."""
     results = {}
     for when in ("before", "after"):
-        results[when] = json.loads((folder / f"{when}.json").read_text())
+        file = folder / f"{when}.json"
+        if not file.exists():  # a run that was resumed with evaluation, and started without
+            return ""
+        results[when] = json.loads(file.read_text())
     title = f"{len(problems)} held-out problems of task {name}, 95 % Wilson intervals"
     lines = [title, "", results_table(results)]
     for i, problem in enumerate(problems[:3]):
