@@ -4,10 +4,13 @@ import json
 import os
 from pathlib import Path
 
+import pytest
+
 ROOT = Path(__file__).parent.parent
 CELLS = json.loads((ROOT / "walkthrough.ipynb").read_text())["cells"]
 
 
+@pytest.mark.slow
 def test_the_cells_run_and_leave_nothing_behind(monkeypatch):
     """Without Jupyter, one after the other in one namespace."""
     monkeypatch.setenv("MPLBACKEND", "agg")
