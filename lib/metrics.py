@@ -31,7 +31,7 @@ def rollout_metrics(rollout, samples, rewards, weights) -> dict:
         "thinking": torch.tensor(["</think>" in sample["response"] for sample in samples]),
         "response_length": lengths,
         "response_length_finished": lengths[finished],
-        "response_length_cut": lengths[~finished],
+        "response_length_truncated": lengths[~finished],
         "finished": finished,
         "entropy": -rollout.old_logprobs[rollout.response_mask].cpu(),  # its mean: an estimate
         "effective_samples": weights.abs().sum() ** 2 / weights.square().sum(),

@@ -144,7 +144,8 @@ def test_backward_equals_plain_autograd(load, monkeypatch, name):
     noise = torch.randn(rollout.old_logprobs.shape, generator=torch.Generator().manual_seed(0))
     rollout.old_logprobs += 1.5 * noise * rollout.response_mask
     config = types.SimpleNamespace(
-        **vars(parse_train("--kl_beta", 0.1, "--entropy_coef", 0.3)) | {"loss": name, "sampling": Sampling()}
+        **vars(parse_train("--kl_beta", 0.1, "--entropy_coef", 0.3))
+        | {"loss": name, "sampling": Sampling()}
     )
     mask = rollout.response_mask
     weights = torch.linspace(-1, 2, 12)[:, None]

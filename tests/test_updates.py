@@ -298,7 +298,7 @@ def test_the_numbers_of_a_step_by_hand():
         "all_wrong": 0.0,
         "response_length": 5.0,
         "response_length_finished": 4.0,
-        "response_length_cut": 8.0,
+        "response_length_truncated": 8.0,
         "finished": 0.75,
         "entropy": 0.5,
         "effective_samples": 16 / 6,
@@ -307,7 +307,7 @@ def test_the_numbers_of_a_step_by_hand():
     assert {name: found[name] for name in expected} == pytest.approx(expected)
     rollout.finished[:] = True
     found = rollout_metrics(rollout, samples, rewards, torch.zeros(4, 1))
-    assert not {"response_length_cut", "effective_samples"} & set(found)
+    assert not {"response_length_truncated", "effective_samples"} & set(found)
 
 
 def test_the_numbers_of_the_updates_by_hand():
