@@ -1,12 +1,12 @@
 import pytest
 import torch
-from conftest import CPU
+from conftest import CPU, parse_train
 
 from fast.optimizer import Optimizer
 from lib.batching import micro_batches
 from lib.flags import UserError
 from loss import token_logprobs
-from policy import load_policy, stop_ids
+from policy import learning_rate, load_policy, stop_ids
 from sample import Rollout, Sampling
 
 
@@ -79,3 +79,14 @@ def test_folders_that_cannot_be_loaded_get_one_sentence(folders, tmp_path):
     load_policy(folders("llama"), CPU)[0].save_pretrained(broken)
     with pytest.raises(UserError, match="there is no tokenizer in the folder"):
         load_policy(str(broken), CPU)
+
+
+def test_the_learning_rate_rises_and_then_falls_to_a_tenth():
+    rates = [learning_rate(step, 1.0, warmup_steps=10, steps=20) for step in (1, 5, 10, 15, 20)]
+    assert rates == pytest.approx([0.1, 0.5, 1.0, 0.55, 0.1])
+
+
+def test_flags_not_given_suit_the_task_and_given_ones_stay():
+    assert parse_train("--task", "add").max_new_tokens == 32
+    assert parse_train("--task", "add", "--max_new_tokens", 50).max_new_tokens == 50
+    assert parse_train("--task", "gsm8k").max_new_tokens == 512
