@@ -1,6 +1,4 @@
 import copy
-import json
-from pathlib import Path
 
 import pytest
 import torch
@@ -8,6 +6,7 @@ from transformers import AutoModelForCausalLM
 
 import fast
 from fast.memory import shape
+from fast.optimizer import Optimizer
 from sample import Rollout, generate
 from tools import bench
 
@@ -31,8 +30,7 @@ def test_operations_and_bytes_are_those_counted_by_hand(model):
     operations += 2 * 2 * 128 * 4 * (attended + in_prompt)  # 2 products of 128 in 4 layers
     moved = 2 * 4 * (body + head)  # the parameters, in 2 steps
     moved += attended * 2 * 4 * 128 * 4  # keys and values of 4 layers
-    needs = bench.least_work(model, rollout, 1)
-    assert needs["generate"] == {"operations": operations, "bytes": moved}
+    assert bench.least_work(model, rollout, 1) == (moved, operations)
 
 
 def test_tokens_after_the_first_stop_are_not_counted():
@@ -51,32 +49,30 @@ def test_an_update_has_gradients_and_leaves_the_model_as_it_was(model):
     gradients = []
     model.lm_head.weight.register_hook(gradients.append)
     rollout = generate(model, [[5, 6, 7]], 4, 6, [], [0])
-    assert bench.make_update(fast.Forms(), model, rollout)() == 4 * 6
+    bench.update(fast.Forms(), model, rollout, Optimizer(model, weight_decay=0.0))
     assert gradients[0].any()
     torch.testing.assert_close(model.state_dict(), before, atol=0, rtol=0)
 
 
-def test_a_run_writes_its_numbers():
+def test_the_table_has_rates_and_the_best_possible_times(monkeypatch, capsys):
+    """200 bytes at 100 a second take longer than 300 operations at 300 a second: at best 2 s. An
+    update has three times the operations: 3 s. Each run has 2 x 2 responses of 4 tokens."""
+    monkeypatch.setattr(bench, "timed", lambda function, device: 4.0)
+    monkeypatch.setattr(bench, "machine_speed", lambda *_: (100.0, 300.0))
+    monkeypatch.setattr(bench, "least_work", lambda *_: (200.0, 300.0))
+    monkeypatch.setattr(bench, "peak_memory", lambda device: 1.0)
     sizes = dict(prompts_per_step=2, group_size=2, prompt_length=3, max_new_tokens=4, repeats=1)
     bench.main(bench.Config(device="cpu", **sizes))
-    found = json.loads(Path("bench.json").read_text())
-    for name in ("generate", "update", "model.generate"):
-        [speed], [seconds] = found["tokens/s"][name], found["seconds"][name]
-        assert speed * seconds == pytest.approx(2 * 2 * 4)
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split() for line in lines[2:5]] == [
+        ["generate", "4", "4.0000", "1.00", "2.0000", "0.50"],
+        ["update", "4", "4.0000", "1.00", "3.0000", "0.75"],
+        ["model.generate", "4", "4.0000", "1.00"],
+    ]
+    assert "generate is 1.00 times as fast" in lines[5]
 
 
-def test_the_best_is_the_slower_of_moving_and_computing():
-    """200 bytes at 100 a second take longer than 300 operations at 300 a second: 2 s of 4 s is a
-    share of 0.5."""
-    names = ("generate", "model.generate")
-    found = {
-        "device": "cpu",
-        "dtype": "float32",
-        "seconds": {name: [4.0] for name in names},
-        "tokens/s": {name: [7.0] for name in names},
-        "memory": dict.fromkeys(names, 1.0),
-        "machine": {"bytes": 100.0, "operations": 300.0},
-        "needs": {"generate": {"operations": 300.0, "bytes": 200.0}},
-    }
-    lines = [line.split() for line in bench.report(bench.Config(), found).splitlines()]
-    assert ["generate", "7", "4.0000", "2.0000", "0.50", "1.00"] in lines
+def test_seconds_are_measured():
+    calls = []
+    assert 0 < bench.timed(lambda: calls.append(sum(range(10**6))), torch.device("cpu")) < 10
+    assert len(calls) == 1

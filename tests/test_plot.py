@@ -3,7 +3,7 @@ from pathlib import Path
 import pytest
 from matplotlib.figure import Figure
 
-from lib.files import write_json, write_rows
+from lib.files import read_rows, write_json, write_rows
 from lib.flags import UserError
 from lib.plots import CURVES, plot_run, smooth
 from tools import plot
@@ -54,6 +54,17 @@ def test_the_held_out_accuracy_starts_with_the_base_model(panels):
     plot_run(run)
     [line] = panels[CURVES["eval_accuracy"]].lines
     assert line.get_xydata().tolist() == [[0, 0.1], [1, 0.5], [2, 0.5]]
+
+
+def test_parts_have_panels_and_a_true_reward_has_an_axis_beside_the_reward(panels):
+    run = Path(make_run("one", 2, 0.5))
+    parts = {"true_reward": 0.2, "reward/exact": 0.3, "reward/length": 9.0}
+    rows = [{**row, **parts} for row in read_rows(run / "metrics.jsonl")]
+    write_rows(run / "metrics.jsonl", rows)
+    plot_run(run)
+    # the axis beside it is the last, and has no title
+    for title, value in {"part of the reward: length": 9.0, "": 0.2}.items():
+        assert panels[title].lines[0].get_ydata().tolist() == [value] * 2
 
 
 def test_what_cannot_be_drawn_is_said_in_a_sentence():

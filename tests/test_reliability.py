@@ -227,6 +227,13 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_it_used(run, straight,
     assert_whole(run)
 
 
+def test_killed_between_two_renames_a_run_comes_out_the_same(run, straight, capsys):
+    """The checkpoint before it has its new name, the newest does not have it yet."""
+    (run / "checkpoint").rename(run / "checkpoint.part")
+    assert outcome(resume("straight")) == straight
+    assert "resuming from the checkpoint before it" in capsys.readouterr().err
+
+
 def test_two_damaged_checkpoints_are_named(run):
     cut_short(run / "checkpoint" / "model.safetensors")
     (run / "checkpoint.old" / "state.pt").unlink()

@@ -2,6 +2,7 @@
 
 import json
 import random
+import subprocess
 import sys
 from pathlib import Path
 from statistics import fmean
@@ -18,6 +19,7 @@ import reward
 import train
 from lib.files import append_rows, read_rows
 from lib.flags import UserError, run_script
+from lib.lora import add_adapter
 from lib.run import Run, read_config
 from policy import load_policy
 
@@ -237,6 +239,28 @@ def test_a_taken_name_is_refused_and_nothing_there_changes(base):
         run(base, "--name demo --steps 1")
     assert contents() == before
     assert [run(base, "--steps 1").name for _ in range(2)] == ["add", "add-2"]
+
+
+@pytest.mark.slow
+def test_scripts_work_as_commands(base):
+    """Each in a process of its own, from another folder."""
+    commands = {
+        f"train.py --model {base} --steps 1 --eval_problems 10 --name x": "eval.py runs/x",
+        "eval.py runs/x --limit 30": "30 test problems of add",
+        "reward.py runs/x/samples.jsonl --reward exact-length": "length",
+        "sample.py runs/x 48+27= --samples 1": "",
+    }
+    for command, expected in commands.items():
+        script, *words = command.split()
+        words = [sys.executable, ROOT / script, *words]
+        done = subprocess.run(words, capture_output=True, text=True, check=False)
+        assert done.returncode == 0 and expected in done.stdout, done.stderr
+
+
+def test_adapters_need_peft_and_say_so(load, monkeypatch):
+    monkeypatch.setitem(sys.modules, "peft", None)
+    with pytest.raises(UserError, match=r"--lora_rank 4: .* pip install peft"):
+        add_adapter(load("llama")[0], 4)
 
 
 @pytest.mark.slow

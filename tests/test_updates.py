@@ -15,7 +15,7 @@ import train
 from lib.files import read_rows
 from lib.flags import UserError
 from lib.metrics import UpdateStatistics, rollout_metrics, update_metrics
-from policy import load_policy
+from policy import default_learning_rate, learning_rate, load_policy
 from sample import Rollout, Sampling
 
 
@@ -57,6 +57,32 @@ def test_a_minibatch_is_divided_by_its_own_tokens(base, monkeypatch):
     monkeypatch.setattr(train, "backward", spy)
     run(base, "--reward noisy --steps 1 --minibatches 3 --updates_per_rollout 2")
     assert sums == pytest.approx([1.0] * 6)
+
+
+@pytest.mark.parametrize("denominator", ["token", "sequence"])
+def test_tokens_that_the_policy_did_not_write_are_not_counted(base, monkeypatch, denominator):
+    """Holes in the mask, as the tokens of a tool would leave: every row has as many as its number modulo 3."""
+    rollouts = []
+
+    def generate(*arguments, **options):
+        rollout = sample.generate(*arguments, **options)
+        for row, mask in enumerate(rollout.response_mask):
+            mask[1 : 1 + row % 3] = False
+        rollout.old_logprobs *= rollout.response_mask
+        rollouts.append(rollout)
+        return rollout
+
+    use_forms(monkeypatch, generate)
+    flags = f"--normaliser raw --reward same --denominator {denominator} --steps 1"
+    [row] = metrics_of(run(base, flags))
+    [rollout] = rollouts
+    counts = rollout.response_mask.sum(1)
+    assert (counts < rollout.lengths - rollout.prompt_lengths).any()
+    means = rollout.old_logprobs.sum() / counts.sum()
+    if denominator == "sequence":
+        means = (rollout.old_logprobs.sum(1) / counts).mean()
+    assert row["loss"] == pytest.approx(-0.7 * means.item(), abs=1e-5)
+    assert row["response_length"] == pytest.approx(counts.float().mean().item())
 
 
 @pytest.mark.parametrize("name", ["finished", "top"])
@@ -194,6 +220,12 @@ def test_a_row_of_weight_0_gets_no_forward_pass_without_such_a_term(
     [row] = metrics_of(run(base, flags))
     assert 0 < row["reward"] < 1
     assert sum(passed) == (32 if entropy_coef else 32 * row["reward"])
+
+
+def test_the_learning_rate_rises_and_then_falls_to_a_tenth(load):
+    rates = [learning_rate(step, 1.0, warmup_steps=10, steps=20) for step in (1, 5, 10, 15, 20)]
+    assert rates == pytest.approx([0.1, 0.5, 1.0, 0.55, 0.1])
+    assert default_learning_rate(load("llama")[0], lora_rank=0) == 2e-4
 
 
 # ------------------------------------------------------------------------------ lack of memory
