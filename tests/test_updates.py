@@ -15,7 +15,7 @@ import train
 from lib.files import read_rows
 from lib.flags import UserError
 from lib.metrics import UpdateStatistics, rollout_metrics, update_metrics
-from policy import default_learning_rate, learning_rate, load_policy
+from policy import load_policy
 from sample import Rollout, Sampling
 
 
@@ -220,12 +220,6 @@ def test_a_row_of_weight_0_gets_no_forward_pass_without_such_a_term(
     [row] = metrics_of(run(base, flags))
     assert 0 < row["reward"] < 1
     assert sum(passed) == (32 if entropy_coef else 32 * row["reward"])
-
-
-def test_the_learning_rate_rises_and_then_falls_to_a_tenth(load):
-    rates = [learning_rate(step, 1.0, warmup_steps=10, steps=20) for step in (1, 5, 10, 15, 20)]
-    assert rates == pytest.approx([0.1, 0.5, 1.0, 0.55, 0.1])
-    assert default_learning_rate(load("llama")[0], lora_rank=0) == 2e-4
 
 
 # ------------------------------------------------------------------------------ lack of memory

@@ -66,10 +66,10 @@ def machine_speed(device, dtype) -> tuple[float, float]:
     target = torch.zeros_like(source)
     n = 8192 if device.type == "cuda" else 1024
     matrix = torch.randn(n, n, device=device).to(dtype)
-    # medians, so the first, which warms up, does not count
-    copies = [timed(lambda: target.copy_(source), device) for _ in range(7)]
-    products = [timed(lambda: matrix @ matrix, device) for _ in range(7)]
-    return 2 * len(source) / median(copies), 2 * n**3 / median(products)
+    # the first run warms up, which does not move the median
+    copying = median(timed(lambda: target.copy_(source), device) for _ in range(7))
+    multiplying = median(timed(lambda: matrix @ matrix, device) for _ in range(7))
+    return 2 * len(source) / copying, 2 * n**3 / multiplying
 
 
 def peak_memory(device) -> float:
@@ -176,9 +176,6 @@ def main(config) -> None:
         return transformers_generate(model, prompts, G, N, stop)
 
     rollout = sample()
-    tokens = int(rollout.response_lengths.sum())
-    tokens_of = {"generate": tokens, "update": tokens}
-    tokens_of["model.generate"] = count_tokens(reference(), stop)
     work = {
         "generate": sample,
         "update": partial(update, forms, model, rollout, optimizer),
@@ -191,19 +188,21 @@ def main(config) -> None:
             seconds[name].append(timed(function, device))
             memory.setdefault(name, peak_memory(device))
 
+    tokens = dict.fromkeys(work, int(rollout.response_lengths.sum()))
+    tokens["model.generate"] = count_tokens(reference(), stop)
     copying, computing = machine_speed(device, dtype)
     moved, operations = least_work(model, rollout, P)
     best = {  # seconds; a backward pass takes twice the operations of the forward pass
         "generate": max(moved / copying, operations / computing),
         "update": 3 * operations / computing,
     }
-    copies = f"copies {copying / 1e9:.1f} GB/s, {computing / 1e9:,.0f} GFLOP/s"
-    print(f"{config.preset} in {dtype}; {device.type}: {copies}")
-    print(f"{'':16}{'tokens/s':>12}{'seconds':>10}{'peak GB':>9}{'at best':>10}{'share':>8}")
+    print(f"{config.preset} in {dtype} on {device.type}, which copies {copying / 1e9:.1f} GB/s")
+    print(f"and multiplies matrices at {computing / 1e9:,.0f} GFLOP/s")
+    print("                    tokens/s   seconds  peak GB   at best   share")
     rates = {}
     for name in work:
         typical = median(seconds[name][1:])
-        rates[name] = tokens_of[name] / typical
+        rates[name] = tokens[name] / typical
         line = f"{name:16}{rates[name]:12,.0f}{typical:10.4f}{memory[name]:9.2f}"
         if name in best:
             line += f"{best[name]:10.4f}{best[name] / typical:8.2f}"

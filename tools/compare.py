@@ -13,6 +13,7 @@ import subprocess
 import sys
 from dataclasses import dataclass
 from pathlib import Path
+from statistics import fmean, variance
 
 from matplotlib.figure import Figure
 from tqdm import tqdm
@@ -99,16 +100,15 @@ def summarise(folder, config) -> dict:
 
 
 def average(rows, key) -> float:
-    return sum(row[key] for row in rows) / len(rows)
+    return fmean(row[key] for row in rows)
 
 
 def half_interval(results, key) -> float:
     """Half of the 95 % interval of a recipe's mean. The noise of a run is taken to be the same in
-    all recipes and pooled over them, except the control, which wanders further."""
+    all recipes: the mean of their variances, without the control, which wanders further."""
     recipes = [runs for name, runs in results.items() if name != CONTROL]
-    squares = [(run[key] - average(runs, key)) ** 2 for runs in recipes for run in runs]
-    noise = math.sqrt(sum(squares) / (len(squares) - len(recipes)))
-    return T95 * noise / math.sqrt(len(recipes[0]))
+    noise = fmean(variance(run[key] for run in runs) for runs in recipes)
+    return T95 * math.sqrt(noise / len(recipes[0]))
 
 
 def results_table(results) -> str:
@@ -136,25 +136,20 @@ def plot(results, path) -> None:
     height = math.ceil(len(results) / 5)
     figure = Figure(figsize=(12, 2.3 * height), layout="constrained")
     panels = figure.subplots(height, 5, sharex=True, sharey=True).flat
-    for name, panel in zip(results, panels):  # panels last: zip must not take one more
-        for run in results["grpo"]:
-            draw(panel, run, "eval_accuracy", "0.8", 3)
-        for run in results[name]:
-            draw(panel, run, "entropy", "C3", 0.8)
-            draw(panel, run, "eval_accuracy", "C0", 1)
-        panel.set_title(name, fontsize=9)
-        panel.set_ylim(0, 1)
-        panel.grid(alpha=0.3)
-    for panel in panels:  # the rest are empty
-        panel.axis("off")
-    figure.supxlabel("responses sampled", fontsize=9)
-    figure.supylabel("accuracy (blue), entropy in nats (red)", fontsize=9)
+    for name, panel in zip(results, panels):
+        draw(panel, results["grpo"], "eval_accuracy", color="0.8", linewidth=3)
+        draw(panel, results[name], "entropy", color="C3", linewidth=0.8)
+        draw(panel, results[name], "eval_accuracy", color="C0", linewidth=1)
+        panel.set(title=name, ylim=(0, 1))
+    figure.supxlabel("responses sampled")
+    figure.supylabel("accuracy (blue), entropy in nats (red)")
     figure.savefig(path, dpi=80)
 
 
-def draw(panel, run, key, color, linewidth) -> None:
-    points = [(row["prompts_seen"] * G, row[key]) for row in run["rows"] if key in row]
-    panel.plot(*zip(*points), color=color, linewidth=linewidth)
+def draw(panel, runs, key, **style) -> None:
+    for run in runs:
+        points = [(row["prompts_seen"] * G, row[key]) for row in run["rows"] if key in row]
+        panel.plot(*zip(*points), **style)
 
 
 def main(config) -> None:
@@ -165,8 +160,8 @@ def main(config) -> None:
     for name, seed in tqdm(jobs):
         results[name].append(summarise(train(name, seed, config), config))
     page = HERE / "docs" / "recipes.md"
-    head, _, rest = page.read_text().partition("<!-- table -->\n")
-    _, _, tail = rest.partition("<!-- end -->")
+    head, rest = page.read_text().split("<!-- table -->\n")
+    _, tail = rest.split("<!-- end -->")
     page.write_text(f"{head}<!-- table -->\n{results_table(results)}\n<!-- end -->{tail}")
     plot(results, page.with_suffix(".png"))
 
