@@ -3,6 +3,7 @@ will."""
 
 import os
 from collections import ChainMap
+from dataclasses import replace
 
 import torch
 from tqdm import tqdm
@@ -53,20 +54,12 @@ TINY = dict(
     hidden_size=128,
     num_hidden_layers=4,
     num_attention_heads=4,
-    num_key_value_heads=4,
     intermediate_size=352,
     vocab_size=100,
-    max_position_embeddings=1024,
     bos_token_id=None,
     eos_token_id=None,
 )
-QWEN = dict(
-    model_type="qwen2",
-    num_key_value_heads=2,
-    vocab_size=151936,
-    max_position_embeddings=32768,
-    tie_word_embeddings=True,
-)
+QWEN = dict(model_type="qwen2", num_key_value_heads=2, tie_word_embeddings=True)
 SHAPES = {
     "tiny": TINY,
     "tiny-32k": TINY | {"vocab_size": 32000},
@@ -93,11 +86,10 @@ def shape(name, **changes) -> PreTrainedConfig:
 def cache_bytes(config, bytes_each) -> int:
     """Bytes of the KV cache for one token of one row: 2 (keys, values) x layers x KV heads x head
     size x bytes. Qwen2.5-0.5B in bfloat16: 2 * 24 * 2 * 64 * 2 = 12,288."""
-    head_size = (
-        getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    )
-    heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
-    return 2 * config.num_hidden_layers * heads * head_size * bytes_each
+    heads = config.num_attention_heads
+    head_size = getattr(config, "head_dim", None) or config.hidden_size // heads
+    kv_heads = getattr(config, "num_key_value_heads", None) or heads
+    return 2 * config.num_hidden_layers * kv_heads * head_size * bytes_each
 
 
 def trained_parameters(model, lora_rank) -> int:
@@ -115,18 +107,14 @@ def trained_parameters(model, lora_rank) -> int:
 def activation_bytes(model, tokens=64) -> float:
     """Bytes a token that a forward pass keeps for the backward pass, counted in a pass of one
     short row."""
-    sizes = {parameter.untyped_storage()._cdata: 0 for parameter in model.parameters()}
-    alive = []
-
-    def keep(tensor) -> torch.Tensor:
-        alive.append(tensor)  # so that its address is not used again
-        storage = tensor.untyped_storage()
-        sizes.setdefault(storage._cdata, storage.nbytes())
-        return tensor
-
-    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+    kept = []  # no backward pass follows, so the hook need not return the tensor
+    with torch.autograd.graph.saved_tensors_hooks(kept.append, lambda nothing: nothing):
         ids = torch.zeros(1, tokens, dtype=torch.long, device=model.device)
         model(ids, use_cache=False, logits_to_keep=1)
+    storages = [tensor.untyped_storage() for tensor in kept]
+    sizes = {storage._cdata: storage.nbytes() for storage in storages}
+    for parameter in model.parameters():
+        sizes.pop(parameter.untyped_storage()._cdata, None)
     return sum(sizes.values()) / tokens
 
 
@@ -165,9 +153,10 @@ def estimate(flags, model, activations, longest_prompt) -> dict[str, float]:
 def peak(parts) -> float:
     """The most bytes that are on the device at one time."""
     on_device = {name: size for name, size in parts.items() if "host" not in name}
-    sampling = sum(size for name, size in on_device.items() if name.startswith("sampling"))
-    update = sum(size for name, size in on_device.items() if name.startswith("update"))
-    return sum(on_device.values()) - min(sampling, update)
+    totals = []
+    for other in ("update", "sampling"):
+        totals.append(sum(on_device[name] for name in on_device if not name.startswith(other)))
+    return max(totals)
 
 
 def device_memory(device) -> int:
@@ -186,12 +175,7 @@ def memory_table(flags, model, available, longest_prompt) -> str:
     flags: train.Config; model may be without storage (FakeTensorMode). Not counted: a reward model.
     """
     activations = activation_bytes(model)
-
-    def with_flags(**changes) -> dict[str, float]:
-        changed = type(flags)(**{**vars(flags), **changes})
-        return estimate(changed, model, activations, longest_prompt)
-
-    parts = with_flags()
+    parts = estimate(flags, model, activations, longest_prompt)
     if peak(parts) < 0.1 * available:
         return ""
     rows = {**parts, "at most at one time": peak(parts), "available": available}
@@ -204,7 +188,8 @@ def memory_table(flags, model, available, longest_prompt) -> str:
     # each alone, then all of them: the first that fits is suggested
     options = [{}, *({name: value} for name, value in SUGGESTIONS.items()), SUGGESTIONS]
     for changes in options:
-        needed = peak(with_flags(**changes))
+        changed = replace(flags, **changes)
+        needed = peak(estimate(changed, model, activations, longest_prompt))
         if needed < limit:
             break
     if needed >= limit:

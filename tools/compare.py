@@ -136,11 +136,13 @@ def plot(results, path) -> None:
     height = math.ceil(len(results) / 5)
     figure = Figure(figsize=(12, 2.3 * height), layout="constrained")
     panels = figure.subplots(height, 5, sharex=True, sharey=True).flat
-    for name, panel in zip(results, panels):
+    for name, panel in zip(results, panels):  # panels last: zip must not take one more
         draw(panel, results["grpo"], "eval_accuracy", color="0.8", linewidth=3)
         draw(panel, results[name], "entropy", color="C3", linewidth=0.8)
         draw(panel, results[name], "eval_accuracy", color="C0", linewidth=1)
         panel.set(title=name, ylim=(0, 1))
+    for panel in panels:  # the rest are empty
+        panel.axis("off")
     figure.supxlabel("responses sampled")
     figure.supylabel("accuracy (blue), entropy in nats (red)")
     figure.savefig(path, dpi=80)

@@ -51,9 +51,9 @@ def make_tokenizer() -> PreTrainedTokenizerFast:
     tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
     tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex(r"[\s\S]"), "isolated")
     tokenizer.decoder = decoders.Fuse()
+    # not special: decoding must keep them, because rewards look for them
     for mark in ("<think>", "</think>"):
-        # not special: decoding must keep it, because rewards look for it
-        tokenizer.add_tokens([AddedToken(mark, special=False, normalized=False)])
+        tokenizer.add_tokens([AddedToken(mark, normalized=False)])
     return PreTrainedTokenizerFast(
         tokenizer_object=tokenizer,
         pad_token="<pad>",
@@ -71,7 +71,6 @@ def make_model(tokenizer) -> LlamaForCausalLM:
         hidden_size=128,
         num_hidden_layers=2,
         num_attention_heads=4,
-        num_key_value_heads=4,
         intermediate_size=448,
         max_position_embeddings=128,
         tie_word_embeddings=True,
@@ -104,17 +103,17 @@ def hasty(a, b, rng) -> str:
     return "".join(map(str, digits))
 
 
-def response_loss(model, ids, start, lengths) -> Tensor:
+def response_loss(model, ids, mask, start) -> Tensor:
     """(B, T) ids padded on the right -> cross entropy, mean over all response tokens.
 
-    start: where all responses start; lengths: (B,) tokens of prompt and response together
+    mask: (B, T) no padding; start: where all responses start
     """
-    columns = torch.arange(start, ids.shape[1], device=ids.device)
     # the logits at a position predict the token at the next
-    logits = model(ids, use_cache=False, logits_to_keep=columns - 1).logits
-    logprobs = logits.gather(2, ids[:, columns, None])[:, :, 0] - logits.logsumexp(-1)
-    mask = columns < lengths[:, None]  # (B, N) from lengths: the end of text is learned too
-    return -torch.where(mask, logprobs, 0.0).sum() / mask.sum()
+    positions = torch.arange(start - 1, ids.shape[1] - 1)
+    logits = model(ids, use_cache=False, logits_to_keep=positions).logits  # (B, N, V)
+    logprobs = logits.gather(2, ids[:, start:, None])[:, :, 0] - logits.logsumexp(-1)
+    mask = mask[:, start:]  # (B, N) the end of text is learned too
+    return -(logprobs * mask).sum() / mask.sum()
 
 
 def main(config) -> None:
@@ -130,9 +129,7 @@ def main(config) -> None:
     torch.manual_seed(config.seed)
     tokenizer = make_tokenizer()
     model = make_model(tokenizer).to(device)
-    optimizer = torch.optim.AdamW(
-        model.parameters(), lr=config.lr, betas=(0.9, 0.98), weight_decay=0.01, fused=True
-    )
+    optimizer = torch.optim.AdamW(model.parameters(), lr=config.lr, betas=(0.9, 0.98), fused=True)
     schedule = torch.optim.lr_scheduler.OneCycleLR(
         optimizer, config.lr, max(11, config.steps), pct_start=0.1, cycle_momentum=False
     )  # with 10 steps torch divides by zero
@@ -141,19 +138,17 @@ def main(config) -> None:
 
     bar = trange(config.steps, desc=f"making {output}", dynamic_ncols=True)
     for step in bar:
-        rows = []
+        texts = []
         for problem in rng.choices(problems, k=config.batch_size):
             a, b = map(int, problem.prompt.rstrip("=").split("+"))
             if step < config.worked_steps or rng.random() < THINKING:
                 response = worked(a, b)
             else:
                 response = hasty(a, b, rng)
-            text = problem.prompt + response + tokenizer.eos_token
-            rows.append(torch.tensor(tokenizer(text)["input_ids"]))
+            texts.append(problem.prompt + response + tokenizer.eos_token)
 
-        lengths = torch.tensor([len(row) for row in rows], device=device)
-        ids = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True).to(device)
-        loss = response_loss(model, ids, start, lengths)
+        batch = tokenizer(texts, padding=True, return_tensors="pt").to(device)
+        loss = response_loss(model, batch["input_ids"], batch["attention_mask"], start)
         if not loss.isfinite():
             raise UserError(f"--lr {config.lr}: the loss is not finite at step {step}, lower it")
 
@@ -166,7 +161,8 @@ def main(config) -> None:
 
     # written aside first: a folder that has its final name is whole
     aside = output.with_name(f"{output.name}.{os.getpid()}.part")
-    save_policy(model.cpu(), tokenizer, aside)
+    # a new tokenizer, because this one would be saved with its padding
+    save_policy(model.cpu(), make_tokenizer(), aside)
     aside.rename(output)
 
 

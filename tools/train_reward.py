@@ -13,9 +13,9 @@ an ordinary Hugging Face folder.
 """
 
 import json
+import math
 import os
 import random
-import time
 from collections import defaultdict
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -89,7 +89,7 @@ def sample_responses(config, device) -> list[dict]:
     prompts = [prompt_ids(task, problem, tokenizer) for problem in problems]
     seeds = [stable_hash(f"{config.seed}/pairs/{i}") for i in range(len(problems))]
     stop = stop_ids(policy, tokenizer)
-    sampling = Sampling(temperature=1.0)
+    sampling = Sampling()
     G, N = config.group_size, config.max_new_tokens
     print(f"sampling {G} responses to each of {len(problems)} prompts")
     forms = fast.choose(policy, prompts[:8], stop, sampling, N)
@@ -102,7 +102,7 @@ def read_pairs(config, source, device) -> list[Pair]:
     if source and "chosen" in read_jsonl(Path(source), {"prompt": is_prompt})[0]:
         fields = {"prompt": is_prompt, "chosen": is_string, "rejected": is_string}
         rows = read_jsonl(Path(source), fields)
-        return [Pair(row["prompt"], row["chosen"], row["rejected"]) for row in rows]
+        return [Pair(*map(row.get, fields)) for row in rows]
     samples = read_samples(source) if source else sample_responses(config, device)
     label = config.label or load_task(config.task, config.data_dir).reward
     reward = load_reward(label, device)
@@ -112,33 +112,31 @@ def read_pairs(config, source, device) -> list[Pair]:
     return make_pairs(groups, config.pairs_per_prompt, random.Random(config.seed))
 
 
-def encode(reward_model, pairs) -> list[list[int]]:
-    """M pairs -> 2 M rows of token ids: chosen, rejected, chosen, rejected ..."""
-    texts = [(pair.prompt, text) for pair in pairs for text in (pair.chosen, pair.rejected)]
-    return [reward_model.ids(prompt, text) for prompt, text in texts]
+def encode(reward_model, pairs) -> list[list[list[int]]]:
+    """The token ids of each pair: [chosen, rejected]"""
+    rows = []
+    for pair in pairs:
+        rows.append([reward_model.ids(pair.prompt, text) for text in (pair.chosen, pair.rejected)])
+    return rows
 
 
-def pair_scores(reward_model, rows) -> tuple[Tensor, Tensor]:
-    """2 M rows from `encode` -> (M,) scores of the chosen, (M,) scores of the rejected."""
-    return reward_model.scores(rows).view(-1, 2).unbind(1)
-
-
-@torch.no_grad()
-def accuracy(reward_model, rows) -> float:
-    """Share of the pairs in which the model prefers the chosen response. A tie counts half."""
-    chosen, rejected = pair_scores(reward_model, rows)
-    return share_above(chosen - rejected)
+def pair_scores(reward_model, rows) -> Tensor:
+    """M rows from `encode` -> (2, M) scores of the chosen, scores of the rejected."""
+    return reward_model.scores([ids for pair in rows for ids in pair]).view(-1, 2).T
 
 
 def longer_wins(pairs) -> float:
     """The accuracy of the rule that the longer response is the better one."""
-    gaps = [len(pair.chosen) - len(pair.rejected) for pair in pairs]
-    return share_above(torch.tensor(gaps, dtype=torch.float))
+    lengths = [[len(pair.chosen), len(pair.rejected)] for pair in pairs]
+    return share_higher(*torch.tensor(lengths).T)
 
 
-def share_above(gaps) -> float:
-    """(-1, 0, 2, 3) -> 0.625"""
-    return ((gaps.sign() + 1) / 2).mean().item()
+def share_higher(chosen, rejected) -> float:
+    """Share of the pairs in which the chosen one has more. A tie counts half.
+
+    (0, 1, 2, 3), (1, 1, 0, 0) -> 0.625
+    """
+    return (((chosen - rejected).sign() + 1) / 2).mean().item()
 
 
 def fit(reward_model, rows, held_out, config) -> list[dict]:
@@ -148,14 +146,10 @@ def fit(reward_model, rows, held_out, config) -> list[dict]:
         lr = 1e-3 if reward_model.model.num_parameters() < 10e6 else 1e-5
     optimizer = Optimizer(reward_model.model, weight_decay=0.0)
     rng = random.Random(config.seed)
-    pairs = len(rows) // 2
-    steps = config.epochs * -(-pairs // config.batch_size)
+    steps = config.epochs * math.ceil(len(rows) / config.batch_size)
     curve = []
-    bar = trange(1, steps + 1, desc=f"fitting {config.output}", dynamic_ncols=True)
-    for step in bar:
-        batch = []
-        for i in rng.sample(range(pairs), min(config.batch_size, pairs)):
-            batch += rows[2 * i : 2 * i + 2]
+    for step in trange(1, steps + 1, desc=f"fitting {config.output}", dynamic_ncols=True):
+        batch = rng.sample(rows, min(config.batch_size, len(rows)))
         chosen, rejected = pair_scores(reward_model, batch)
         preference = -logsigmoid(chosen - rejected)
         offset = (chosen + rejected) ** 2  # the preference does not fix where 0 is
@@ -165,10 +159,11 @@ def fit(reward_model, rows, held_out, config) -> list[dict]:
         loss.backward()
         schedule = min(step / 10, 1 - 0.9 * step / steps)  # a warm-up of 10 steps, then down
         optimizer.step(lr * schedule, max_grad_norm=1.0)
-        bar.set_postfix(loss=f"{loss.item():.3f}")
         curve.append({"step": step, "loss": loss.item()})
         if step == steps or step % max(1, steps // 8) == 0:
-            curve[-1]["accuracy"] = accuracy(reward_model, held_out)
+            with torch.no_grad():
+                scores = pair_scores(reward_model, held_out)
+            curve[-1]["accuracy"] = share_higher(*scores)
     return curve
 
 
@@ -178,7 +173,6 @@ def main(config, source=None) -> Path:
     check_range(config, 1, at_least_1, most=1e6)
     check_range(config, 0, "seed")
     check_range(config, 0, "lr", most=1)
-    started = time.perf_counter()
     device = pick_device(config.device)
     output = Path(config.output)
     if output.exists():
@@ -202,6 +196,12 @@ def main(config, source=None) -> Path:
 
     right = curve[-1]["accuracy"]
     low, high = wilson(right * len(held_out), len(held_out))
+    longer = longer_wins(held_out)
+    model = reward_model.model
+    with torch.no_grad():
+        mean_score = reward_model.scores([chosen for chosen, _ in rows]).mean().item()
+    model.config.mean_chosen_score = mean_score  # model("...") subtracts it
+    model.config.get_text_config().pad_token_id = reward_model.tokenizer.pad_token_id
     result = {
         "config": asdict(config),
         "source": source,
@@ -209,24 +209,20 @@ def main(config, source=None) -> Path:
         "held_out": len(held_out),
         "accuracy": right,
         "interval": [low, high],
-        "longer_wins": longer_wins(held_out),
+        "longer_wins": longer,
+        "mean_chosen_score": mean_score,
+        "curve": curve,
     }
-    with torch.no_grad():
-        result["mean_chosen_score"] = reward_model.scores(rows[::2]).mean().item()
-    model = reward_model.model
-    model.config.mean_chosen_score = result["mean_chosen_score"]  # model("...") subtracts it
-    model.config.get_text_config().pad_token_id = reward_model.tokenizer.pad_token_id
 
     aside = output.with_name(f"{output.name}.{os.getpid()}.part")
     save_policy(model, reward_model.tokenizer, aside)
-    write_json(aside / "fit.json", {**result, "curve": curve})
+    write_json(aside / "fit.json", result)
     plot(curve, aside / "curve.png")
     aside.rename(output)  # last: a folder that has its final name is whole
-    seconds = time.perf_counter() - started
     print(f"""
-{len(held_out)} held-out pairs (fitted to {len(pairs)}), {seconds:.0f} s in all
+{len(held_out)} held-out pairs (fitted to {len(pairs)})
 the reward model prefers the chosen one in {right:.3f} [{low:.3f}, {high:.3f}]
-the longer one is the chosen one in         {result["longer_wins"]:.3f}
+the longer one is the chosen one in         {longer:.3f}
 
 {output}/: a Hugging Face folder, curve.png, fit.json
 
@@ -237,13 +233,10 @@ the longer one is the chosen one in         {result["longer_wins"]:.3f}
 def plot(curve, path) -> None:
     """The loss of each step, and the accuracy on held-out pairs."""
     figure = Figure(figsize=(8, 3.5), layout="constrained")
-    left, right = figure.subplots(1, 2)
-    losses = [(row["step"], row["loss"]) for row in curve]
-    left.plot(*zip(*losses))
-    left.set(title="loss", xlabel="step", ylim=(0, None))
-    accuracies = [(row["step"], row["accuracy"]) for row in curve if "accuracy" in row]
-    right.plot(*zip(*accuracies), "o-")
-    right.set(title="accuracy on held-out pairs", xlabel="step", ylim=(0.45, 1.02))
+    for panel, key in zip(figure.subplots(1, 2), ("loss", "accuracy")):
+        points = [(row["step"], row[key]) for row in curve if key in row]
+        panel.plot(*zip(*points), ".-")
+        panel.set(title=key, xlabel="step")
     figure.savefig(path, dpi=110)
 
 
