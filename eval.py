@@ -161,6 +161,7 @@ class Config:
     reward: str = flag("", "its mean is reported; default: the run's, or the task's")
     rows_at_once: int = flag(256, "responses sampled in parallel; changes no number")
     seed: int = flag(0, "same seed, same responses")
+    fast: Literal["auto", "off"] = flag("auto", "off: sample.py's plain `generate`, as edited")
     output: str = flag("", "folder to write into; default: the run's, or runs/eval")
     device: Literal[DEVICES] = flag("auto", "auto: the first of the others that is available")
     dtype: Literal["auto", *DTYPES] = flag("auto", "auto: bfloat16 on cuda, else float32")
@@ -198,7 +199,7 @@ def main(config, models) -> dict:
     for name in dict.fromkeys(chain(*zip(bases.values(), bases))):
         policy, tokenizer = load_policy(name, device, config.dtype)
         prompts = longest_prompts(task, problems, tokenizer)
-        forms = fast.choose(policy, prompts, stop_ids(policy, tokenizer), sampled, N)
+        forms = fast.choose(policy, prompts, stop_ids(policy, tokenizer), sampled, N, config.fast)
         ask = partial(
             respond,
             forms,

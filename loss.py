@@ -133,9 +133,9 @@ def top(rewards, finished, config):
 FILTERS = {f.__name__: f for f in (none, informative, resample, finished, top)}
 
 # -------------------------------------------------------------------------------------------------
-# DENOMINATORS: token counts (B,) of the rows of an optimizer step -> loss_scale (B,), which
-# multiplies the loss of each token. It is fixed before the step is split into micro-batches, so
-# their size affects memory only.
+# DENOMINATORS: token counts (R,) of the selected rows of one optimizer step, those of weight 0
+# included -> loss_scale (R,), 1 / denominator: it multiplies the loss of each token. It is fixed
+# before the step is split into micro-batches, so their size affects memory only.
 
 
 def token(counts, config=None):

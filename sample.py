@@ -39,7 +39,7 @@ class Rollout:
     ids: Tensor  # (B, T) prompt, response, padding
     prompt_lengths: Tensor  # (B,) tokens
     lengths: Tensor  # (B,) tokens of prompt and response, the stop token included
-    response_mask: Tensor  # (B, N) bool: the policy wrote the token; not padding, not a tool
+    response_mask: Tensor  # (B, N) bool: tokens to train on, which the policy wrote; not padding
     old_logprobs: Tensor  # (B, N) float32, under the policy that sampled; 0 outside the mask
     finished: Tensor  # (B,) bool: ended by a stop token; False: truncated
 
@@ -164,31 +164,32 @@ def generate(
 
 
 def sample_rows(policy, prompt, uniforms, stop, sampling) -> Rollout:
-    """R responses to one prompt, with random numbers (R, N): all rows have the same length, so
-    there is no padding and no attention mask. Right for every architecture; fast/generate.py has
-    the fast form."""
-    R, N = uniforms.shape
-    stop_tokens = torch.tensor(stop, dtype=torch.long, device=policy.device)
+    """R responses to one prompt, with random numbers (R, max_new_tokens): all rows have the same
+    length, so there is no attention mask. Right for every architecture; fast/generate.py has the
+    fast form."""
+    R, max_new_tokens = uniforms.shape
     ids = torch.tensor(prompt, device=policy.device).repeat(R, 1)
+    stop_tokens = ids.new_tensor(stop)
     finished = torch.zeros(R, dtype=torch.bool, device=policy.device)
-    logprobs, mask = [], []
+    logprobs, real = [], []
     new, cache = ids, None
-    for n in range(N):
+    for n in range(max_new_tokens):
         output = policy(new, use_cache=True, logits_to_keep=1, **{CACHE: cache})
         token, logprob = sample_token(output.logits[:, -1], uniforms[:, n], sampling)
         ids = torch.cat([ids, token[:, None]], 1)
         logprobs.append(logprob)
-        mask.append(~finished)  # what follows a stop token is padding
+        real.append(~finished)  # what follows a stop token is padding
         finished = finished | torch.isin(token, stop_tokens)
         if finished.all():
             break
         new, cache = token[:, None], output[CACHE]
 
-    mask = torch.stack(mask, 1)
+    real = torch.stack(real, 1)  # (R, N) tokens; the rest is padding
+    mask = real  # without the tokens of a tool, if you add one
     logprobs = torch.stack(logprobs, 1).where(mask, 0.0)
-    ids[:, len(prompt) :] *= mask
+    ids[:, len(prompt) :] *= real
     prompt_lengths = torch.full_like(ids[:, 0], len(prompt))
-    return Rollout(ids, prompt_lengths, prompt_lengths + mask.sum(1), mask, logprobs, finished)
+    return Rollout(ids, prompt_lengths, prompt_lengths + real.sum(1), mask, logprobs, finished)
 
 
 def uniform_numbers(seed, rows, columns, device) -> Tensor:

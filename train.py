@@ -194,6 +194,7 @@ def backward(
             token_loss = token_loss + config.kl_beta * k2(logprobs, ref_logprobs[r])
         if with_entropy:
             token_loss = token_loss - config.entropy_coef * entropy
+        # a term of your own goes here; rows of weight 0 are left out, see has_gradient
 
         loss = (token_loss * mask * loss_scale[r, None]).sum()
         loss.backward()
@@ -255,6 +256,7 @@ def main(config) -> Path:
     longest = longest_prompts(task, task.train + held_out, tokenizer)
     check_prompts(policy, longest, limit)
     print(memory_table(config, policy, device_memory(device), len(longest[0])), end="")
+    # generate, and token_logprobs for the update: the fast ones if they agree with the plain ones
     forms = fast.choose(policy, longest, stop, sampling, limit, config.fast)
     measure = partial(evaluate, forms, policy, tokenizer, task, held_out, max_new_tokens=limit)
 
@@ -274,9 +276,10 @@ def main(config) -> Path:
         optimizer.zero_grad()
         buffers.clear()
 
-    # call a function; where memory runs out, again with half the rows_at_once or micro_batch_tokens
-    halving_rows = partial(halve_on_oom, sizes=sizes, name="rows_at_once", undo=free_memory)
-    halving_tokens = partial(halve_on_oom, sizes=sizes, name="micro_batch_tokens", undo=free_memory)
+    # where memory runs out, these run again with half the rows_at_once or micro_batch_tokens
+    halving = partial(halve_on_oom, sizes=sizes, undo=free_memory)
+    generate = partial(halving, forms.generate, name="rows_at_once", buffers=buffers)
+    halving_tokens = partial(halving, name="micro_batch_tokens")
 
     config = run.start(config, device, state["step"], tracker)
     if held_out and state["step"] == 0:
@@ -297,16 +300,15 @@ def main(config) -> Path:
             state["prompts_seen"] += P
 
             began = time.perf_counter()
-            arguments = policy, prompts, G, limit, stop, seeds, sampling
-            rollout = halving_rows(forms.generate, *arguments, buffers=buffers)
+            rollout = generate(policy, prompts, G, limit, stop, seeds, sampling)
             rollouts.append(rollout)
             seconds_generate += time.perf_counter() - began
 
             new = rollout.samples(problems, tokenizer)
             scores = score(reward, new, limit)
             true_scores = scores if true_reward is reward else score(true_reward, new, limit)
-            for sample, found, true in zip(new, scores, true_scores):  # the reward and its parts
-                samples.append({**sample, **found, "true_reward": true["reward"]})
+            for sample, scored, true in zip(new, scores, true_scores):  # the reward and its parts
+                samples.append({**sample, **scored, "true_reward": true["reward"]})
             rewards = torch.tensor([sample["reward"] for sample in samples]).view(-1, G)  # (P, G)
             if informative(rewards, None)[:, 0].sum() >= P:
                 break
@@ -323,7 +325,7 @@ def main(config) -> Path:
 
         # ---------------------------------------------------------- 3. old and reference log-probs
         least = int(rollout.lengths.max())  # a micro-batch has at least one row
-        few = rollout.rows(slice(0, 2))
+        few = rollout.rows(slice(2))
         learner_logprobs = halving_tokens(all_logprobs, forms, policy, few, sampling, least=least)
         sampler_gap = (learner_logprobs - few.old_logprobs).abs().max().item()
         if policy.dtype == torch.bfloat16 and (config.loss != "logprob" or reference):
