@@ -280,6 +280,7 @@ def main(config) -> Path:
     halving = partial(halve_on_oom, sizes=sizes, undo=free_memory)
     generate = partial(halving, forms.generate, name="rows_at_once", buffers=buffers)
     halving_tokens = partial(halving, name="micro_batch_tokens")
+    compute_logprobs = partial(halving_tokens, all_logprobs, forms)
 
     config = run.start(config, device, state["step"], tracker)
     if held_out and state["step"] == 0:
@@ -326,19 +327,15 @@ def main(config) -> Path:
         # ---------------------------------------------------------- 3. old and reference log-probs
         least = int(rollout.lengths.max())  # a micro-batch has at least one row
         few = rollout.rows(slice(2))
-        learner_logprobs = halving_tokens(all_logprobs, forms, policy, few, sampling, least=least)
+        learner_logprobs = compute_logprobs(policy, few, sampling, least=least)
         sampler_gap = (learner_logprobs - few.old_logprobs).abs().max().item()
         if policy.dtype == torch.bfloat16 and (config.loss != "logprob" or reference):
             # the sampler's differ from a forward pass by rounding: ratios would not start at 1
-            rollout.old_logprobs = halving_tokens(
-                all_logprobs, forms, policy, rollout, sampling, least=least
-            )
+            rollout.old_logprobs = compute_logprobs(policy, rollout, sampling, least=least)
         ref_logprobs = None
         if reference:
             with adapter_off(policy):
-                ref_logprobs = halving_tokens(
-                    all_logprobs, forms, reference, rollout, sampling, least=least
-                )
+                ref_logprobs = compute_logprobs(reference, rollout, sampling, least=least)
 
         # ---------------------------------------------------------- 4. update
         lr = learning_rate(step, config.lr, config.warmup_steps, config.steps)
