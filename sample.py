@@ -86,7 +86,7 @@ def policy_distribution(logits, sampling) -> Tensor:
     """(R, V) logits of the model -> (R, V) float32 logits of the distribution that is sampled from
     and learned.
 
-    Nothing is cut (no top-k, no top-p). To cut, do it here, with a large negative number rather
+    There is no top-k and no top-p. To add one, do it here, with a large negative number rather
     than -inf, so that the entropy stays finite. On CUDA this becomes part of a CUDA graph: do not
     look at values (no .item(), no boolean index)."""
     logits = logits.float()

@@ -38,7 +38,7 @@ class Forms:
 
 def choose(policy, prompts, stop, sampling, max_new_tokens, mode="auto") -> Forms:
     """Tries the fast forms on the first and the last of the prompts (token ids; longest first),
-    four responses each, and takes those that agree with the plain forms. mode 'off': the plain
+    four responses each, and takes each one that agrees with its plain form. mode 'off': the plain
     forms."""
     if mode == "off":
         return Forms()

@@ -53,7 +53,7 @@ def generate(
     if key not in buffers or buffers[key].cache.columns < columns:
         buffers.clear()
         buffers[key] = DecodeState(policy, B, slots, columns, max_new_tokens)
-    state: DecodeState = buffers[key]
+    state = buffers[key]
     state.prefill(policy, prompts, group_size, stop, seeds)
 
     check_every = CHECK_EVERY[policy.device.type]

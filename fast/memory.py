@@ -39,8 +39,9 @@ def halve_on_oom(work, *arguments, sizes, name, least=1, undo=None, **options):
 
 
 def remember_halved(sizes, halved) -> ChainMap:
-    """sizes: as the flags say; halved: those that were halved before a resume, a part of the run's
-    state -> the sizes to start with. When one of them is set, that is written into `halved`."""
+    """The sizes to start with: the flags' `sizes`, or the smaller ones a resumed run remembers.
+
+    halved: a part of the run's state. A size that is set later is written into it."""
     for name in halved:
         halved[name] = min(halved[name], sizes[name])
     return ChainMap(halved, sizes)

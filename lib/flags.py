@@ -53,7 +53,7 @@ def check_range(config, least, flags, most=1e12):
 def parse(config_class, doc, argv, fill=None, **positionals):
     """argv -> (config, positional arguments by name)
 
-    fill:        gets the value of every flag, returns defaults for those that the user did not give
+    fill:        gets the value of every flag, returns defaults for the flags that the user left out
     positionals: name -> arguments of `ArgumentParser.add_argument`
     Exits with 2 and one line on an unknown flag or a value of the wrong type.
     """

@@ -122,7 +122,7 @@ def plot_runs(runs, path):
             curves = [curve(rows, metric) for rows in group]
             if metric != "eval_accuracy":
                 curves = [dict(zip(found, smooth(list(found.values())))) for found in curves]
-            steps = sorted(set.intersection(*map(set, curves)))  # those that all of the group have
+            steps = sorted(set.intersection(*map(set, curves)))  # steps that every run has
             columns = [[found[step] for found in curves] for step in steps]
             mean = list(map(fmean, columns))
             low = list(map(min, columns))

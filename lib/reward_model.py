@@ -70,7 +70,7 @@ class RewardModel:
         return ids
 
     def scores(self, rows, tokens=16384) -> torch.Tensor:
-        """B rows of token ids -> (B,) float32 raw scores, in micro-batches of so many tokens."""
+        """B rows of token ids -> (B,) float32 raw scores, in micro-batches of at most `tokens`."""
         config = self.model.config.get_text_config()
         room = getattr(config, "max_position_embeddings", None) or 0
         rows = [torch.tensor(row[-room:]) for row in rows]  # room 0 keeps all
