@@ -26,11 +26,28 @@ from lib.flags import UserError, check_range, flag, run_script
 from lib.plots import plot_evaluation
 from lib.report import comparison_text, results_table
 from lib.run import flags_of_runs, is_run, read_config
-from lib.stats import at_k, bootstrapped, compare_greedy, compare_sampled, wilson
+from lib.stats import at_k, compare_values, mean_interval
 from policy import DEVICES, DTYPES, load_policy, pick_device, stop_ids
-from reward import ANSWERS, STRICT_AND_LENIENT, final_answer, last_number, load_reward, score
+from reward import ANSWERS, RIGHT_OR_WRONG, final_answer, load_reward, score
 from sample import Sampling
 from tasks import load_task, longest_prompts, prompt_ids, stable_hash
+
+
+def measures(task, reward, true_reward, load=load_reward) -> dict:
+    """What is measured: name -> reward (`load` makes it from its text). Models are compared by the
+    first.
+
+    mean_reward: the mean of --true_reward or else --reward, unless that is the rule below
+    accuracy:    the share right by a rule: the task's own, or for a JSONL file the one to measure
+    """
+    text = true_reward or reward or task.reward
+    rule = text if task.rule_is_guessed else task.reward
+    found = {}
+    if text != rule or rule not in RIGHT_OR_WRONG:
+        found["mean_reward"] = load(text)
+    if rule in RIGHT_OR_WRONG:
+        found["accuracy"] = load(rule)
+    return found
 
 
 def respond(
@@ -39,6 +56,7 @@ def respond(
     tokenizer,
     task,
     problems,
+    measured,
     sampling,
     max_new_tokens,
     samples=1,
@@ -47,12 +65,13 @@ def respond(
     label="evaluating",
 ) -> list[list[dict]]:
     """A group for each problem, with a row for each of its `samples` responses: prompt, response,
-    answer, difficulty, length (tokens), finished, and right by the task's own rule.
+    answer, difficulty, length (tokens), finished, the value of each measure, and the parts of the
+    first.
 
+    measured:     from `measures`
     rows_at_once: responses sampled in parallel. It changes no response, and neither do the other
                   problems: each problem has a seed of its own.
     """
-    rule = load_reward(task.reward)
     stop = stop_ids(policy, tokenizer)
     sizes = {"rows_at_once": rows_at_once}
     buffers = {}
@@ -67,87 +86,74 @@ def respond(
         rollout = halve_on_oom(forms.generate, *arguments, buffers=buffers, **memory)
 
         rows = rollout.samples(batch, tokenizer)
-        for row, found in zip(rows, score(rule, rows, max_new_tokens)):
-            row["right"] = found["reward"] == 1
+        for name, reward in measured.items():
+            for row, found in zip(rows, score(reward, rows, max_new_tokens)):
+                row[name] = found["reward"]
+                row.setdefault("parts", found["parts"])
         for p, problem in enumerate(batch):
             group = rows[p * samples : (p + 1) * samples]
             groups.append([{**row, "difficulty": problem.difficulty} for row in group])
     return groups
 
 
-def right_shares(groups):
-    """The share of right responses to each problem."""
-    return [fmean(row["right"] for row in group) for group in groups]
+def means(groups, key) -> list[float]:
+    """The mean of a row's `key` for each problem."""
+    return [fmean(row[key] for row in group) for group in groups]
 
 
-def accuracy(groups) -> dict:
-    """Share of right responses, its interval, and n, the number of problems. Wilson's interval for
-    one response per problem. For more a bootstrap over problems: responses to one are alike."""
-    n = len(groups)
-    shares = right_shares(groups)
-    if len(groups[0]) > 1:
-        return {**bootstrapped(shares), "n": n}
-    return {"accuracy": fmean(shares), "interval": wilson(round(sum(shares)), n), "n": n}
+def measure(groups, name) -> dict:
+    """{"mean": 0.5, "interval": (0.4, 0.6)}"""
+    return mean_interval(means(groups, name), shares=name == "accuracy")
 
 
-def summarise(groups) -> dict:
-    """accuracy, interval, n, thinking and finished (shares), response_length (tokens)"""
+def summarise(groups, measured) -> dict:
+    """The mean of each measure with its interval; thinking and finished (shares), response_length
+    (tokens)."""
     rows = list(chain(*groups))
+    numbers = {name: measure(groups, name) for name in measured}
     return {
-        **accuracy(groups),
+        **numbers,
         "thinking": fmean("</think>" in row["response"] for row in rows),
         "finished": fmean(row["finished"] for row in rows),
         "response_length": fmean(row["length"] for row in rows),
     }
 
 
-def evaluate(*arguments, **options) -> dict:
+def evaluate(*arguments, measured, **options) -> dict:
     """`summarise` for one response to each problem, and the responses. Arguments: see `respond`."""
-    groups = respond(*arguments, **options)
-    return {**summarise(groups), "responses": [group[0]["response"] for group in groups]}
+    groups = respond(*arguments, measured=measured, **options)
+    responses = [group[0]["response"] for group in groups]
+    return {**summarise(groups, measured), "responses": responses}
 
 
-def details(groups, rule, reward, max_new_tokens) -> dict:
-    """What eval.json has beyond `summarise`: the reward and its parts (added to the rows too);
-    strict and lenient, the accuracies by variants of the task's rule, if answers are numbers."""
-    rows = list(chain(*groups))
-    for row, found in zip(rows, score(reward, rows, max_new_tokens)):
-        row |= found
-    parts = {part: fmean(row["parts"][part] for row in rows) for part in rows[0]["parts"]}
-    numbers = {"reward": fmean(row["reward"] for row in rows), "parts": parts}
-    if rule in STRICT_AND_LENIENT and all(last_number(row["answer"]) for row in rows):
-        for form, name in zip(("strict", "lenient"), STRICT_AND_LENIENT[rule]):
-            scores = score(load_reward(name), rows, max_new_tokens)
-            numbers[form] = fmean(found["reward"] == 1 for found in scores)
-    return {**numbers, **by_difficulty(groups), **at_several_k(groups, rule)}
+def beside_greedy(greedy, sampled, measured) -> dict:
+    """Two of `summarise` -> the sampled one, with what is measured for both."""
+    both = {name: {"greedy": greedy[name], "sampled": sampled[name]} for name in measured}
+    return {**sampled, **both}
 
 
-def by_difficulty(groups) -> dict:
-    """The accuracy at each difficulty, if there are several: "steps 2" comes before "steps 10"."""
+def details(groups, measured) -> dict:
+    """What eval.json has beyond `summarise`: the parts of a mixture, each difficulty if there are
+    several ("steps 2" before "steps 10"), and pass@k and maj@k if there are several responses."""
+    first, *_ = measured
+    numbers = {}
+    parts = list(groups[0][0]["parts"])
+    if len(parts) > 1:
+        rows = list(chain(*groups))
+        numbers["parts"] = {part: fmean(row["parts"][part] for row in rows) for part in parts}
     levels = defaultdict(list)
     for group in groups:
         levels[group[0]["difficulty"]].append(group)
-    if len(levels) == 1:
-        return {}
-    order = sorted(levels, key=lambda level: (len(level), level))
-    return {"by_difficulty": {level: accuracy(levels[level]) for level in order}}
-
-
-def at_several_k(groups, rule) -> dict:
-    """pass@k and maj@k, where there are several responses to a problem."""
-    if len(groups[0]) == 1:
-        return {}
-    normalise = ANSWERS.get(rule, str)
-    right = [[row["right"] for row in group] for group in groups]
-    votes = [[normalise(final_answer(row["response"])) for row in group] for group in groups]
-    return at_k(votes, right)
-
-
-def compare(before, after) -> dict:
-    """{"greedy": groups, "sampled": groups} of two models on the same problems -> both compared."""
-    before, after = ({kind: right_shares(each[kind]) for kind in each} for each in (before, after))
-    greedy = compare_greedy(before["greedy"], after["greedy"])
-    return {"greedy": greedy, "sampled": compare_sampled(before["sampled"], after["sampled"])}
+    if len(levels) > 1:
+        order = sorted(levels, key=lambda level: (len(level), level))
+        numbers["by_difficulty"] = {level: measure(levels[level], first) for level in order}
+    if "accuracy" in measured and len(groups[0]) > 1:
+        [rule] = measured["accuracy"].parts
+        normalise = ANSWERS.get(rule, str)
+        right = [[row["accuracy"] == 1 for row in group] for group in groups]
+        votes = [[normalise(final_answer(row["response"])) for row in group] for group in groups]
+        numbers |= at_k(votes, right)
+    return numbers
 
 
 @dataclass(frozen=True)
@@ -158,7 +164,7 @@ class Config:
     samples: int = flag(1, "responses per problem; above 1 also pass@k and maj@k")
     temperature: float = flag(1.0, "sampling temperature; greedy is measured as well")
     max_new_tokens: int = flag(0, "most tokens of a response; 0: the run's, or 512")
-    reward: str = flag("", "its mean is reported; default: the run's, or the task's")
+    reward: str = flag("", "what is measured; default: the run's, or the task's rule")
     rows_at_once: int = flag(256, "responses sampled in parallel; changes no number")
     seed: int = flag(0, "same seed, same responses")
     fast: Literal["auto", "off"] = flag("auto", "off: sample.py's plain `generate`, as edited")
@@ -173,6 +179,8 @@ def main(config, models) -> dict:
     check_range(config, 1, "samples rows_at_once", most=1e6)
     check_range(config, 1e-4, "temperature", most=1e9)
     runs = {name: read_config(Path(name)) for name in models if is_run(Path(name))}
+    for flags in runs.values():
+        flags["reward"] = flags["true_reward"] or flags["reward"]
     shared = ["task", "data_dir", "max_new_tokens"]
     if not config.task:
         shared.append("reward")  # that of a run is for the task of the run
@@ -184,7 +192,7 @@ def main(config, models) -> dict:
     task = load_task(config.task, config.data_dir)
     problems = task.test[: config.limit or None]
     config = replace(config, max_new_tokens=N, reward=config.reward or task.reward)
-    reward = load_reward(config.reward, device)
+    measured = measures(task, config.reward, "", partial(load_reward, device=device))
     one_run = len(models) == 1 and models[0] in runs
     output = Path(config.output or (models[0] if one_run else "runs/eval"))
     try:
@@ -207,6 +215,7 @@ def main(config, models) -> dict:
             tokenizer,
             task,
             problems,
+            measured,
             max_new_tokens=N,
             seed=config.seed,
             rows_at_once=config.rows_at_once,
@@ -216,20 +225,25 @@ def main(config, models) -> dict:
             "greedy": ask(sampling=Sampling(0)),
             "sampled": ask(sampling=sampled, samples=config.samples),
         }
-        results[name] = {}
+        summaries = [summarise(found, measured) for found in groups[name].values()]
+        results[name] = beside_greedy(*summaries, measured)
+        results[name] |= details(groups[name]["sampled"], measured)
         for kind, found in groups[name].items():
-            results[name][kind] = summarise(found) | details(found, task.reward, reward, N)
             rows += [{"model": name, "decoding": kind, **row} for row in chain(*found)]
 
     kinds = f"greedy, and {config.samples} sampled at temperature {config.temperature:g}"
     print(f"\n{len(problems)} test problems of {task.name}, responses to each: {kinds}\n")
     print(results_table(results))
     comparisons = []
+    first, *_ = measured
     for name, base in bases.items():
         if name != base:
-            found = compare(groups[base], groups[name])
-            comparisons.append({"before": base, "after": name, **found})
-            print("\n" + comparison_text(comparisons[-1]))
+            pair = {"before": base, "after": name, "measured": first}
+            for kind in ("greedy", "sampled"):
+                values = [means(groups[model][kind], first) for model in (base, name)]
+                pair[kind] = compare_values(*values)
+            comparisons.append(pair)
+            print("\n" + comparison_text(pair))
 
     content = {**asdict(config), "n": len(problems), "models": results, "comparisons": comparisons}
     write_rows(output / "responses.jsonl", rows)

@@ -171,10 +171,9 @@ def overlong(prompt, response, answer, length, limit):
 
 RULES = exact, number, stated, choice, countdown, format, length, overlong
 REWARDS = {rule.__name__: rule for rule in RULES}
+RIGHT_OR_WRONG = set(REWARDS) - {"length", "overlong"}  # rules that give 1 or 0
 # for majority votes: final answer -> what the rule compares
 ANSWERS = {"number": last_number, "choice": last_letter, "countdown": last_expression}
-# a task's rule -> one that also wants the right form, and one that takes the number anywhere
-STRICT_AND_LENIENT = {"exact": ("exact", "number"), "number": ("stated", "number")}
 
 
 def load_reward(text, device="cpu") -> Mixture:

@@ -11,7 +11,7 @@ A new task is a function that returns a Task. Add it to TASKS.
 import hashlib
 import json
 import random
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from pathlib import Path
 
@@ -41,7 +41,8 @@ class Task:
     train:      train.py learns from these
     validation: train.py measures on these
     test:       only for eval.py
-    reward:     name in reward.REWARDS of the rule that gives 1.0 for a right response
+    reward:     name in reward.REWARDS of the rule that gives 1.0 for a right response; guessed from
+                the answers of a .jsonl file
     system:     system message for a chat model
     template:   prompt for a model without a chat template; {prompt} and {eos} are filled in
     """
@@ -53,6 +54,7 @@ class Task:
     reward: str
     system: str = ""
     template: str = "{prompt}"
+    rule_is_guessed: bool = False
 
 
 NO_TASK = Task("", [], [], [], reward="")  # prompts are passed on as they are
@@ -229,7 +231,8 @@ def load_task(name, data_dir="") -> Task:
         problems.append(Problem(row["prompt"], str(row["answer"]), difficulty))
     digits = [problem.answer.lstrip("-").replace(",", "") for problem in problems]
     all_numbers = all(text.replace(".", "", 1).isdecimal() for text in digits)
-    return split(name, problems, "number" if all_numbers else "exact")
+    task = split(name, problems, "number" if all_numbers else "exact")
+    return replace(task, rule_is_guessed=True)
 
 
 def as_messages(prompt) -> list[dict]:

@@ -24,14 +24,14 @@ small learning rate and a reward that cannot be gamed need none (--kl_beta adds 
 import random
 import time
 from dataclasses import dataclass, replace
-from functools import partial
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import Literal
 
 import torch
 
 import fast
-from eval import evaluate
+from eval import beside_greedy, evaluate, measures
 from fast.memory import device_memory, halve_on_oom, memory_table, remember_halved
 from fast.optimizer import Optimizer
 from lib.batching import micro_batches
@@ -229,10 +229,12 @@ def main(config) -> Path:
     device = pick_device(config.device)
     task = load_task(config.task, config.data_dir)
     held_out = task.validation[: config.eval_problems]
-    reward = load_reward(config.reward or task.reward, device)
-    true_reward = reward
-    if config.reward or config.true_reward:
-        true_reward = load_reward(config.true_reward or task.reward, device)
+    load = lru_cache(partial(load_reward, device=device))
+    reward = load(config.reward or task.reward)
+    measured = measures(task, config.reward, config.true_reward, load)
+    true_reward = measured.get("accuracy", reward)
+    if config.true_reward:
+        true_reward = load(config.true_reward)
     tracker = Tracker(config.tracker)
     run = Run(config.runs_dir, config.name, config.task, config.resume)
 
@@ -258,7 +260,8 @@ def main(config) -> Path:
     print(memory_table(config, policy, device_memory(device), len(longest[0])), end="")
     # generate, and token_logprobs for the update: the fast ones if they agree with the plain ones
     forms = fast.choose(policy, longest, stop, sampling, limit, config.fast)
-    measure = partial(evaluate, forms, policy, tokenizer, task, held_out, max_new_tokens=limit)
+    asked = forms, policy, tokenizer, task, held_out
+    measure = partial(evaluate, *asked, measured=measured, max_new_tokens=limit)
 
     optimizer = Optimizer(policy, config.weight_decay, config.offload)
     # all that a run must remember, with the optimizer and the random states; saved and loaded whole
@@ -284,8 +287,8 @@ def main(config) -> Path:
 
     config = run.start(config, device, state["step"], tracker)
     if held_out and state["step"] == 0:
-        before = {"greedy": measure(Sampling(0)), "sampled": measure(sampling)}
-        run.write_json("before.json", before)
+        greedy, sampled = measure(sampling=Sampling(0)), measure(sampling=sampling)
+        run.write_json("before.json", beside_greedy(greedy, sampled, measured))
 
     for step in run.steps(state["step"] + 1, config.steps):
         started, seconds_generate = time.perf_counter(), 0.0
@@ -356,7 +359,9 @@ def main(config) -> Path:
                 updates.append(update)
 
         # ---------------------------------------------------------- 5. record, evaluate, save
-        metrics = {"step": step, **rollout_metrics(rollout, samples, rewards, weights)}
+        right_or_wrong = true_reward is measured.get("accuracy")
+        metrics = {"step": step}
+        metrics |= rollout_metrics(rollout, samples, rewards, weights, right_or_wrong)
         metrics["trained"] = (selected & has_gradient(weights, config)).float().mean().item()
         metrics |= update_metrics(updates)
         metrics["sampler_gap"] = sampler_gap
@@ -367,10 +372,13 @@ def main(config) -> Path:
         metrics["seconds"] = time.perf_counter() - started
 
         if held_out and run.is_due(step, config.eval_every):
-            after = measure(sampling)
-            metrics |= {"eval_accuracy": after["accuracy"], "eval_interval": after["interval"]}
+            after = measure(sampling=sampling)
+            for name in measured:
+                metrics[f"eval_{name}"] = after[name]["mean"]
+                metrics[f"eval_{name}_interval"] = after[name]["interval"]
             if step == config.steps:
-                run.write_json("after.json", {"greedy": measure(Sampling(0)), "sampled": after})
+                greedy = measure(sampling=Sampling(0))
+                run.write_json("after.json", beside_greedy(greedy, after, measured))
         run.record(metrics, samples, config.log_samples)
         if run.is_due(step, config.eval_every) or run.stop_requested:
             plot_run(run.folder)

@@ -6,28 +6,29 @@ from statistics import fmean
 import torch
 
 
-def rollout_metrics(rollout, samples, rewards, weights) -> dict:
+def rollout_metrics(rollout, samples, rewards, weights, right_or_wrong=True) -> dict:
     """The responses of a step in numbers. A number without a meaning (NaN) is omitted, such as the
     mean length of truncated responses if there are none.
 
-    samples: B = P * G dicts with "response", "true_reward" and "parts"
+    samples: B = P * G dicts with "response", "reward", "true_reward" and "parts"
     rewards: (P, G); weights: (B, 1) or (B, N), 0 for responses that were filtered out
+    right_or_wrong: true rewards are 1 or 0
     """
     lengths = rollout.response_lengths.cpu()
     finished = rollout.finished.cpu()
-    true_rewards = [sample["true_reward"] for sample in samples]
-    true_rewards = torch.tensor(true_rewards, dtype=torch.float64).view_as(rewards)
-    right = true_rewards == 1  # float32 would round 0.99999999 to 1
+
+    def column(key):  # float32 would round 0.99999999 to 1
+        values = [sample[key] for sample in samples]
+        return torch.tensor(values, dtype=torch.float64).view_as(rewards)
+
+    right = column("true_reward") == 1
     weights = weights.cpu().sum(1)
     numbers = {
-        "reward": rewards,
+        "reward": column("reward"),
         "reward_std": rewards.std(1, correction=0),
         "reward_std_between": rewards.mean(1).std(correction=0),
         "informative": rewards.amax(1) != rewards.amin(1),
-        "true_reward": true_rewards,
-        "accuracy": right,
-        "all_right": right.all(1),
-        "all_wrong": ~right.any(1),
+        "true_reward": column("true_reward"),
         "thinking": torch.tensor(["</think>" in sample["response"] for sample in samples]),
         "response_length": lengths,
         "response_length_finished": lengths[finished],
@@ -36,6 +37,8 @@ def rollout_metrics(rollout, samples, rewards, weights) -> dict:
         "entropy": -rollout.old_logprobs[rollout.response_mask].cpu(),  # its mean: an estimate
         "effective_samples": weights.abs().sum() ** 2 / weights.square().sum(),
     }
+    if right_or_wrong:
+        numbers |= {"accuracy": right, "all_right": right.all(1), "all_wrong": ~right.any(1)}
     for part in samples[0]["parts"]:
         numbers[f"reward/{part}"] = torch.tensor([sample["parts"][part] for sample in samples])
     means = {name: values.double().mean().item() for name, values in numbers.items()}
@@ -108,6 +111,7 @@ def step_line(metrics):
         line += f"  {metrics['skipped']} updates skipped: their numbers are not finite"
     elif not metrics["updates"]:
         line += "  all weights are zero: no update"
-    if "eval_accuracy" in metrics:
-        line += f"  held-out accuracy {metrics['eval_accuracy']:.3f}"
+    for name in ("mean_reward", "accuracy"):
+        if f"eval_{name}" in metrics:
+            line += f"  held-out {name} {metrics[f'eval_{name}']:.3f}"
     return line

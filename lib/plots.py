@@ -2,6 +2,7 @@
 
 import gc
 import json
+import math
 from statistics import fmean
 
 from matplotlib.figure import Figure
@@ -10,33 +11,42 @@ from lib.files import read_rows, writing
 
 CURVES = {  # metric -> title of its panel
     "reward": "reward (mean of the step's responses)",
+    "eval_mean_reward": "mean reward on held-out problems, sampled",
     "eval_accuracy": "accuracy on held-out problems, sampled",
     "thinking": "share of responses that think",
+    "finished": "share of responses that end by themselves",
     "response_length": "response length (tokens)",
     "entropy": "entropy (nats per token)",
+    "kl": "KL from the starting policy (nats per token)",
     "grad_norm": "gradient norm before clipping",
 }
 PANELS = {  # of the sampled responses -> title of its panel
-    "by_difficulty": "accuracy by difficulty, sampled",
+    "by_difficulty": "by difficulty, sampled",
     "pass_at": "pass@k, sampled",
     "maj_at": "maj@k, sampled",
 }
-SHARES = ("reward", "true_reward", "eval_accuracy", "thinking")  # from 0 to 1, as a rule
+SHARES = ("reward", "true_reward", "eval_accuracy", "thinking", "finished")  # mostly 0 to 1
 LEGEND = {"loc": "outside lower center", "ncols": 4, "fontsize": 9}
 POINTS = 500  # of a curve: a long run is thinned to about as many
 
 
 def read_metrics(folder) -> list[dict]:
-    """The rows of metrics.jsonl. The held-out accuracy before training comes first, as step 0."""
-    plotted = {"step", "true_reward", "eval_interval", *CURVES}
-    rows = read_rows(
-        folder / "metrics.jsonl", lambda key: key in plotted or key.startswith("reward/")
-    )
-    if (folder / "before.json").exists():
-        before = json.loads((folder / "before.json").read_text())["sampled"]
-        first = {"eval_accuracy": before["accuracy"], "eval_interval": before["interval"]}
-        return [{"step": 0, **first}, *rows]
-    return rows
+    """The rows of metrics.jsonl. What was measured before training comes first, as step 0."""
+    plotted = {"step", "true_reward", *CURVES}
+
+    def is_plotted(key):
+        return key in plotted or key.startswith(("reward/", "eval_"))
+
+    rows = read_rows(folder / "metrics.jsonl", is_plotted)
+    if not (folder / "before.json").exists():
+        return rows
+    first = {"step": 0}
+    before = json.loads((folder / "before.json").read_text())
+    for name in ("mean_reward", "accuracy"):
+        if name in before:
+            first[f"eval_{name}"] = before[name]["sampled"]["mean"]
+            first[f"eval_{name}_interval"] = before[name]["sampled"]["interval"]
+    return [first, *rows]
 
 
 def curve(rows, metric):
@@ -58,30 +68,39 @@ def draw(panel, steps, values, low, high, color, **style):
     panel.fill_between(steps, low, high, color=color, alpha=0.2, linewidth=0)
 
 
-def make_panels(curves):
-    """A figure, and the panel of each curve, with its title, three in a row."""
-    lines = (len(curves) + 2) // 3
-    figure = Figure(figsize=(11, 2.75 * lines), layout="constrained")
-    panels = dict(zip(curves, figure.subplots(lines, 3).flat))
-    for metric, panel in panels.items():
+def make_panels(curves, runs):
+    """A figure, and a panel for each curve that varies in one of the runs (their rows). The reward
+    always has one."""
+    shown = []
+    for metric in curves:
+        values = {value for rows in runs for value in curve(rows, metric).values()}
+        if len(values) > 1 or metric == "reward":
+            shown.append(metric)
+    lines = math.ceil(len(shown) / 4)
+    columns = math.ceil(len(shown) / lines)
+    figure = Figure(figsize=(3.7 * columns, 2.75 * lines), layout="constrained")
+    panels = figure.subplots(lines, columns, squeeze=False).flatten()
+    for panel in panels[len(shown) :]:
+        panel.axis("off")
+    for metric, panel in zip(shown, panels):
         panel.set_title(curves[metric], fontsize=10)
         panel.set_xlabel("step", fontsize=9)
         panel.grid(alpha=0.3)
-    return figure, panels
+    return figure, dict(zip(shown, panels))
 
 
 def plot_metric(panel, rows, metric, color):
-    """Each step thin, the mean over seven steps thick. The held-out accuracy with its interval."""
+    """Each step thin, the mean over seven steps thick. What was evaluated with its interval."""
     found = curve(rows, metric)
     steps = list(found)
     values = list(found.values())
-    if metric != "eval_accuracy":
+    if metric.startswith("eval_"):
+        low, high = zip(*curve(rows, f"{metric}_interval").values())
+        draw(panel, steps, values, low, high, color, markersize=4)
+    else:
         every = 1 + len(steps) // POINTS
         panel.plot(steps[::every], values[::every], color=color, alpha=0.35, linewidth=1)
         panel.plot(steps[::every], smooth(values)[::every], color=color, linewidth=2)
-    elif found:
-        low, high = zip(*curve(rows, "eval_interval").values())
-        draw(panel, steps, values, low, high, color, markersize=4)
     if metric in SHARES and all(0 <= value <= 1 for value in values):
         panel.set_ylim(-0.03, 1.03)
 
@@ -98,7 +117,7 @@ def plot_run(folder):
     if len(parts) > 1:
         for part in parts:
             curves[part] = f"part of the reward: {part.removeprefix('reward/')}"
-    figure, panels = make_panels(curves)
+    figure, panels = make_panels(curves, [rows])
     for metric, panel in panels.items():
         plot_metric(panel, rows, metric, "C0")
     if curve(rows, "reward") != curve(rows, "true_reward"):
@@ -113,14 +132,14 @@ def plot_runs(runs, path):
     """Draws several runs in one picture, a color per name.
 
     runs: name -> folders; of several the mean is drawn, and a band from the lowest to the highest
-    All curves except the held-out accuracy are smoothed over seven steps.
+    All curves except evaluations are smoothed over seven steps.
     """
     groups = [list(map(read_metrics, folders)) for folders in runs.values()]
-    figure, panels = make_panels(CURVES)
+    figure, panels = make_panels(CURVES, [rows for group in groups for rows in group])
     for metric, panel in panels.items():
         for i, (name, group) in enumerate(zip(runs, groups)):
             curves = [curve(rows, metric) for rows in group]
-            if metric != "eval_accuracy":
+            if not metric.startswith("eval_"):
                 curves = [dict(zip(found, smooth(list(found.values())))) for found in curves]
             steps = sorted(set.intersection(*map(set, curves)))  # steps that every run has
             columns = [[found[step] for found in curves] for step in steps]
@@ -135,34 +154,37 @@ def plot_runs(runs, path):
 def plot_evaluation(results, path):
     """Draws what eval.py found for each model, with 95 % intervals.
 
-    Left: the accuracy, greedy and sampled. Then a panel for each of PANELS that the results have.
+    Left: what is measured first, greedy and sampled. Then a panel for each of PANELS that the
+    results have.
     """
-    first = next(iter(results.values()))["sampled"]
-    kinds = [kind for kind in PANELS if kind in first]
-    columns = 1 + len(kinds)
-    figure = Figure(figsize=(5 * columns, 4), layout="constrained")
-    left, *others = figure.subplots(1, columns, sharey=True, squeeze=False)[0]
-    left.set_title("accuracy", fontsize=10)
-    for i, (name, found) in enumerate(results.items()):
-        shift = 0.4 * ((i + 0.5) / len(results) - 0.5)  # models side by side over a label
-        plot_points(left, found, shift, f"C{i}", name)
-        for kind, panel in zip(kinds, others):
-            panel.set_title(PANELS[kind], fontsize=10)
-            plot_points(panel, found["sampled"][kind], shift, f"C{i}")
+    first = next(iter(results.values()))
+    measured = "mean_reward" if "mean_reward" in first else "accuracy"
+    titles = {measured: measured.replace("_", " ")}
+    titles |= {key: title for key, title in PANELS.items() if key in first}
+    figure = Figure(figsize=(5 * len(titles), 4), layout="constrained")
+    panels = figure.subplots(1, len(titles), sharey=measured == "accuracy", squeeze=False)[0]
+    for (key, title), panel in zip(titles.items(), panels):
+        panel.set_title(title, fontsize=10)
+        panel.set_xlabel("k" if key in ("pass_at", "maj_at") else "")
+        panel.grid(alpha=0.3)
+        if measured == "accuracy":
+            panel.set_ylim(-0.03, 1.03)
+        for i, (name, found) in enumerate(results.items()):
+            shift = 0.4 * ((i + 0.5) / len(results) - 0.5)  # models side by side over a label
+            label = name if key == measured else None
+            plot_points(panel, found[key], shift, f"C{i}", label)
     figure.legend(**LEGEND)
     save(figure, path)
 
 
-def plot_points(panel, accuracies, shift, color, label=None):
-    """A point with its interval over each key: {"sampled": {"accuracy", "interval"}}"""
-    for i, found in enumerate(accuracies.values()):
-        panel.vlines(i + shift, *found["interval"], color=color)
-    x = [i + shift for i in range(len(accuracies))]
-    heights = [found["accuracy"] for found in accuracies.values()]
+def plot_points(panel, found, shift, color, label):
+    """A point with its interval over each key: {"sampled": {"mean", "interval"}}"""
+    for i, each in enumerate(found.values()):
+        panel.vlines(i + shift, *each["interval"], color=color)
+    x = [i + shift for i in range(len(found))]
+    heights = [each["mean"] for each in found.values()]
     panel.plot(x, heights, "o", color=color, markersize=4, label=label)
-    panel.set_xticks(range(len(x)), list(accuracies))
-    panel.set_ylim(-0.03, 1.03)
-    panel.grid(alpha=0.3)
+    panel.set_xticks(range(len(x)), list(found))
 
 
 def save(figure, path):

@@ -54,34 +54,23 @@ def maj_at_k(answers, right, k):
 
 
 def bootstrap(values, resamples=2000):
-    """(n, K) K numbers of each of n problems -> K 95 % intervals of their means.
+    """A value for each problem -> the 95 % interval of their mean.
 
-    The problems are resampled with replacement (percentile method: Efron, 1979), all columns alike.
-    If all problems agree, as when all are solved, the interval has no width.
+    The problems are resampled with replacement (percentile method: Efron, 1979). If all values are
+    equal the interval has no width.
     """
+    values = torch.tensor(values, dtype=torch.float64)
     n = len(values)
     generator = torch.Generator().manual_seed(0)
-    means = []
-    for _ in range(resamples):
-        chosen = torch.randint(n, (n,), generator=generator)
-        means.append(values[chosen].mean(0))
-    ends = torch.tensor([0.025, 0.975], dtype=values.dtype)
-    return list(zip(*torch.stack(means).quantile(ends, 0).tolist()))
-
-
-def mcnemar(gained, lost):
-    """The exact two-sided p-value of McNemar's test, from the problems on which two models differ.
-
-    The probability of a split at least this uneven if both models are equally good: one has
-    `gained` more of these problems right, the other `lost`. mcnemar(6, 0) -> 0.03125
-    """
-    n = gained + lost
-    tail = sum(math.comb(n, i) for i in range(min(gained, lost) + 1)) / 2**n
-    return min(1.0, 2 * tail)
+    draws = (torch.randint(n, (n,), generator=generator) for _ in range(resamples))
+    means = [values[draw].mean() for draw in draws]
+    low, high = torch.stack(means).quantile(values.new_tensor([0.025, 0.975])).tolist()
+    return low, high
 
 
 def paired_difference(gained, lost, n):
-    """The 95 % interval of the difference of two proportions, measured on the same n problems.
+    """The 95 % interval of the difference of two proportions, measured on the same n problems: one
+    model has `gained` more of them right, the other `lost`.
 
     Bonett and Price, 2012: Wald's interval with one problem more of each kind, so that it has a
     width where nothing was gained or lost.
@@ -93,10 +82,15 @@ def paired_difference(gained, lost, n):
     return max(-1.0, difference - half), min(1.0, difference + half)
 
 
-def bootstrapped(values):
-    """One value per problem -> their mean, and its interval by `bootstrap`."""
-    column = torch.tensor(values, dtype=torch.float64)[:, None]
-    return {"accuracy": fmean(values), "interval": bootstrap(column)[0]}
+def mean_interval(values, shares=True):
+    """A value for each problem -> their mean and its 95 % interval. Wilson's where they are shares
+    of right responses, and each is 0 or 1; otherwise by `bootstrap`, because several responses to
+    one problem are alike."""
+    if shares and set(values) <= {0, 1}:
+        interval = wilson(sum(values), len(values))
+    else:
+        interval = bootstrap(values)
+    return {"mean": fmean(values), "interval": interval}
 
 
 def at_k(votes, right):
@@ -106,41 +100,24 @@ def at_k(votes, right):
     pass_at = {}
     maj_at = {}
     for k in [2**i for i in range(20) if 2**i < n] + [n]:
-        pass_at[k] = bootstrapped([pass_at_k(sum(each), n, k) for each in right])
-        maj_at[k] = bootstrapped([maj_at_k(*pair, k) for pair in zip(votes, right)])
+        pass_at[k] = mean_interval([pass_at_k(sum(each), n, k) for each in right])
+        maj_at[k] = mean_interval([maj_at_k(*pair, k) for pair in zip(votes, right)])
     return {"pass_at": pass_at, "maj_at": maj_at}
 
 
-def compare_greedy(before, after):
-    """Two models, one answer to each problem, right or wrong -> the difference of their accuracies,
-    its interval, and a verdict by McNemar's exact test."""
-    pairs = Counter(zip(before, after))
-    gained = pairs[False, True]
-    lost = pairs[True, False]
-    p = mcnemar(gained, lost)
-    return {
-        "difference": (gained - lost) / len(before),
-        "interval": paired_difference(gained, lost, len(before)),
-        "gained": gained,
-        "lost": lost,
-        "p": p,
-        "verdict": verdict(gained - lost, p < 0.05),
-    }
+def compare_values(before, after):
+    """Two models, a value for each problem -> the mean difference and its 95 % interval, how many
+    problems went up and down, and a verdict: whether 0 is in the interval.
 
-
-def compare_sampled(before, after):
-    """Two models, the share of right answers to each problem -> the same, with a verdict by whether
-    0 is in the interval. It is bootstrapped over problems: what both find hard is no noise."""
-    found = bootstrapped([new - old for old, new in zip(before, after)])
-    low, high = found["interval"]
-    return {
-        "difference": found["accuracy"],
-        "interval": (low, high),
-        "verdict": verdict(found["accuracy"], low > 0 or high < 0),
-    }
-
-
-def verdict(difference, significant):
-    if not significant:
-        return "no difference seen"
-    return "better" if difference > 0 else "worse"
+    The interval is of differences on the same problem: what both models find hard is no noise.
+    """
+    differences = [new - old for old, new in zip(before, after)]
+    gained = sum(difference > 0 for difference in differences)
+    lost = sum(difference < 0 for difference in differences)
+    if {*before, *after} <= {0, 1}:
+        low, high = paired_difference(gained, lost, len(before))
+    else:
+        low, high = bootstrap(differences)
+    verdict = "better" if low > 0 else "worse" if high < 0 else "no difference seen"
+    numbers = {"difference": fmean(differences), "interval": (low, high)}
+    return {**numbers, "gained": gained, "lost": lost, "verdict": verdict}

@@ -121,7 +121,7 @@ def test_every_key_of_a_run_is_documented():
     metrics, documented = PAGES[ROOT / "docs" / "metrics.md"].split("## metrics.jsonl")
     rows = read_rows(run / "metrics.jsonl")
     keys = {re.sub("^reward/.*", "reward/PART", key) for row in rows for key in row}
-    assert {"kl", "clip_share", "reward/PART", "eval_interval"} <= keys
+    assert {"kl", "clip_share", "reward/PART", "eval_mean_reward"} <= keys
     assert {key for key in keys if f"`{key}`" not in documented} == set()
     for name in [path.name for path in run.iterdir()]:
         assert name in metrics

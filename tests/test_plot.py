@@ -14,7 +14,8 @@ def make_run(name, steps, reward):
     folder = Path("runs") / name
     folder.mkdir(parents=True)
     row = dict.fromkeys([*CURVES, "true_reward"], reward)
-    row["eval_interval"] = [reward - 0.1, reward + 0.1]
+    for name in ("accuracy", "mean_reward"):
+        row[f"eval_{name}_interval"] = [reward - 0.1, reward + 0.1]
     write_rows(folder / "metrics.jsonl", [{"step": step, **row} for step in range(1, steps + 1)])
     return str(folder)
 
@@ -50,7 +51,8 @@ def test_curves_are_smoothed_over_seven_steps():
 
 def test_the_held_out_accuracy_starts_with_the_base_model(panels):
     run = Path(make_run("one", 2, 0.5))
-    write_json(run / "before.json", {"sampled": {"accuracy": 0.1, "interval": [0.0, 0.2]}})
+    before = {"sampled": {"mean": 0.1, "interval": [0.0, 0.2]}}
+    write_json(run / "before.json", {"accuracy": before})
     plot_run(run)
     [line] = panels[CURVES["eval_accuracy"]].lines
     assert line.get_xydata().tolist() == [[0, 0.1], [1, 0.5], [2, 0.5]]
@@ -58,13 +60,17 @@ def test_the_held_out_accuracy_starts_with_the_base_model(panels):
 
 def test_parts_have_panels_and_a_true_reward_has_an_axis_beside_the_reward(panels):
     run = Path(make_run("one", 2, 0.5))
-    parts = {"true_reward": 0.2, "reward/exact": 0.3, "reward/length": 9.0}
+    parts = {"true_reward": 0.2, "reward/exact": 0.3}
     rows = [{**row, **parts} for row in read_rows(run / "metrics.jsonl")]
+    for row in rows:
+        row["reward/length"] = 9.0 + row["step"]
     write_rows(run / "metrics.jsonl", rows)
     plot_run(run)
     # the axis beside it is the last, and has no title
-    for title, value in {"part of the reward: length": 9.0, "": 0.2}.items():
-        assert panels[title].lines[0].get_ydata().tolist() == [value] * 2
+    for title, values in {"part of the reward: length": [10, 11], "": [0.2, 0.2]}.items():
+        assert panels[title].lines[0].get_ydata().tolist() == values
+    # what does not vary has no panel
+    assert "part of the reward: exact" not in panels and CURVES["kl"] not in panels
 
 
 def test_what_cannot_be_drawn_is_said_in_a_sentence():

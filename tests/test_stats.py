@@ -2,9 +2,17 @@ from itertools import combinations
 from statistics import fmean
 
 import pytest
-import torch
 
-from lib.stats import bootstrap, maj_at_k, majority, mcnemar, paired_difference, pass_at_k, wilson
+from lib.stats import (
+    bootstrap,
+    compare_values,
+    maj_at_k,
+    majority,
+    mean_interval,
+    paired_difference,
+    pass_at_k,
+    wilson,
+)
 
 
 @pytest.mark.parametrize(
@@ -45,23 +53,57 @@ def test_maj_at_k_is_a_mean_over_blocks():
 
 
 def test_bootstrap_intervals_are_those_of_theory():
-    """The mean of 400 coins, half of them heads, has a standard error of 0.025; of their doubles,
-    0.05."""
-    coins = torch.tensor([0.0, 1.0], dtype=torch.float64).repeat(200)[:, None]
-    single, double = bootstrap(torch.cat([coins, 2 * coins], 1))
-    assert single == pytest.approx((0.451, 0.549), abs=0.005)
-    assert double[1] == pytest.approx(2 * single[1])
-    assert bootstrap(torch.ones(5, 1)) == [(1.0, 1.0)]
+    """The mean of 400 numbers, half of them 0 and half of them 3, has a standard error of 0.075."""
+    assert bootstrap([0.0, 3.0] * 200) == pytest.approx((1.353, 1.647), abs=0.015)
+    assert bootstrap([0.5] * 5) == (0.5, 0.5)
 
 
-def test_mcnemar_by_hand_and_on_the_textbook_example():
-    """6 to 0: 2 / 2^6. Agresti's approval ratings, 150 lost to 86: R's exact2x2 says 3.716e-05."""
-    assert mcnemar(6, 0) == mcnemar(0, 6) == 0.03125
-    assert mcnemar(3, 3) == mcnemar(0, 0) == 1.0
-    assert mcnemar(150, 86) == pytest.approx(3.716e-05, abs=5e-9)
+def test_means_of_right_and_wrong_have_wilson_intervals_and_others_are_bootstrapped():
+    assert mean_interval([1, 1, 0, 1])["interval"] == wilson(3, 4)
+    assert mean_interval([True] * 20)["interval"] == wilson(20, 20)
+    assert mean_interval([1.0] * 20, shares=False)["interval"] == (1, 1)
+    assert mean_interval([1, 0.5, 0]) == {"mean": 0.5, "interval": bootstrap([1, 0.5, 0])}
 
 
 def test_the_interval_of_a_paired_difference_by_hand():
     """20 gained, 8 lost of 98: 0.21 - 0.09 = 0.12, variance (0.30 - 0.0144) / 100."""
     half = 1.959964 * (0.2856 / 100) ** 0.5
     assert paired_difference(20, 8, 98) == pytest.approx((0.12 - half, 0.12 + half))
+
+
+def test_right_and_wrong_answers_are_compared_by_their_paired_interval():
+    """Gained alone: 6 of 16 are better than chance, 4 of 16 are not."""
+    before, after = [False] * 6 + [True] * 10, [True] * 16
+    found = compare_values(before, after)
+    assert found == {
+        "difference": 6 / 16,
+        "interval": paired_difference(6, 0, 16),
+        "gained": 6,
+        "lost": 0,
+        "verdict": "better",
+    }
+    assert compare_values(after, before)["verdict"] == "worse"
+    assert compare_values(before[3:], after[3:])["verdict"] == "no difference seen"
+
+
+@pytest.mark.parametrize("n", [5, 40, 300])
+def test_a_verdict_never_disagrees_with_its_interval(n):
+    for lost in range(4):
+        for gained in range(n - lost):
+            after = [1] * gained + [0] * (n - gained)
+            before = [0] * (n - lost) + [1] * lost
+            found = compare_values(before, after)
+            low, high = found["interval"]
+            assert (found["verdict"] == "no difference seen") == (low <= 0 <= high)
+
+
+def test_shares_are_compared_problem_by_problem():
+    """The same half gained on every problem is no noise, however much the problems differ."""
+    before, after = [0.0, 0.5] * 8, [0.5, 1.0] * 8
+    found = compare_values(before, after)
+    assert (found["difference"], found["interval"], found["verdict"]) == (0.5, (0.5, 0.5), "better")
+    assert (found["gained"], found["lost"]) == (16, 0)
+    # 1 gained on half of them, 0 on the others: 0.5 +- 1.96 * 0.5 / 4
+    found = compare_values(before, after[::-1])
+    assert found["interval"] == pytest.approx((0.255, 0.745), abs=0.07)
+    assert compare_values(before, before[::-1])["verdict"] == "no difference seen"

@@ -28,7 +28,7 @@ def test_a_run_sends_what_it_records(base, package):
     assert (options["name"], options["dir"], options["mode"]) == ("sent", run, "offline")
     expected = []
     for row in read_rows(run / "metrics.jsonl"):
-        del row["eval_interval"]  # no number
+        del row["eval_accuracy_interval"]  # no number
         expected.append(call(row, step=row.pop("step")))
     assert package.init().log.mock_calls == expected
 
@@ -37,7 +37,7 @@ def test_a_run_sends_what_it_records(base, package):
 def test_each_tracker_is_told_in_its_own_words(package, monkeypatch, kind):
     monkeypatch.setenv("WANDB_MODE", "online")  # the only way to make it use the network
     tracker = Tracker(kind)
-    tracker.send(Path("a"), {}, {"step": 1, "reward": 0.5, "eval_interval": [0.1, 0.2]})
+    tracker.send(Path("a"), {}, {"step": 1, "reward": 0.5, "eval_accuracy_interval": [0.1, 0.2]})
     tracker.send(Path("a"), {}, {"step": 2, "reward": 0.6})
     if kind == "tensorboard":
         package.SummaryWriter.assert_called_once_with(Path("a/tensorboard"))

@@ -306,11 +306,11 @@ def test_the_numbers_of_a_step_by_hand():
     finished = torch.tensor([True, True, True, False])
     rollout = Rollout(mask.long(), lengths, lengths, mask, -0.5 * mask, finished)
     texts, true, parts = ["a</think>b", "", "a", ""], [1.0, 0.5, 1.0, 1.0], [2.0, 0.0, 0.0, 1.0]
-    samples = [
-        {"response": text, "true_reward": value, "parts": {"number": part}}
-        for text, value, part in zip(texts, true, parts)
-    ]
     rewards = torch.tensor([[1.0, 0.0], [1.0, 1.0]])
+    samples = [
+        {"response": text, "reward": reward, "true_reward": value, "parts": {"number": part}}
+        for text, reward, value, part in zip(texts, rewards.flatten().tolist(), true, parts)
+    ]
     expected = {
         "reward": 0.75,
         "reward_std": 0.25,
@@ -334,6 +334,8 @@ def test_the_numbers_of_a_step_by_hand():
     rollout.finished[:] = True
     found = rollout_metrics(rollout, samples, rewards, torch.zeros(4, 1))
     assert not {"response_length_truncated", "effective_samples"} & set(found)
+    found = rollout_metrics(rollout, samples, rewards, torch.ones(4, 1), right_or_wrong=False)
+    assert not {"accuracy", "all_right", "all_wrong"} & set(found)
 
 
 def test_the_numbers_of_the_updates_by_hand():
