@@ -69,12 +69,12 @@ def draw(panel, steps, values, low, high, color, **style):
 
 
 def make_panels(curves, runs):
-    """A figure, and a panel for each curve that varies in one of the runs (their rows). The reward
-    always has one."""
+    """A figure, and a panel for each curve that varies by more than 1 % in the runs (their rows).
+    The reward always has one."""
     shown = []
     for metric in curves:
-        values = {value for rows in runs for value in curve(rows, metric).values()}
-        if len(values) > 1 or metric == "reward":
+        values = [value for rows in runs for value in curve(rows, metric).values()] or [0]
+        if max(values) - min(values) > 0.01 * max(map(abs, values)) or metric == "reward":
             shown.append(metric)
     lines = math.ceil(len(shown) / 4)
     columns = math.ceil(len(shown) / lines)
