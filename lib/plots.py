@@ -25,7 +25,7 @@ PANELS = {  # of the sampled responses -> title of its panel
     "pass_at": "pass@k, sampled",
     "maj_at": "maj@k, sampled",
 }
-SHARES = ("reward", "true_reward", "eval_accuracy", "thinking", "finished")  # mostly 0 to 1
+SHARES = ("eval_accuracy", "thinking", "finished")  # always from 0 to 1
 LEGEND = {"loc": "outside lower center", "ncols": 4, "fontsize": 9}
 POINTS = 500  # of a curve: a long run is thinned to about as many
 
@@ -86,6 +86,8 @@ def make_panels(curves, runs):
         panel.set_title(curves[metric], fontsize=10)
         panel.set_xlabel("step", fontsize=9)
         panel.grid(alpha=0.3)
+        if metric in SHARES:
+            panel.set_ylim(-0.03, 1.03)
     return figure, dict(zip(shown, panels))
 
 
@@ -101,7 +103,7 @@ def plot_metric(panel, rows, metric, color):
         every = 1 + len(steps) // POINTS
         panel.plot(steps[::every], values[::every], color=color, alpha=0.35, linewidth=1)
         panel.plot(steps[::every], smooth(values)[::every], color=color, linewidth=2)
-    if metric in SHARES and all(0 <= value <= 1 for value in values):
+    if metric in ("reward", "true_reward") and all(0 <= value <= 1 for value in values):
         panel.set_ylim(-0.03, 1.03)
 
 
