@@ -4,8 +4,8 @@
     python -m tools.compare --steps 100 --minibatches 1 --runs_dir runs/other
 
 All runs have the same base model, problems, learning rate and number of sampled responses, and are
-measured on the same held-out problems. Writes the table in docs/recipes.md. A run that is finished is
-not trained again.
+measured on the same held-out problems. Writes the table in docs/recipes.md. A run that is finished
+is not trained again.
 """
 
 import math

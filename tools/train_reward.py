@@ -22,7 +22,6 @@ from pathlib import Path
 from typing import Literal
 
 import torch
-from matplotlib.figure import Figure
 from torch import Tensor
 from torch.nn.functional import logsigmoid
 from tqdm import trange
@@ -217,27 +216,16 @@ def main(config, source=None) -> Path:
     aside = output.with_name(f"{output.name}.{os.getpid()}.part")
     save_policy(model, reward_model.tokenizer, aside)
     write_json(aside / "fit.json", result)
-    plot(curve, aside / "curve.png")
     aside.rename(output)  # last: a folder that has its final name is whole
     print(f"""
 {len(held_out)} held-out pairs (fitted to {len(pairs)})
 the reward model prefers the chosen one in {right:.3f} [{low:.3f}, {high:.3f}]
 the longer one is the chosen one in         {longer:.3f}
 
-{output}/: a Hugging Face folder, curve.png, fit.json
+{output}/: a Hugging Face folder, and fit.json
 
     python train.py --reward 'model("{output}")' --normaliser mean --lr 5e-5""")
     return output
-
-
-def plot(curve, path) -> None:
-    """The loss of each step, and the accuracy on held-out pairs."""
-    figure = Figure(figsize=(8, 3.5), layout="constrained")
-    for panel, key in zip(figure.subplots(1, 2), ("loss", "accuracy")):
-        points = [(row["step"], row[key]) for row in curve if key in row]
-        panel.plot(*zip(*points), ".-")
-        panel.set(title=key, xlabel="step")
-    figure.savefig(path, dpi=110)
 
 
 if __name__ == "__main__":
