@@ -33,9 +33,8 @@ from sample import Sampling
 from tasks import load_task, longest_prompts, prompt_ids, stable_hash
 
 
-def measures(task, reward, true_reward, load=load_reward) -> dict:
-    """What is measured: name -> reward (`load` makes it from its text). Models are compared by the
-    first.
+def measures(task, reward, true_reward="") -> dict[str, str]:
+    """What an evaluation measures: name -> reward, as text. Models are compared by the first.
 
     mean_reward: the mean of --true_reward or else --reward, unless that is the rule below
     accuracy:    the share right by a rule: the task's own, or for a JSONL file the one to measure
@@ -44,9 +43,9 @@ def measures(task, reward, true_reward, load=load_reward) -> dict:
     rule = text if task.rule_is_guessed else task.reward
     found = {}
     if text != rule or rule not in RIGHT_OR_WRONG:
-        found["mean_reward"] = load(text)
+        found["mean_reward"] = text
     if rule in RIGHT_OR_WRONG:
-        found["accuracy"] = load(rule)
+        found["accuracy"] = rule
     return found
 
 
@@ -68,7 +67,7 @@ def respond(
     answer, difficulty, length (tokens), finished, the value of each measure, and the parts of the
     first.
 
-    measured:     from `measures`
+    measured:     name -> reward, see `measures`
     rows_at_once: responses sampled in parallel. It changes no response, and neither do the other
                   problems: each problem has a seed of its own.
     """
@@ -192,7 +191,8 @@ def main(config, models) -> dict:
     task = load_task(config.task, config.data_dir)
     problems = task.test[: config.limit or None]
     config = replace(config, max_new_tokens=N, reward=config.reward or task.reward)
-    measured = measures(task, config.reward, "", partial(load_reward, device=device))
+    measured = measures(task, config.reward)
+    measured = {name: load_reward(text, device) for name, text in measured.items()}
     one_run = len(models) == 1 and models[0] in runs
     output = Path(config.output or (models[0] if one_run else "runs/eval"))
     try:

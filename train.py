@@ -41,7 +41,7 @@ from lib.flags import UserError, check_range, flag, list_presets, run_script
 from lib.lora import adapter_off, add_adapter
 from lib.metrics import UpdateStatistics, rollout_metrics, update_metrics
 from lib.plots import plot_run
-from lib.report import before_and_after
+from lib.report import before_and_after, describe_run
 from lib.run import TRACKERS, Run, Tracker, read_config
 from loss import BASELINED, DENOMINATORS, FILTERS, LOSSES, NORMALISERS, RECIPES, informative, k2, k3
 from policy import (
@@ -227,16 +227,17 @@ def main(config) -> Path:
     P, G, limit = config.prompts_per_step, config.group_size, config.max_new_tokens
     sampling = config.sampling
     device = pick_device(config.device)
+    tracker = Tracker(config.tracker)
+    run = Run(config.runs_dir, config.name, config.task, config.resume)
     task = load_task(config.task, config.data_dir)
     held_out = task.validation[: config.eval_problems]
     load = lru_cache(partial(load_reward, device=device))
     reward = load(config.reward or task.reward)
-    measured = measures(task, config.reward, config.true_reward, load)
+    evaluated = measures(task, config.reward, config.true_reward)
+    measured = {name: load(text) for name, text in evaluated.items()}
     true_reward = measured.get("accuracy", reward)
     if config.true_reward:
         true_reward = load(config.true_reward)
-    tracker = Tracker(config.tracker)
-    run = Run(config.runs_dir, config.name, config.task, config.resume)
 
     start = run.checkpoint if run.checkpoint and not config.lora_rank else config.model
     policy, tokenizer = load_policy(str(start), device, config.dtype)
@@ -257,6 +258,8 @@ def main(config) -> Path:
 
     longest = longest_prompts(task, task.train + held_out, tokenizer)
     check_prompts(policy, longest, limit)
+    ends = tokenizer.convert_ids_to_tokens(stop)
+    print(describe_run(config, policy, task, evaluated, ends), end="")
     print(memory_table(config, policy, device_memory(device), len(longest[0])), end="")
     # generate, and token_logprobs for the update: the fast ones if they agree with the plain ones
     forms = fast.choose(policy, longest, stop, sampling, limit, config.fast)

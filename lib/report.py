@@ -5,6 +5,27 @@ import json
 from lib.flags import align, shorten
 
 
+def describe_run(config, policy, task, measured, ends) -> str:
+    """What a run is about to do, in four lines.
+
+    measured: name -> text of the reward, as {"accuracy": "exact"}
+    ends:     the tokens that end a response, as text
+    """
+    trained = sum(p.numel() for p in policy.parameters() if p.requires_grad) / 1e6
+    size = f"{policy.num_parameters() / 1e6:,.2f} M parameters, {trained:,.2f} M of them trained"
+    dtype = str(policy.dtype).removeprefix("torch.")
+    held_out = min(config.eval_problems, len(task.validation))
+    evaluated = " and ".join(f"{name} by {text}" for name, text in measured.items())
+    return f"""\
+model      {config.model}: {size}, {dtype} on {policy.device.type}, --lr {config.lr:g}
+problems   {task.name}: {len(task.train)} to train on, {held_out} held out to evaluate on, \
+{len(task.test)} for eval.py
+reward     {config.reward or task.reward}; evaluations measure {evaluated}
+responses  {config.prompts_per_step} prompts x {config.group_size} of at most \
+{config.max_new_tokens} tokens per step, ended by {" or ".join(map(repr, ends))}
+"""
+
+
 def results_table(results):
     """{name: result of eval.beside_greedy} -> a column per model, a line per number."""
     columns = {name: number_texts(result) for name, result in results.items()}

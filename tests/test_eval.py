@@ -104,7 +104,7 @@ def test_what_is_measured_is_what_was_asked_for(task, reward, true_reward, expec
     """The guessed rule of a file counts only if no reward was named. A task with a rule of its own
     keeps its accuracy beside another reward."""
     task = task_of_a_file(*range(20)) if task == "file" else load_task("add")
-    assert measures(task, reward, true_reward, load=str) == expected
+    assert measures(task, reward, true_reward) == expected
 
 
 def test_accuracy_by_difficulty():

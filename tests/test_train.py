@@ -2,6 +2,7 @@
 
 import json
 import random
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -283,3 +284,32 @@ def test_an_adapter_learns_resumes_and_is_saved_alone_and_merged(base):
     logits = [model(torch.arange(20)[None]).logits for model in (adapted, merged)]
     torch.testing.assert_close(*logits, atol=1e-4, rtol=0)
     assert (plain - logits[0]).abs().max() > 0.1
+
+
+def test_a_run_says_at_its_start_what_it_is_about_to_do(base, capsys):
+    run(base, "--reward number --steps 1 --eval_problems 7")
+    shown = capsys.readouterr().out
+    for text in (
+        "7 held out to evaluate on, 810 for eval.py",
+        "number; evaluations measure mean_reward by number and accuracy by exact",
+        "float32 on cpu, --lr 0.001",
+        "4 prompts x 8 of at most 8 tokens per step, ended by '<eos>'",
+    ):
+        assert text in shown
+
+
+def test_cheap_checks_come_before_the_model_is_loaded(monkeypatch):
+    """Loading may take minutes, or fetch gigabytes."""
+    monkeypatch.setattr(train, "load_policy", None)
+    taken = Path("runs", "taken")
+    taken.mkdir(parents=True)
+    (taken / "config.json").touch()
+    for flags, message in {
+        "--name taken": "--name taken: runs/taken is there already",
+        "--task nope": "--task nope",
+        "--reward nope": "--reward nope",
+        "--true_reward 2*nope": "--reward nope",
+        "--temperature 0": "--temperature 0",
+    }.items():
+        with pytest.raises(UserError, match=re.escape(message)):
+            train.main(parse_train(*flags.split()))
