@@ -347,8 +347,11 @@ def main(config) -> Path:
         lr = learning_rate(step, config.lr, config.warmup_steps, config.steps)
         counts = rollout.response_lengths  # (B,)
         updates = []
+        selected_rows = selected.nonzero()[:, 0]
+        minibatches = min(config.minibatches, len(selected_rows))
         for _ in range(config.updates_per_rollout):
-            for rows in selected.nonzero()[:, 0].tensor_split(config.minibatches):
+            for i in range(minibatches):
+                rows = selected_rows[i::minibatches]  # an equal part of every group
                 loss_scale = torch.zeros(len(weights), device=device)  # (B,)
                 loss_scale[rows] = DENOMINATORS[config.denominator](counts[rows], config)
                 rows = rows[has_gradient(weights[rows], config)]
