@@ -37,11 +37,12 @@ from fast.optimizer import Optimizer
 from lib.batching import micro_batches
 from lib.checkpoint import new_checkpoint, restore_random_state, save_state
 from lib.checks import check_prompts
+from lib.files import write_text
 from lib.flags import UserError, check_range, flag, list_presets, run_script
 from lib.lora import adapter_off, add_adapter
 from lib.metrics import UpdateStatistics, rollout_metrics, update_metrics
 from lib.plots import plot_run
-from lib.report import before_and_after, describe_run
+from lib.report import before_and_after, describe_run, model_card
 from lib.run import TRACKERS, Run, Tracker, read_config
 from loss import BASELINED, DENOMINATORS, FILTERS, LOSSES, NORMALISERS, RECIPES, informative, k2, k3
 from policy import (
@@ -395,8 +396,10 @@ def main(config) -> Path:
             with new_checkpoint(run.folder, "best") as folder:
                 save_policy(policy, tokenizer, folder)
         if checkpoint_due or run.stop_requested:  # last: a saved final step is a finished run
+            card = model_card(run.folder, config, config.reward or task.reward, step)
             with new_checkpoint(run.folder) as folder:
                 save_policy(policy, tokenizer, folder)
+                write_text(folder / "README.md", card)
                 save_state(folder, {**state, "optimizer": optimizer.state_dict()})
         run.exit_if_stopped(step)
 

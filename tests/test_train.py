@@ -97,6 +97,9 @@ def test_a_run_leaves_what_it_should(base):
     assert [sample["step"] for sample in samples] == [1] * 4 + [2] * 4 + [3] * 4
     for name in ("before.json", "after.json"):
         assert len(json.loads((folder / name).read_text())["responses"]) == 20
+    card = (folder / "checkpoint" / "README.md").read_text()
+    for text in (f"{base}, trained by GRPO: 3 steps", "the reward `length`", "accuracy sampled"):
+        assert text in card
     for script in ("train.py", "lib/run.py", "fast/generate.py"):
         assert (folder / "code" / script).read_text() == (ROOT / script).read_text()
     assert (folder / "curves.png").read_bytes().startswith(b"\x89PNG")
