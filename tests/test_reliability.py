@@ -162,13 +162,14 @@ def test_killed_before_its_first_checkpoint_a_run_starts_again(run, straight):
     [(signal.SIGINT, 130), pytest.param(signal.SIGTERM, 143, marks=pytest.mark.slow)],
 )
 def test_a_signal_ends_the_step_saves_and_says_how_to_resume(straight, capsys, number, status):
-    """It comes while step 3 of 6 is being rewarded; checkpoints are due after 2, 4 and 6."""
+    """It comes while step 3 of 6 is being rewarded, after 16 calls of the evaluation before training and 8 per step;
+    checkpoints are due after 2, 4 and 6."""
     Path("mine.py").write_text(f"""import os
 {NOISY.replace("noisy", "quiet")}
 calls = []
 def noisy(*texts):
     calls.append(texts)
-    if len(calls) == 20: os.kill(os.getpid(), {number:d})
+    if len(calls) == 36: os.kill(os.getpid(), {number:d})
     return quiet(*texts)
 """)
     before = signal.getsignal(number)
