@@ -10,6 +10,7 @@ import pytest
 
 import tasks
 from lib.flags import UserError
+from reward import REWARDS
 from tasks import Problem, Task, load_task, prompt_ids, take_problems
 
 
@@ -88,8 +89,24 @@ def test_jsonl_of_the_users_own():
     task = load_task(write_lines("my.jsonl", *rows[:25], "", *rows[25:]))
     assert sizes(task) == [41, 4, 5]
     assert (len(task.test), task.reward, task.test[0].difficulty) == (10, "number", "3")
-    rows[7]["answer"] = "yes"
-    assert load_task(write_lines("my.jsonl", *rows)).reward == "exact"
+
+
+@pytest.mark.parametrize(
+    ("answer", "rule"),
+    [(1e-7, "number"), (1e20, "number"), ("-1,012.50", "number")]
+    + [(text, "exact") for text in ("yes", "\u0667", "7,5", "1.2.3", "12abc")],
+)
+def test_the_rule_of_a_file_is_guessed_from_its_answers(answer, rule, capsys):
+    """`number` where each answer is one that the rule `number` can read."""
+    rows = [{"prompt": f"p{i}", "answer": answer if i == 7 else i / 2} for i in range(20)]
+    assert load_task(write_lines("my.jsonl", *rows)).reward == rule
+    count = {"number": 20, "exact": 19}[rule]
+    expected = (
+        f"my.jsonl: {count} of 20 answers are plain numbers, so the rule is {rule}; .* --reward"
+    )
+    assert re.match(expected, capsys.readouterr().out)
+    if rule == "number":
+        assert REWARDS[rule]("", f"It is {answer}.", str(answer)) == 1
 
 
 BAD_LINES = """
