@@ -40,7 +40,7 @@ def measures(task, reward, true_reward="") -> dict[str, str]:
     accuracy:    the share right by a rule: the task's own, or for a JSONL file the one to measure
     """
     text = true_reward or reward or task.reward
-    rule = text if task.rule_is_guessed else task.reward
+    rule = text if task.rule_guess else task.reward
     found = {}
     if text != rule or rule not in RIGHT_OR_WRONG:
         found["mean_reward"] = text
@@ -192,7 +192,7 @@ def main(config, models) -> dict:
     problems = task.test[: config.limit or None]
     config = replace(config, max_new_tokens=N, reward=config.reward or task.reward)
     measured = measures(task, config.reward)
-    measured = {name: load_reward(text, device) for name, text in measured.items()}
+    measured = {name: load_reward(text, device, problems) for name, text in measured.items()}
     one_run = len(models) == 1 and models[0] in runs
     output = Path(config.output or (models[0] if one_run else "runs/eval"))
     try:

@@ -232,7 +232,7 @@ def main(config) -> Path:
     run = Run(config.runs_dir, config.name, config.task, config.resume)
     task = load_task(config.task, config.data_dir)
     held_out = task.validation[: config.eval_problems]
-    load = lru_cache(partial(load_reward, device=device))
+    load = lru_cache(partial(load_reward, device=device, problems=task.train))
     reward = load(config.reward or task.reward)
     evaluated = measures(task, config.reward, config.true_reward)
     measured = {name: load(text) for name, text in evaluated.items()}

@@ -113,11 +113,21 @@ def read_jsonl(path, fields) -> list[dict]:
         if not isinstance(row, dict):
             raise UserError(f"{place}: not an object with {' and '.join(fields)}")
         for field, check in fields.items():
-            if field not in row or not check(row[field]):
+            if not check(row.get(field)):
                 raise UserError(f'{place}: "{field}" is missing, empty or of the wrong type')
         rows.append(row)
     if not rows:
         raise UserError(f"{path}: no problems in it")
+    return rows
+
+
+def read_problems(path, fields=None) -> list[dict]:
+    """The rows of a user's file of problems: "prompt" and "answer" (text or None), and `fields`."""
+    fields = {"prompt": is_prompt, "answer": is_answer, **(fields or {})}
+    rows = read_jsonl(path, fields)
+    for row in rows:
+        if row.setdefault("answer", None) is not None:
+            row["answer"] = str(row["answer"])
     return rows
 
 
@@ -133,6 +143,9 @@ def is_text(value):
 
 
 def is_answer(value):
+    """Text, a number, or None for a problem without an answer."""
+    if value is None:
+        return True
     if isinstance(value, float):
         return math.isfinite(value)
     return isinstance(value, int) or is_text(value)

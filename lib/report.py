@@ -17,11 +17,12 @@ def describe_run(config, policy, task, measured, ends) -> str:
     dtype = str(policy.dtype).removeprefix("torch.")
     held_out = min(config.eval_problems, len(task.validation))
     evaluated = " and ".join(f"{name} by {text}" for name, text in measured.items())
+    guess = f" ({task.rule_guess}; --reward takes another)" if task.rule_guess else ""
     return f"""\
 model      {config.model}: {size}, {dtype} on {policy.device.type}, --lr {config.lr:g}
 problems   {task.name}: {len(task.train)} to train on, {held_out} held out to evaluate on, \
 {len(task.test)} for eval.py
-reward     {config.reward or task.reward}; evaluations measure {evaluated}
+reward     {config.reward or task.reward + guess}; evaluations measure {evaluated}
 responses  {config.prompts_per_step} prompts x {config.group_size} of at most \
 {config.max_new_tokens} tokens per step, ended by {" or ".join(map(repr, ends))}
 """

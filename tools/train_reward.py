@@ -28,13 +28,13 @@ from tqdm import trange
 
 import fast
 from fast.optimizer import Optimizer
-from lib.files import is_prompt, is_string, read_jsonl, write_json
+from lib.files import is_prompt, is_string, read_jsonl, read_problems, write_json
 from lib.flags import UserError, check_range, flag, run_script
 from lib.reward_model import RewardModel
 from lib.run import is_run
 from lib.stats import wilson
 from policy import DEVICES, load_policy, pick_device, save_policy, stop_ids
-from reward import load_reward, read_samples, score
+from reward import load_reward, score
 from sample import Sampling
 from tasks import hold_out, load_task, prompt_ids, stable_hash, take_problems
 
@@ -102,7 +102,11 @@ def read_pairs(config, source, device) -> list[Pair]:
         fields = {"prompt": is_prompt, "chosen": is_string, "rejected": is_string}
         rows = read_jsonl(Path(source), fields)
         return [Pair(*map(row.get, fields)) for row in rows]
-    samples = read_samples(source) if source else sample_responses(config, device)
+    samples = (
+        read_problems(Path(source), {"response": is_string})
+        if source
+        else sample_responses(config, device)
+    )
     label = config.label or load_task(config.task, config.data_dir).reward
     reward = load_reward(label, device)
     groups = defaultdict(dict)
