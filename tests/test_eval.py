@@ -9,7 +9,7 @@ from conftest import CPU, parse_train
 
 import fast
 import train
-from eval import Config, details, evaluate, main, measures, respond
+from eval import Config, details, evaluate, main, measures, respond, sampling_of_runs
 from lib.files import read_rows
 from lib.flags import UserError
 from lib.report import results_table
@@ -113,6 +113,15 @@ def test_accuracy_by_difficulty():
     found = details_by("exact", groups)["by_difficulty"]
     assert list(found) == ["steps 2", "steps 10"]
     assert [share["mean"] for share in found.values()] == [0.5, 1]
+
+
+def test_a_run_is_sampled_as_it_sampled_in_training():
+    hot, cold = {"temperature": 1.5, "lr": 1}, {"temperature": 0.5, "lr": 2}
+    assert sampling_of_runs({"a": hot, "b": hot}, 0) == Sampling(1.5)
+    assert sampling_of_runs({"a": hot, "b": cold}, 1) == Sampling(1)
+    assert sampling_of_runs({}, 0) == Sampling(1)
+    with pytest.raises(UserError, match="--temperature: the runs differ"):
+        sampling_of_runs({"a": hot, "b": cold}, 0)
 
 
 RESULT = """{"accuracy": {"greedy": {"mean": 0.111, "interval": [0.101, 0.121]},
