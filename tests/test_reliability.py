@@ -26,6 +26,7 @@ from lib.files import append_rows, read_rows
 from lib.flags import UserError, run_script
 from lib.run import Run
 from policy import load_policy, save_policy
+from reward import load_reward, score
 from tools import pretrain
 
 ROOT = Path(__file__).parent.parent
@@ -294,6 +295,17 @@ def noisy(*texts):
 """)
     with pytest.raises(UserError, match=f"runs/deleted/{file}: cannot be written"):
         run_train(*FLAGS, "--name=deleted")
+
+
+def test_a_reward_cannot_change_the_problem():
+    """A conversation that it empties: the next prompt of the problem was once empty too."""
+    Path("mine.py").write_text("""
+def one(prompt, response, answer): return float(prompt.clear() is None)
+def all(prompts, responses, answers): return [float(prompt.clear() is None) for prompt in prompts]
+""")
+    sample = {"prompt": [{"role": "user", "content": "1+1="}], "response": "2", "answer": "2"}
+    assert score(load_reward("mine.one + mine.all"), [sample])[0]["reward"] == 2
+    assert sample["prompt"] == [{"role": "user", "content": "1+1="}]
 
 
 def bad_numbers(where, steps, monkeypatch):
