@@ -104,6 +104,8 @@ def stop_ids(model, tokenizer) -> list[int]:
     generation_config.json says (chat models end their turns with a token of their own)."""
     ids = model.generation_config.eos_token_id or []
     ids = ids if isinstance(ids, list) else [ids]
+    if not {*map(type, ids)} <= {int}:
+        raise UserError(f"--model {model.name_or_path}: its eos_token_id {ids} is not a number")
     return sorted({tokenizer.eos_token_id, *ids})
 
 

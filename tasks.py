@@ -16,10 +16,8 @@ from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from pathlib import Path
 
-from jinja2.exceptions import TemplateError
-
 from lib.files import download, is_text, read_jsonl, read_problems
-from lib.flags import UserError
+from lib.flags import UserError, first_line
 
 
 @dataclass(frozen=True)
@@ -259,12 +257,12 @@ def prompt_ids(task, problem, tokenizer) -> list[int]:
     options = {"add_generation_prompt": True, "return_dict": False}
     try:
         return tokenizer.apply_chat_template(system + messages, **options)
-    except TemplateError as error:
+    except Exception as error:  # of jinja2, or of what a template calls
         if not system:
-            raise UserError(f"the model's chat template refuses the prompt: {error}") from None
+            reason = first_line(error)
+            raise UserError(f"the model's chat template refuses the prompt: {reason}") from None
     # some templates (Gemma's) have no system role: begin the user's message with the instruction
-    messages = [{"role": "user", "content": f"{task.system}\n\n{prompt}"}]
-    return tokenizer.apply_chat_template(messages, **options)
+    return prompt_ids(NO_TASK, Problem(f"{task.system}\n\n{prompt}", ""), tokenizer)
 
 
 def longest_prompts(task, problems, tokenizer):

@@ -43,7 +43,7 @@ from lib.lora import adapter_off, add_adapter
 from lib.metrics import UpdateStatistics, rollout_metrics, update_metrics
 from lib.plots import plot_run
 from lib.report import before_and_after, describe_run, model_card
-from lib.run import TRACKERS, Run, Tracker, read_config
+from lib.run import TRACKERS, Run, Tracker, resumed_flags
 from loss import BASELINED, DENOMINATORS, FILTERS, LOSSES, NORMALISERS, RECIPES, informative, k2, k3
 from policy import (
     DEVICES,
@@ -134,9 +134,7 @@ HELP = f"{__doc__}\n{list_presets('task', PRESETS)}\n{list_presets('recipe', REC
 def fill(known) -> dict:
     """Defaults of flags: those of the resumed run, or of the task and the recipe."""
     if known["resume"]:
-        if not known["name"]:
-            raise UserError("--resume: say which run by --name")
-        return read_config(Path(known["runs_dir"]) / known["name"])
+        return resumed_flags(Config, known["runs_dir"], known["name"])
     return PRESETS.get(known["task"], {}) | RECIPES.get(known["recipe"], {})
 
 
@@ -229,7 +227,7 @@ def main(config) -> Path:
     sampling = config.sampling
     device = pick_device(config.device)
     tracker = Tracker(config.tracker)
-    run = Run(config.runs_dir, config.name, config.task, config.resume)
+    run = Run(config)
     task = load_task(config.task, config.data_dir)
     held_out = task.validation[: config.eval_problems]
     load = lru_cache(partial(load_reward, device=device, problems=task.train))
@@ -243,8 +241,8 @@ def main(config) -> Path:
     start = run.checkpoint if run.checkpoint and not config.lora_rank else config.model
     policy, tokenizer = load_policy(str(start), device, config.dtype)
     stop = stop_ids(policy, tokenizer)
-    if config.lr == 0:
-        config = replace(config, lr=default_learning_rate(policy, config.lora_rank))
+    lr = config.lr or default_learning_rate(policy, config.lora_rank)
+    config = replace(config, lr=lr, dtype=str(policy.dtype).removeprefix("torch."))
     torch.manual_seed(config.seed)  # for a new adapter and rewards; sampling has its own generators
     random.seed(config.seed)
     if config.lora_rank:
@@ -314,7 +312,7 @@ def main(config) -> Path:
 
             new = rollout.samples(problems, tokenizer)
             scores = score(reward, new, limit)
-            true_scores = scores if true_reward is reward else score(true_reward, new, limit)
+            true_scores = score(true_reward, new, limit)
             for sample, scored, true in zip(new, scores, true_scores):  # the reward and its parts
                 samples.append({**sample, **scored, "true_reward": true["reward"]})
             rewards = torch.tensor([sample["reward"] for sample in samples]).view(-1, G)  # (P, G)
@@ -347,9 +345,9 @@ def main(config) -> Path:
         # ---------------------------------------------------------- 4. update
         lr = learning_rate(step, config.lr, config.warmup_steps, config.steps)
         counts = rollout.response_lengths  # (B,)
-        updates = []
         selected_rows = selected.nonzero()[:, 0]
         minibatches = min(config.minibatches, len(selected_rows))
+        updates = []
         for _ in range(config.updates_per_rollout):
             for i in range(minibatches):
                 rows = selected_rows[i::minibatches]  # an equal part of every group

@@ -10,12 +10,12 @@ import math
 import os
 import sys
 import urllib.request
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from http.client import HTTPException
 
 from safetensors import SafetensorError
 
-from lib.flags import UserError, first_line
+from lib.flags import UserError, first_line, name_error
 
 
 @contextmanager
@@ -25,8 +25,8 @@ def writing(path):
         yield
     except (OSError, RuntimeError, SafetensorError) as error:  # RuntimeError: torch.save
         raise UserError(
-            f"{path}: cannot be written ({first_line(error)}): is the disk full, or read-only? "
-            "What was there before is whole"
+            f"{path}: cannot be written ({first_line(error)}): is the disk full or read-only, or "
+            "was a file deleted? What is still there is whole"
         ) from error
 
 
@@ -60,13 +60,21 @@ def write_rows(path, rows):
 
 
 def append_rows(path, rows):
-    with writing(path), path.open("a") as file:
+    """Appends to a file that must be there: one deleted meanwhile would lack its first rows."""
+    with writing(path), path.open("r+") as file:
+        file.seek(0, os.SEEK_END)
         file.write(json_lines(rows))
+
+
+def read_json(path):
+    """The content of a run's own .json file, None if it is missing or damaged."""
+    with suppress(OSError, ValueError):
+        return json.loads(path.read_text())
 
 
 def read_rows(path, wanted=lambda key: True) -> list[dict]:
     """The rows of a run's own .jsonl file, each with the keys for which wanted(key). No file has
-    no rows.
+    no rows. UserError names a line that is damaged, or has no "step".
 
     Only the last line can be cut short (by a kill), and it is left out. A long run reads its own
     metrics again and again. To save memory, lines are read one by one and rows share their keys.
@@ -79,12 +87,13 @@ def read_rows(path, wanted=lambda key: True) -> list[dict]:
             if not line.endswith("\n"):
                 break
             try:
-                row = json.loads(line).items()
-            except (ValueError, AttributeError) as error:  # no JSON, or no object
+                row = json.loads(line)
+                range(row["step"])  # is it there, and an integer?
+            except Exception as error:  # a damaged line may raise anything
                 raise UserError(
-                    f"{path}, line {number}: is damaged ({error}): mend or delete that line"
+                    f"{path}, line {number}: is damaged ({name_error(error)}): mend or delete it"
                 ) from None
-            rows.append({sys.intern(key): value for key, value in row if wanted(key)})
+            rows.append({sys.intern(key): row[key] for key in row if wanted(key)})
     return rows
 
 

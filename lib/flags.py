@@ -55,7 +55,7 @@ def parse(config_class, doc, argv, fill=None, **positionals):
 
     fill:        gets the value of every flag, returns defaults for the flags that the user left out
     positionals: name -> arguments of `ArgumentParser.add_argument`
-    Exits with 2 and one line on an unknown flag or a value of the wrong type.
+    UserError: an unknown flag, a value of the wrong type
     """
     for word in argv:
         if word.encode(errors="ignore").decode() != word:  # half a surrogate pair
@@ -68,13 +68,17 @@ def parse(config_class, doc, argv, fill=None, **positionals):
         formatter_class=HelpFormatter,
         allow_abbrev=False,
     )
+
+    def refuse(message):
+        if message.endswith("expected one argument"):
+            message += " (one that begins with - needs an = before it: --reward=-length)"
+        raise UserError(message)
+
+    parser.error = refuse
     for name, options in positionals.items():
         parser.add_argument(name, **options)
     if fill:
-        known = vars(parser.parse_known_args(argv)[0])
-        for name, value in fill(known).items():
-            if name in known:  # a run of an older version may have flags that are gone
-                parser.set_defaults(**{name: value})
+        parser.set_defaults(**fill(vars(parser.parse_known_args(argv)[0])))
     values = vars(parser.parse_args(argv))
     arguments = {name: values.pop(name) for name in positionals}
     return config_class(**values), arguments

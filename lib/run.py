@@ -9,7 +9,7 @@
                 curves.png      redrawn while the run trains
                 lock            held while a process is at work on the run
 
-    run = Run("runs", "add", task="add", resume=False)      # checks the name, makes nothing
+    run = Run(config)                                       # checks the name, makes nothing
     config = run.start(config, device, 0, Tracker("none"))
     for step in run.steps(1, config.steps):
         ...
@@ -20,12 +20,10 @@ Nothing here knows what GRPO is.
 """
 
 import importlib
-import json
 import math
 import os
 import platform
 import shlex
-import shutil
 import subprocess
 import sys
 import time
@@ -34,17 +32,23 @@ from dataclasses import asdict, replace
 from importlib.metadata import version
 from pathlib import Path
 from statistics import fmean
+from tempfile import TemporaryFile
 
 import torch
 from tqdm import tqdm
 
 from lib.checkpoint import catch_signals, find_checkpoint, lock
-from lib.files import append_rows, read_rows, write_json, write_rows, writing
-from lib.flags import UserError
+from lib.files import append_rows, read_json, read_rows, write_json, write_rows, writing
+from lib.flags import UserError, parse
 from lib.metrics import step_line
 
 TRACKERS = ("none", "tensorboard", "trackio", "wandb")
 ROOT = Path(__file__).parent.parent
+# flags that change nothing of what is learned from; the learning rate follows --steps
+MAY_CHANGE = (
+    "steps, eval_every, save_every, log_samples, tracker, device, name, runs_dir, "
+    "micro_batch_tokens, rows_at_once, gradient_checkpointing, fast"
+)
 
 
 def is_run(folder):
@@ -52,11 +56,35 @@ def is_run(folder):
 
 
 def read_config(folder) -> dict:
-    """The flags of a run. UserError if there is no run in `folder`."""
+    """The flags of a run, with at least those that eval.py needs. UserError if there is none."""
+    match read_json(folder / "config.json"):
+        case {
+            "config": {
+                "model": str(),
+                "task": str(),
+                "data_dir": str(),
+                "reward": str(),
+                "true_reward": str(),
+                "max_new_tokens": int(),
+            } as flags
+        }:
+            return flags
+    raise UserError(f"{folder}: no run there, or its config.json is damaged")
+
+
+def resumed_flags(config_class, runs_dir, name) -> dict:
+    """The flags of a run to resume. UserError if config_class has no such flag, or the flag cannot
+    have such a value."""
+    if not name:
+        raise UserError("--resume: say which run by --name")
+    folder = Path(runs_dir) / name
+    saved = read_config(folder)
+    words = [f"--{name}={value}" for name, value in saved.items() if value is not None]
     try:
-        return json.loads((folder / "config.json").read_text())["config"]
-    except (OSError, ValueError, KeyError, TypeError):
-        raise UserError(f"{folder}: no run there (its config.json cannot be read)") from None
+        flags = asdict(parse(config_class, "", words)[0])
+    except UserError as error:
+        raise UserError(f"{folder}/config.json: is not of this version: {error}") from None
+    return {**flags, "runs_dir": runs_dir}  # its folder may have been moved
 
 
 def flags_of_runs(config, runs, names):
@@ -162,7 +190,7 @@ def copy_code(folder):
         target = folder / "code" / part
         target.mkdir(exist_ok=True)
         for script in (ROOT / part).glob("*.py"):
-            shutil.copy(script, target)
+            (target / script.name).write_bytes(script.read_bytes())
 
 
 def rewind(folder, step):
@@ -186,17 +214,29 @@ class Run:
     state:      what the run remembered at that checkpoint, or None
     """
 
-    def __init__(self, runs_dir, name, task, resume):
-        """A run to resume must be there, and is locked. A new one needs a free name; nothing is
-        made until `start`."""
-        self.wanted = runs_dir, name, task
-        self.resumed = resume
+    def __init__(self, config):
+        """A run to resume must be there, with the same flags except MAY_CHANGE, and is locked. A
+        new one needs a free name where it can be written; nothing is made until `start`."""
+        self.wanted = config.runs_dir, config.name, config.task
+        self.resumed = config.resume
         self.checkpoint = self.state = None
-        if not resume:
+        if not self.resumed:
             self.folder = free_folder(*self.wanted)
-            return
-        self.folder = Path(runs_dir) / name
-        read_config(self.folder)
+            parent = next(filter(Path.exists, self.folder.parents))
+            with writing(self.folder), TemporaryFile(dir=parent):
+                return
+        self.folder = Path(config.runs_dir) / config.name
+        saved = read_config(self.folder)
+        for name, value in asdict(config).items():
+            free = name in saved and name in ["resume", *MAY_CHANGE.split(", ")]
+            if not free and value != saved.get(name):
+                raise UserError(
+                    f"--{name} {value}: the run has {saved.get(name)!r}, and only {MAY_CHANGE} may "
+                    "change on --resume"
+                )
+        before = self.folder / "before.json"
+        if before.exists() and not read_json(before):  # the end of the run needs it
+            raise UserError(f"{before}: is damaged, delete it")
         self.lock_file = lock(self.folder)
         if found := find_checkpoint(self.folder):
             self.checkpoint, self.state = found
@@ -206,9 +246,9 @@ class Run:
 
         Returns the config with the run's name filled in.
         """
-        if self.resumed:
-            rewind(self.folder, step)
-        else:
+        if step > config.steps:
+            raise UserError(f"--steps {config.steps}: {self.folder} has done {step} steps already")
+        if not self.resumed:
             self.folder = free_folder(*self.wanted)  # again: another process may have been faster
             with writing(self.folder):
                 self.folder.mkdir(parents=True, exist_ok=True)
@@ -229,6 +269,7 @@ class Run:
             "started": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
         }
         self.write_json("config.json", content)
+        rewind(self.folder, step)
         with writing(self.folder / "code"):
             copy_code(self.folder)
         return config
@@ -285,8 +326,8 @@ class Run:
             write_rows(path, rows)
             raise UserError(
                 f"step {metrics['step']}: the third in a row with a loss, a gradient or log-probs "
-                f"that are not finite; those updates were skipped. {path} has the samples: "
-                "--resume with a lower --lr"
+                f"that are not finite; those updates were skipped. {path} has the samples: start a "
+                f"new run with a lower --lr, maybe from the last checkpoint (--model {self.folder})"
             )
 
     def track_true_reward(self, every):

@@ -5,6 +5,7 @@ import re
 import runpy
 import shlex
 import sys
+from dataclasses import asdict
 from pathlib import Path
 
 import pytest
@@ -72,7 +73,7 @@ def test_a_command_has_the_flags_of_its_script(command, monkeypatch):
 
     run = Path("runs/add")  # what --resume looks for
     run.mkdir(parents=True)
-    (run / "config.json").write_text(json.dumps({"config": {}}))
+    (run / "config.json").write_text(json.dumps({"config": asdict(train.Config())}))
     monkeypatch.setattr(lib.flags, "run_script", parse_only)
     monkeypatch.setattr(sys, "argv", [script.name])
     if "--help" in words:

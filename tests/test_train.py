@@ -166,8 +166,9 @@ def test_a_reward_that_fails_stops_the_run_and_the_checkpoint_stays(base):
 
 def test_the_run_warns_when_reward_and_true_reward_diverge(capsys):
     """In step 3 both fall, in step 4 the reward is higher than in step 2 and the true reward lower."""
-    run = Run("runs", "x", "add", resume=False)
+    run = Run(parse_train("--name=x"))
     run.folder.mkdir(parents=True)
+    (run.folder / "metrics.jsonl").touch()
     said = []
     for step, (found, true) in enumerate([(0.1, 0.3), (0.3, 0.5), (0.2, 0.4), (0.4, 0.4)], 1):
         row = {"step": step, "reward": found, "true_reward": true}
