@@ -17,9 +17,9 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from lib.checks import check_prompts, context_length
+from lib.checks import CACHE, check_prompts, context_length
 from lib.flags import UserError, check_range, flag, run_script
-from policy import CACHE, DEVICES, load_policy, pick_device, stop_ids
+from policy import DEVICES, load_policy, pick_device, stop_ids
 from tasks import NO_TASK, Problem, prompt_ids
 
 
