@@ -40,7 +40,7 @@ from lib.checks import check_prompts
 from lib.files import write_text
 from lib.flags import UserError, check_range, flag, list_presets, run_script
 from lib.lora import adapter_off, add_adapter
-from lib.metrics import UpdateStatistics, rollout_metrics, update_metrics
+from lib.metrics import UpdateStatistics, is_idle, rollout_metrics, update_metrics
 from lib.plots import plot_run
 from lib.report import before_and_after, describe_run, model_card
 from lib.run import TRACKERS, Run, Tracker, resumed_flags
@@ -297,7 +297,8 @@ def main(config) -> Path:
 
         # ---------------------------------------------------------- 1. sample and score
         rollouts, samples = [], []
-        for _ in range(config.resample_tries if config.filter == "resample" else 1):
+        more = config.filter == "resample" and not is_idle(run.recent)
+        for _ in range(config.resample_tries if more else 1):
             seen = state["prompts_seen"]
             # a curriculum goes here; what it remembers is a key of `state`
             problems = take_problems(task.train, seen, P, config.seed)

@@ -40,7 +40,7 @@ from tqdm import tqdm
 from lib.checkpoint import catch_signals, find_checkpoint, lock
 from lib.files import append_rows, read_json, read_rows, write_json, write_rows, writing
 from lib.flags import UserError, parse
-from lib.metrics import step_line
+from lib.metrics import hint, step_line
 
 TRACKERS = ("none", "tensorboard", "trackio", "wandb")
 ROOT = Path(__file__).parent.parent
@@ -270,6 +270,7 @@ class Run:
         }
         self.write_json("config.json", content)
         rewind(self.folder, step)
+        self.recent = read_rows(self.folder / "metrics.jsonl")[-11:]  # the last steps
         with writing(self.folder / "code"):
             copy_code(self.folder)
         return config
@@ -317,11 +318,13 @@ class Run:
         every = max(1, len(rows) // max(1, log_samples))
         append_rows(self.folder / "samples.jsonl", rows[::every][:log_samples])
         tqdm.write(step_line(metrics))
+        self.recent = [*self.recent[-10:], metrics]
+        if text := hint(self.recent):
+            tqdm.write(text)
         self.tracker.send(self.folder, self.config, metrics)
         if not metrics["skipped"]:
             return
-        recent = [row["skipped"] > 0 for row in read_rows(path)[-3:]]
-        if recent == [True, True, True]:
+        if [row["skipped"] > 0 for row in self.recent[-3:]] == [True, True, True]:
             path = self.folder / "bad-step.jsonl"
             write_rows(path, rows)
             raise UserError(

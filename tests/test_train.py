@@ -317,3 +317,23 @@ def test_cheap_checks_come_before_the_model_is_loaded(monkeypatch):
     }.items():
         with pytest.raises(UserError, match=re.escape(message)):
             train.main(parse_train(*flags.split()))
+
+
+def test_a_run_that_goes_nowhere_says_so_once_and_stops_sampling_more(base, capsys):
+    """Every response gets the same reward. --filter resample tries three batches in each of the first ten steps,
+    and one after that, also when resumed."""
+    flags = "--reward same --filter resample --resample_tries 3 --prompts_per_step 2 --group_size 2"
+    folder = run(base, flags, "--steps 13 --max_new_tokens 1 --save_every 11")
+    drawn = [row["batches_drawn"] for row in metrics_of(folder)]
+    assert drawn == [3] * 10 + [1] * 3
+    shown = capsys.readouterr().out
+    assert shown.count("nothing to learn from in ten steps") == 1
+    assert shown.count("no response has ended by itself in three steps") == 1
+    start("--name add --resume --steps 14")
+    assert metrics_of(folder)[-1]["batches_drawn"] == 1
+
+
+def test_a_run_that_learns_gets_no_hints(base, capsys):
+    run(base, "--reward sevens --steps 12")
+    shown = capsys.readouterr().out
+    assert "nothing to learn" not in shown and "by itself" not in shown
