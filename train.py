@@ -26,7 +26,7 @@ import time
 from dataclasses import dataclass, replace
 from functools import lru_cache, partial
 from pathlib import Path
-from typing import Literal
+from typing import ClassVar, Literal
 
 import torch
 
@@ -103,6 +103,7 @@ class Config:
     warmup_steps: int = flag(10, "steps over which --lr is reached; then it falls to a tenth")
     weight_decay: float = flag(0.0, "AdamW weight decay")
     max_grad_norm: float = flag(1.0, "gradients are scaled down to at most this norm")
+    # memory
     micro_batch_tokens: int = flag(4096, "tokens per forward pass: affects memory only")
     lora_rank: int = flag(0, "train only adapters of this rank (needs peft); 0: all parameters")
     offload: bool = flag(False, "keep float32 masters and Adam's moments in the host's memory")
@@ -120,6 +121,15 @@ class Config:
     device: Literal[DEVICES] = flag("auto", "auto: the first of the others that is available")
     dtype: Literal["auto", *DTYPES] = flag("auto", "auto: bfloat16 on cuda, else float32")
 
+    GROUPS: ClassVar = {  # titles in --help, by the first flag of each
+        "model": "model, task, reward",
+        "prompts_per_step": "sampling",
+        "recipe": "weights and loss (loss.py)",
+        "steps": "update",
+        "micro_batch_tokens": "memory",
+        "eval_every": "evaluation and logging",
+    }
+
     @property
     def sampling(self) -> Sampling:
         """What the sampler and the learner must agree on."""
@@ -128,7 +138,7 @@ class Config:
 
 ADD = dict(prompts_per_step=32, max_new_tokens=32, steps=60, eval_every=10, eval_problems=500)
 PRESETS = {"add": ADD}  # defaults of the flags for a task
-HELP = f"{__doc__}\n{list_presets('task', PRESETS)}\n{list_presets('recipe', RECIPES)}"
+HELP = f"{list_presets('task', PRESETS)}\n{list_presets('recipe', RECIPES)}"
 
 
 def fill(known) -> dict:
@@ -409,4 +419,4 @@ def main(config) -> Path:
 
 
 if __name__ == "__main__":
-    run_script(main, Config, HELP, fill)
+    run_script(main, Config, __doc__, fill, HELP)

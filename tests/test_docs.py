@@ -68,8 +68,8 @@ def test_a_command_has_the_flags_of_its_script(command, monkeypatch):
         return
     parsed = []
 
-    def parse_only(main, config_class, doc, fill=None, **positionals):
-        parsed.append(lib.flags.parse(config_class, doc, words, fill, **positionals))
+    def parse_only(main, config_class, doc, *rest, **positionals):
+        parsed.append(lib.flags.parse(config_class, doc, words, *rest, **positionals))
 
     run = Path("runs/add")  # what --resume looks for
     run.mkdir(parents=True)
@@ -177,3 +177,11 @@ def test_the_weights_of_the_trap():
         torch.testing.assert_close(names[name], expected, atol=0.005, rtol=0)
     torch.testing.assert_close(names["mean_form"], torch.tensor([[0.15, -0.05, -0.05, -0.05]]))
     assert "(1.73, -0.58, -0.58, -0.58)" in README
+
+
+def test_help_has_groups_of_flags_and_the_recipes_after_them(capsys):
+    with pytest.raises(SystemExit):
+        lib.flags.parse(train.Config, train.__doc__, ["--help"], train.fill, train.HELP)
+    shown = capsys.readouterr().out
+    places = ["sampling:", "--temperature", "weights and loss", "--normaliser", "--recipe dapo: --"]
+    assert sorted(places, key=shown.index) == places

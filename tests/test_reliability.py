@@ -251,7 +251,7 @@ def test_a_full_disk_ends_the_run_in_a_sentence_and_costs_nothing(run, monkeypat
     resource.setrlimit(resource.RLIMIT_FSIZE, (1_000_000, hard))
     try:
         with pytest.raises(SystemExit) as exit:
-            run_script(train.main, train.Config, train.HELP, train.fill)
+            run_script(train.main, train.Config, train.__doc__, train.fill, train.HELP)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
     error = capsys.readouterr().err.splitlines()[-1]

@@ -227,7 +227,7 @@ def test_groups_without_a_signal_change_nothing(base):
 def test_a_mistake_gets_one_sentence_and_status_2(base, capsys, monkeypatch, flags, message):
     monkeypatch.setattr(sys, "argv", ["train.py", "--model", base, *flags.split()])
     with pytest.raises(SystemExit) as exit:
-        run_script(train.main, train.Config, train.HELP, train.fill)
+        run_script(train.main, train.Config, train.__doc__, train.fill, train.HELP)
     error = capsys.readouterr().err
     assert exit.value.code == 2 and error.count("\n") == 1
     assert error.startswith("train.py: error: ") and message in error
