@@ -15,7 +15,13 @@ CACHE = "cache" if Version(transformers.__version__) >= Version("5.24") else "pa
 
 def context_length(model) -> int | None:
     """The most tokens of prompt and response together, or None where the model names no limit."""
-    return getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    config = model.config.get_text_config()
+    limit = getattr(config, "max_position_embeddings", None)
+    rope = getattr(config, "rope_parameters", None) or {}
+    if rope.get("rope_type") in ("longrope", "dynamic"):
+        # longer rows turn their keys by other angles, but cached keys stay as they are
+        limit = rope.get("original_max_position_embeddings", limit)
+    return limit
 
 
 def check_prompts(policy, prompts, max_new_tokens) -> None:
@@ -46,8 +52,8 @@ def check_causal(name, model) -> None:
         model.register_forward_pre_hook(read_all, with_kwargs=True)
         model.register_forward_hook(keep_ids)
         if reason := misfit(model):
-            kind = f"{type(model).__name__} is no causal language model"
-            raise UserError(f"--model {name}: {kind} ({reason}), take one that is")
+            kind = f"{type(model).__name__} cannot sample token by token"
+            raise UserError(f"--model {name}: {kind} ({reason}): take a causal language model")
         print(f"{name}: without KV cache, each new token reads the whole row", file=sys.stderr)
 
 

@@ -56,7 +56,7 @@ MIXED = ["linear_attention", "full_attention"]
 # what else the config needs; a comma begins the name of a variant
 ARCHITECTURES = {
     "gpt2": {},
-    "gpt_neo": dict(attention_types=[[["global", "local"], 1]]),
+    "gpt_neo": dict(num_layers=2, attention_types=[[["global", "local"], 1]]),
     "gpt_neox": {},
     "gptj": {},
     "codegen": {},
@@ -116,7 +116,7 @@ ARCHITECTURES = {
     "roberta, is_decoder": dict(is_decoder=True),
 }
 PROMPTS = [list(range(5, 25)), [8, 9], [9, 10, 11] * 4]
-STOP = list(range(100, 150))
+STOP = list(range(100, 105))
 TOKENS = 40
 
 

@@ -21,6 +21,7 @@ from fast.logprobs import token_logprobs
 from fast.memory import memory_table
 from lib.checks import check_causal
 from lib.files import read_rows
+from lib.flags import UserError
 from loss import DENOMINATORS, LOSSES, NORMALISERS, RECIPES
 from policy import enable_gradient_checkpointing
 from sample import Sampling
@@ -347,6 +348,20 @@ def test_rwkv_keeps_its_parameters():
     model(torch.zeros(1, 4, dtype=torch.long))
     for name, value in model.state_dict().items():
         assert torch.equal(value, before[name])
+
+
+@pytest.mark.parametrize(("limit", "fits"), [(60, True), (59, False)])
+def test_rows_end_where_longrope_changes_the_positions(monkeypatch, limit, fits):
+    """Phi-3's rope: beyond the limit a row has other angles from its first token on, and cached keys do not fit."""
+    factors = dict(short_factor=[1.0] * 8, long_factor=[4.0] * 8)
+    rope = dict(rope_type="longrope", rope_theta=1e4, partial_rotary_factor=1.0, **factors)
+    changes = dict(original_max_position_embeddings=limit, rope_parameters=rope)
+    monkeypatch.setitem(architectures.ARCHITECTURES, "phi3, longrope", changes)
+    if fits:
+        assert architectures.examine("phi3, longrope")["gap"] < 1e-3
+    else:
+        with pytest.raises(UserError, match=f"the model's context of {limit}"):
+            architectures.examine("phi3, longrope")
 
 
 @pytest.mark.parametrize(
