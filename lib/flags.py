@@ -62,7 +62,6 @@ def parse(config_class, doc, argv, fill=None, **positionals):
             raise UserError(f"{word!a}: is not UTF-8")
     parser = HfArgumentParser(
         config_class,
-        prog=Path(sys.argv[0]).name,
         description=doc,
         usage=argparse.SUPPRESS,
         formatter_class=HelpFormatter,

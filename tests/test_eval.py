@@ -10,7 +10,6 @@ from conftest import CPU, parse_train
 import fast
 import train
 from eval import Config, compare, details, evaluate, main, respond, summarise
-from lib.files import read_rows
 from lib.flags import UserError
 from lib.report import results_table
 from lib.stats import compare_greedy, compare_sampled
@@ -177,6 +176,6 @@ def test_a_run_is_measured_beside_its_base(base, capsys, monkeypatch):
     assert found["reward"] == "number + 0.1*length"
     assert (folder / "eval.json").exists() and (folder / "eval.png").exists()
     # 2 models, 8 problems, 1 greedy and 2 sampled responses
-    assert len(read_rows(folder / "responses.jsonl")) == 48
+    assert len((folder / "responses.jsonl").read_text().splitlines()) == 48
     [pair] = found["comparisons"]
     assert (pair["before"], pair["after"]) == (base, run)
