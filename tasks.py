@@ -254,9 +254,10 @@ def prompt_ids(task, problem, tokenizer) -> list[int]:
     system = []
     if task.system and not is_chat:
         system = [{"role": "system", "content": task.system}]
-    options = {"add_generation_prompt": True, "return_dict": False}
     try:
-        return tokenizer.apply_chat_template(system + messages, **options)
+        return tokenizer.apply_chat_template(
+            system + messages, add_generation_prompt=True, return_dict=False
+        )
     except Exception as error:  # of jinja2, or of what a template calls
         if not system:
             reason = first_line(error)

@@ -144,19 +144,24 @@ HELP = f"{list_presets('task', PRESETS)}\n{list_presets('recipe', RECIPES)}"
 def fill(known) -> dict:
     """Defaults of flags: those of the resumed run, or of the task and the recipe."""
     if known["resume"]:
-        return resumed_flags(Config, known["runs_dir"], known["name"])
+        return resumed_flags(Config, known)
     return PRESETS.get(known["task"], {}) | RECIPES.get(known["recipe"], {})
 
 
 def check(config) -> None:
     """UserError for a value that cannot work."""
     check_range(config, 1, "resample_tries steps micro_batch_tokens eval_every save_every")
-    counts = "prompts_per_step group_size max_new_tokens minibatches updates_per_rollout"
-    check_range(config, 1, counts, most=1e6)
-    from_zero = (
-        "clip_low clip_high kl_beta warmup_steps eval_problems log_samples rows_at_once seed"
+    check_range(
+        config,
+        1,
+        "prompts_per_step group_size max_new_tokens minibatches updates_per_rollout",
+        most=1e6,
     )
-    check_range(config, 0, from_zero)
+    check_range(
+        config,
+        0,
+        "clip_low clip_high kl_beta warmup_steps eval_problems log_samples rows_at_once seed",
+    )
     check_range(config, 0, "lr weight_decay top_share", most=1)
     check_range(config, 0, "lora_rank", most=1e4)
     check_range(config, -1e4, "entropy_coef", most=1e4)
@@ -282,8 +287,10 @@ def main(config) -> Path:
         state = run.state
         optimizer.load_state_dict(state.pop("optimizer"))
         restore_random_state(state)
-    sizes = {"rows_at_once": config.rows_at_once or P * G}
-    sizes["micro_batch_tokens"] = config.micro_batch_tokens
+    sizes = {
+        "rows_at_once": config.rows_at_once or P * G,
+        "micro_batch_tokens": config.micro_batch_tokens,
+    }
     sizes = remember_halved(sizes, state["halved"])
     buffers = {}  # the sampler's KV cache and CUDA graphs
 

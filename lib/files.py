@@ -10,7 +10,7 @@ import math
 import os
 import sys
 import urllib.request
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from http.client import HTTPException
 
 from safetensors import SafetensorError
@@ -64,12 +64,6 @@ def append_rows(path, rows):
     with writing(path), path.open("r+") as file:
         file.seek(0, os.SEEK_END)
         file.write(json_lines(rows))
-
-
-def read_json(path):
-    """The content of a run's own .json file, None if it is missing or damaged."""
-    with suppress(OSError, ValueError):
-        return json.loads(path.read_text())
 
 
 def read_rows(path, wanted=lambda key: True) -> list[dict]:

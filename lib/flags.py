@@ -75,7 +75,6 @@ def parse(config_class, doc, argv, fill=None, epilog="", **positionals):
             make_dataclass("Group", members, namespace={"_argument_group_name": title})
             for title, members in groups
         ],
-        prog=Path(sys.argv[0]).name,
         description=doc,
         epilog=epilog,
         usage=argparse.SUPPRESS,

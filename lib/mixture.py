@@ -128,26 +128,30 @@ def call_part(part, function, rows, limit) -> list[float]:
 
     # copies: a function may change the list of messages that is its prompt
     texts = [[deepcopy(row[name]) for row in rows] for name in ("prompt", "response", "answer")]
+
+    def call(row, *arguments):
+        numbers = {"length": row.get("length"), "limit": limit}
+        extra = {name: numbers[name] for name in numbers if name in names}
+        return function(*arguments, **extra)
+
     values = []
     try:
         if names[:1] == ["prompts"]:
-            values = list(function(*texts))
+            found = list(function(*texts))
+            if len(found) != len(rows):
+                reason = f"returned {len(found)} values for {len(rows)} responses, the first"
+                raise error_at(0, reason)
         else:
-            for row, arguments in zip(rows, zip(*texts)):
-                numbers = {"length": row.get("length"), "limit": limit}
-                extra = {name: numbers[name] for name in numbers if name in names}
-                values.append(function(*arguments, **extra))
-    except KeyboardInterrupt:
+            found = map(call, rows, *texts)
+        for i, value in enumerate(found):
+            if not is_finite(value):
+                raise error_at(i, f"returned {shorten(repr(value), 50)}, not a finite number")
+            values.append(float(value))
+    except (KeyboardInterrupt, UserError):
         raise
     except BaseException as error:  # a function of the user's may raise anything
         raise error_at(len(values), f"raised {name_error(error)}") from error
-
-    if len(values) != len(rows):
-        raise error_at(0, f"returned {len(values)} values for {len(rows)} responses, the first")
-    for i, value in enumerate(values):
-        if not is_finite(value):
-            raise error_at(i, f"returned {describe(value)}, not a finite number")
-    return list(map(float, values))
+    return values
 
 
 def is_finite(value):
@@ -155,10 +159,3 @@ def is_finite(value):
         return math.isfinite(value)
     except Exception:  # text, a list, 10**400
         return False
-
-
-def describe(value):
-    try:
-        return shorten(repr(value), 50)
-    except Exception:  # 10**5000
-        return f"a value of type {type(value).__name__}"

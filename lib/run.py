@@ -20,6 +20,7 @@ Nothing here knows what GRPO is.
 """
 
 import importlib
+import json
 import math
 import os
 import platform
@@ -38,7 +39,7 @@ import torch
 from tqdm import tqdm
 
 from lib.checkpoint import catch_signals, find_checkpoint, lock
-from lib.files import append_rows, read_json, read_rows, write_json, write_rows, writing
+from lib.files import append_rows, read_rows, write_json, write_rows, writing
 from lib.flags import UserError, parse
 from lib.metrics import hint, step_line
 
@@ -56,35 +57,37 @@ def is_run(folder):
 
 
 def read_config(folder) -> dict:
-    """The flags of a run, with at least those that eval.py needs. UserError if there is none."""
-    match read_json(folder / "config.json"):
-        case {
-            "config": {
-                "model": str(),
-                "task": str(),
-                "data_dir": str(),
-                "reward": str(),
-                "true_reward": str(),
-                "max_new_tokens": int(),
-            } as flags
-        }:
-            return flags
-    raise UserError(f"{folder}: no run there, or its config.json is damaged")
+    """The flags of a run, at least those that eval.py needs. UserError if there is no run, or one
+    of its .json files is damaged."""
+    path = folder
+    try:
+        for path in [*folder.glob("*.json"), folder / "config.json"]:
+            content = json.loads(path.read_text())
+            if not content:
+                raise ValueError
+        flags = content["config"]
+        range(flags["max_new_tokens"])  # is it a number, and are these texts?
+        for name in ("model", "task", "data_dir", "reward", "true_reward"):
+            Path(flags[name])
+    except Exception:  # a damaged file may raise anything
+        raise UserError(f"{folder}: no run there, or its {path.name} is damaged") from None
+    return flags
 
 
-def resumed_flags(config_class, runs_dir, name) -> dict:
-    """The flags of a run to resume. UserError if config_class has no such flag, or the flag cannot
-    have such a value."""
-    if not name:
+def resumed_flags(config_class, known) -> dict:
+    """The flags of the run known["name"], without runs_dir. UserError if config_class has no such
+    flag, or the flag cannot have such a value."""
+    if not known["name"]:
         raise UserError("--resume: say which run by --name")
-    folder = Path(runs_dir) / name
+    folder = Path(known["runs_dir"]) / known["name"]
     saved = read_config(folder)
     words = [f"--{name}={value}" for name, value in saved.items() if value is not None]
     try:
         flags = asdict(parse(config_class, "", words)[0])
     except UserError as error:
         raise UserError(f"{folder}/config.json: is not of this version: {error}") from None
-    return {**flags, "runs_dir": runs_dir}  # its folder may have been moved
+    del flags["runs_dir"]  # the folder may have been moved
+    return flags
 
 
 def flags_of_runs(config, runs, names):
@@ -151,20 +154,20 @@ def is_free(folder):
     """Whether a new run may have this folder: not there, or left by a run killed in its start."""
     if not folder.exists():
         return True
-    leftovers = {"lock", "config.json.part"}
-    if folder.is_dir() and {path.name for path in folder.iterdir()} <= leftovers:
+    if folder.is_dir() and set(os.listdir(folder)) <= {"lock", "config.json.part"}:
         with suppress(UserError):  # another process is about to start there
             lock(folder).close()
             return True
     return False
 
 
-def free_folder(runs_dir, name, task) -> Path:
+def free_folder(config) -> Path:
     """runs_dir/name; without a name the first free one of runs_dir/task, task-2, task-3 ..."""
+    name = config.name
     if name != Path(name).name or name == "..":
         raise UserError(f"--name {name}: must be the name of a folder in --runs_dir, not a path")
-    stem = Path(task).stem
-    folder = Path(runs_dir) / (name or stem)
+    stem = Path(config.task).stem
+    folder = Path(config.runs_dir) / (name or stem)
     number = 1
     while not is_free(folder):
         if name:
@@ -217,29 +220,24 @@ class Run:
     def __init__(self, config):
         """A run to resume must be there, with the same flags except MAY_CHANGE, and is locked. A
         new one needs a free name where it can be written; nothing is made until `start`."""
-        self.wanted = config.runs_dir, config.name, config.task
-        self.resumed = config.resume
-        self.checkpoint = self.state = None
-        if not self.resumed:
-            self.folder = free_folder(*self.wanted)
+        if not config.resume:
+            self.folder = free_folder(config)
+            self.checkpoint = self.state = None
             parent = next(filter(Path.exists, self.folder.parents))
             with writing(self.folder), TemporaryFile(dir=parent):
                 return
         self.folder = Path(config.runs_dir) / config.name
         saved = read_config(self.folder)
         for name, value in asdict(config).items():
+            had = saved.get(name)
             free = name in saved and name in ["resume", *MAY_CHANGE.split(", ")]
-            if not free and value != saved.get(name):
+            if value != had and not free:
                 raise UserError(
-                    f"--{name} {value}: the run has {saved.get(name)!r}, and only {MAY_CHANGE} may "
-                    "change on --resume"
+                    f"--{name} {value}: the run has {had!r}, and only {MAY_CHANGE} may change on "
+                    "--resume"
                 )
-        before = self.folder / "before.json"
-        if before.exists() and not read_json(before):  # the end of the run needs it
-            raise UserError(f"{before}: is damaged, delete it")
         self.lock_file = lock(self.folder)
-        if found := find_checkpoint(self.folder):
-            self.checkpoint, self.state = found
+        self.checkpoint, self.state = find_checkpoint(self.folder)
 
     def start(self, config, device, step, tracker):
         """Writes config.json and code/, and removes what was recorded after `step`.
@@ -248,8 +246,8 @@ class Run:
         """
         if step > config.steps:
             raise UserError(f"--steps {config.steps}: {self.folder} has done {step} steps already")
-        if not self.resumed:
-            self.folder = free_folder(*self.wanted)  # again: another process may have been faster
+        if not config.resume:
+            self.folder = free_folder(config)  # again: another process may have been faster
             with writing(self.folder):
                 self.folder.mkdir(parents=True, exist_ok=True)
             self.lock_file = lock(self.folder)

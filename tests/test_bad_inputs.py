@@ -339,7 +339,7 @@ OWN_REWARDS = {
     "leaves.anything": "leaves.py raised SystemExit: 0",
     "own.leave": "own.leave: raised SystemExit: 0",
     "own.stop": "own.stop: raised GeneratorExit",
-    "own.huge": "own.huge: returned a value of type int, not a finite number",
+    "own.huge": "own.huge: raised ValueError: Exceeds the limit",
     "own.empty": "own.empty: raised TypeError",
     "-length*2": "one that begins with - needs an =",
 }

@@ -186,7 +186,7 @@ def noisy(*texts):
 
 def test_a_second_signal_stops_at_once(run):
     Path("mine.py").write_text("""import os, signal
-def noisy(prompt, response, answer): os.kill(os.getpid(), signal.SIGINT)
+def noisy(prompt, response, answer): return os.kill(os.getpid(), signal.SIGINT) or 1
 """)
     before = signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell may ignore it
     try:
@@ -307,6 +307,21 @@ def all(prompts, responses, answers): return [float(prompt.clear() is None) for 
     sample = {"prompt": [{"role": "user", "content": "1+1="}], "response": "2", "answer": "2"}
     assert score(load_reward("mine.one + mine.all"), [sample])[0]["reward"] == 2
     assert sample["prompt"] == [{"role": "user", "content": "1+1="}]
+
+
+def test_no_minibatch_is_without_a_row(run, monkeypatch):
+    """A million of them were made for 8 rows."""
+    counts = []
+
+    def count(lengths, config, denominator=train.DENOMINATORS["token"]):
+        counts.append(len(lengths))
+        return denominator(lengths, config)
+
+    monkeypatch.setitem(train.DENOMINATORS, "token", count)
+    run_train(
+        *FLAGS, "--name=many", "--steps=1", "--minibatches=1000000", "--updates_per_rollout=2"
+    )
+    assert counts == [1] * 16
 
 
 def bad_numbers(where, steps, monkeypatch):
