@@ -10,7 +10,7 @@ run; for several models, or a model that is no run, into runs/eval. Intervals ar
 """
 
 from collections import defaultdict
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, fields, replace
 from functools import partial
 from itertools import chain
 from pathlib import Path
@@ -33,20 +33,19 @@ from sample import Sampling
 from tasks import load_task, longest_prompts, prompt_ids, stable_hash
 
 
-def measures(task, reward, true_reward, load=load_reward) -> dict:
-    """What is measured: name -> reward (`load` makes it from its text). Models are compared by the
-    first.
+def measures(task, reward, true_reward="") -> dict[str, str]:
+    """What an evaluation measures: name -> reward, as text. Models are compared by the first.
 
     mean_reward: the mean of --true_reward or else --reward, unless that is the rule below
     accuracy:    the share right by a rule: the task's own, or for a JSONL file the one to measure
     """
     text = true_reward or reward or task.reward
-    rule = text if task.rule_is_guessed else task.reward
+    rule = text if task.rule_guess else task.reward
     found = {}
     if text != rule or rule not in RIGHT_OR_WRONG:
-        found["mean_reward"] = load(text)
+        found["mean_reward"] = text
     if rule in RIGHT_OR_WRONG:
-        found["accuracy"] = load(rule)
+        found["accuracy"] = rule
     return found
 
 
@@ -68,7 +67,7 @@ def respond(
     answer, difficulty, length (tokens), finished, the value of each measure, and the parts of the
     first.
 
-    measured:     from `measures`
+    measured:     name -> reward, see `measures`
     rows_at_once: responses sampled in parallel. It changes no response, and neither do the other
                   problems: each problem has a seed of its own.
     """
@@ -156,13 +155,24 @@ def details(groups, measured) -> dict:
     return numbers
 
 
+def sampling_of_runs(runs, temperature) -> Sampling:
+    """How the runs sampled, in which they must agree; with another temperature if it is not 0."""
+    names = [field.name for field in fields(Sampling)]
+    found = {Sampling(*map(flags.get, names)) for flags in runs.values()} or {Sampling()}
+    if temperature:
+        found = {replace(sampling, temperature=temperature) for sampling in found}
+    if len(found) > 1:
+        raise UserError(f"--temperature: the runs differ in how they sampled ({found})")
+    return found.pop()
+
+
 @dataclass(frozen=True)
 class Config:
     task: str = flag("", "add, countdown, gsm8k or a .jsonl file; default: the run's")
     data_dir: str = flag("", "folder with the task's files, if it needs some")
     limit: int = flag(0, "most test problems; 0: all")
     samples: int = flag(1, "responses per problem; above 1 also pass@k and maj@k")
-    temperature: float = flag(1.0, "sampling temperature; greedy is measured as well")
+    temperature: float = flag(0.0, "0: the run's, or 1; greedy is measured as well")
     max_new_tokens: int = flag(0, "most tokens of a response; 0: the run's, or 512")
     reward: str = flag("", "what is measured; default: the run's, or the task's rule")
     rows_at_once: int = flag(256, "responses sampled in parallel; changes no number")
@@ -175,9 +185,8 @@ class Config:
 
 def main(config, models) -> dict:
     """Evaluates the models, and the base model of each run. Returns the content of eval.json."""
-    check_range(config, 0, "limit max_new_tokens seed")
+    check_range(config, 0, "limit max_new_tokens seed temperature")
     check_range(config, 1, "samples rows_at_once", most=1e6)
-    check_range(config, 1e-4, "temperature", most=1e9)
     runs = {name: read_config(Path(name)) for name in models if is_run(Path(name))}
     for flags in runs.values():
         flags["reward"] = flags["true_reward"] or flags["reward"]
@@ -192,7 +201,8 @@ def main(config, models) -> dict:
     task = load_task(config.task, config.data_dir)
     problems = task.test[: config.limit or None]
     config = replace(config, max_new_tokens=N, reward=config.reward or task.reward)
-    measured = measures(task, config.reward, "", partial(load_reward, device=device))
+    measured = measures(task, config.reward)
+    measured = {name: load_reward(text, device, problems) for name, text in measured.items()}
     one_run = len(models) == 1 and models[0] in runs
     output = Path(config.output or (models[0] if one_run else "runs/eval"))
     try:
@@ -202,7 +212,7 @@ def main(config, models) -> dict:
 
     # a run is compared with its base model, any other model with the first
     bases = {name: runs[name]["model"] if name in runs else models[0] for name in models}
-    sampled = Sampling(config.temperature)
+    sampled = sampling_of_runs(runs, config.temperature)
     groups, results, rows = {}, {}, []
     for name in dict.fromkeys(chain(*zip(bases.values(), bases))):
         policy, tokenizer = load_policy(name, device, config.dtype)
@@ -231,7 +241,7 @@ def main(config, models) -> dict:
         for kind, found in groups[name].items():
             rows += [{"model": name, "decoding": kind, **row} for row in chain(*found)]
 
-    kinds = f"greedy, and {config.samples} sampled at temperature {config.temperature:g}"
+    kinds = f"greedy, and {config.samples} sampled at temperature {sampled.temperature:g}"
     print(f"\n{len(problems)} test problems of {task.name}, responses to each: {kinds}\n")
     print(results_table(results))
     comparisons = []

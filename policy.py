@@ -8,8 +8,6 @@ import warnings
 from pathlib import Path
 
 import torch
-import transformers
-from packaging.version import Version
 from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
@@ -19,12 +17,11 @@ from transformers import (
 )
 from transformers.utils import logging
 
+from lib.checks import check_causal
 from lib.flags import UserError, first_line
 from lib.lora import adapted_layers, find_base, load_adapter, save_adapter
 
 logging.disable_progress_bar()  # of loading and saving: they garble the bar of the steps
-# the argument and the output that hold the KV cache: renamed in transformers 5.24
-CACHE = "cache" if Version(transformers.__version__) >= Version("5.24") else "past_key_values"
 DEVICES = ("auto", "cuda", "mps", "cpu")
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
@@ -51,7 +48,8 @@ def load_policy(
 
     dtype:     a key of DTYPES, or 'auto': bfloat16 on cuda, float32 elsewhere
     in_4_bits: the linear layers are; as an adapter's are if they were in its training
-    UserError: it cannot be loaded, parameters are missing, or the tokenizer does not fit
+    UserError: it cannot be loaded, parameters are missing, the tokenizer does not fit,
+               or the model cannot be a policy (lib/checks.py)
     """
     folder = Path(name)
     if name.startswith((".", "/", "~", "runs/", "models/")) and not folder.exists():
@@ -104,7 +102,9 @@ def load_policy(
         and not os.environ.get("OMP_NUM_THREADS")
     ):
         torch.set_num_threads(1)  # small matrices: threads would mostly wait for each other
-    return model.to(device).eval(), tokenizer
+    model.to(device).eval()
+    check_causal(name, model)
+    return model, tokenizer
 
 
 def stop_ids(model, tokenizer) -> list[int]:
@@ -112,6 +112,8 @@ def stop_ids(model, tokenizer) -> list[int]:
     generation_config.json says (chat models end their turns with a token of their own)."""
     ids = model.generation_config.eos_token_id or []
     ids = ids if isinstance(ids, list) else [ids]
+    if not {*map(type, ids)} <= {int}:
+        raise UserError(f"--model {model.name_or_path}: its eos_token_id {ids} is not a number")
     return sorted({tokenizer.eos_token_id, *ids})
 
 

@@ -12,7 +12,7 @@ parameter `length` it gets the number of tokens of the response, as `limit` the 
 its first parameter is `prompts`, it is called once, with three lists, and returns a list.
 
 The lines `response | answer -> reward` in the docstrings are examples, which are run as tests. No
-rule runs what a model wrote, and none is slow on any text.
+rule runs what a model wrote (`math` computes it), and none is slow on any text.
 """
 
 import ast
@@ -20,45 +20,62 @@ import operator
 import re
 from dataclasses import dataclass
 from fractions import Fraction
+from importlib.util import find_spec
 from pathlib import Path
 
 import torch
 
-from lib.files import is_answer, is_prompt, is_string, read_jsonl
+from lib.files import is_string, read_problems
 from lib.flags import UserError, align, check_range, flag, run_script, shorten
 from lib.mixture import OPERATORS, Mixture, arithmetic, call_part, evaluate_mixture, parse_mixture
 from lib.reward_model import RewardModel
 from policy import pick_device
 
-NUMBER = re.compile(  # the minus in 8-5, x-5 or (2)-5 is no sign
-    r"(?<![0-9A-Za-z)])-?\$?[0-9]{1,3}(?:,[0-9]{3})+(?:\.[0-9]+)?(?![0-9])"  # -1,012.50
-    r"|(?:(?<![0-9A-Za-z)])-)?\$?(?:[0-9]+(?:\.[0-9]+)?|\.[0-9]+)"  # -7, 3.5, .5
+NUMBER = re.compile(  # -> sign, digits
+    r"""
+    (?<![0-9A-Za-z^]) (?<!\^\{)                     # not the 4 of 0x4b, nor the 2 of m^2 or m^{2}
+    (?:
+        (?<!\)) (?: (?=.\S) | ^ | (?<=[=:][ ]) )    # no sign: (2)-5, 7 - 5; a sign: - 5, = - 5
+        ([-\u2212\u2013]) [ \\$€£]{0,3} (?:[dt]?frac\{)?
+    )?
+    (
+        \.?[0-9]+ (?: [.,/_{}\\!]{1,3} [0-9]+ )*    # 1,012.50, .5, 3/4, \frac{3}{4}, 1,\!000
+        (?: [eE][-+]?[0-9]{1,3} | \^\{?-?[0-9] )?   # 1e3; 2^3, which is taken for no number
+    )
+    (?: [ ]?\[[0-9]+\] )?                           # the note in 75 [1]
+    """,
+    re.VERBOSE,
 )
-ANNOUNCEMENT = re.compile(r"####|\banswer is:?", re.IGNORECASE)
-LETTER = re.compile(r"(?<![A-Za-z0-9])[A-E](?![A-Za-z0-9])")
+NUMBER_ALONE = re.compile(
+    rf"[\W_]* (?: (?:boxed|[dt]?frac) [\W_]* )* {NUMBER.pattern} [\W_]*", re.VERBOSE
+)
+# the A of "B. A bird flew" is an article
+LETTER = re.compile(r"(?<![A-Za-z0-9])([A-E])(?![A-Za-z0-9])(?:[.:)*]{1,4} A(?= [a-z]))?")
 
 
 def final_answer(response) -> str:
-    """What follows the last </think>, or the whole response: '<think>8+7=15</think>75' -> '75'"""
-    return response.rpartition("</think>")[2]
+    """What follows the last </think>, or the whole response, without white space around it. A
+    thought that never ends is no answer.
+
+    '<think>8+7=15</think> 75' -> '75';  '<think>8+7=15' -> ''
+    """
+    return response.rpartition("</think>")[2].partition("<think>")[0].strip()
 
 
 def last_number(text) -> str | None:
-    """'so 3 x 4 is $1,012.' -> '1012';  'it fell to -7.50 %' -> '-7.5';  'no idea' -> None"""
-    found = NUMBER.findall(text)
-    if not found:
+    """'so 3 x 4 is $1,012.' -> '1012';  'it fell to -7.50 %' -> '-15/2';  'no idea' -> None"""
+    try:
+        [(sign, digits)] = NUMBER.findall(text)[-1:]
+        digits = re.sub(r"[{\\]?,[}\\!]*(?=[0-9]{3}(?![0-9]))", "", digits)  # 1,012,000 -> 1012000
+        value = Fraction(digits.replace("}{", "/"))
+        return str(-value if sign else value)
+    except (ValueError, ZeroDivisionError):  # there is none; 1,2345; 1/0; thousands of digits
         return None
-    digits = found[-1].replace("$", "").replace(",", "")
-    whole, _, decimals = digits.lstrip("-").partition(".")
-    value = f"{whole.lstrip('0') or '0'}.{decimals.rstrip('0')}".removesuffix(".")
-    negative = digits.startswith("-") and value != "0"
-    return f"-{value}" if negative else value
 
 
 def last_letter(text) -> str | None:
     """'Not (A), so the answer is (C).' -> 'C';  'Because' -> None"""
-    found = LETTER.findall(text)
-    return found[-1] if found else None
+    return next(reversed(LETTER.findall(text)), None)
 
 
 def last_expression(text) -> str | None:
@@ -75,19 +92,30 @@ def same(find, response, answer) -> float:
 
 
 def exact(prompt, response, answer):
-    """1 if the final answer is the reference answer, letter by letter.
+    """1 if the final answer is the reference answer, letter by letter. White space around either
+    does not count.
 
-    <think>8+7=15;4+2+1=7;</think>75 | 75 -> 1
+    <think>8+7=15;4+2+1=7;</think> 75 | 75 -> 1
     75. | 75 -> 0
     """
-    return float(final_answer(response) == answer)
+    return float(final_answer(response) == answer.strip())
 
 
 def number(prompt, response, answer):
-    """1 if the last number of the final answer has the right value.
+    r"""1 if the last number of the final answer has the right value.
 
     It is $1,012.00. | 1012 -> 1
+    \boxed{-\frac{3}{2}\text{ m}^2} | -1.5 -> 1
+    1e3 | 1000 -> 1
     1012, or was it 1013? | 1012 -> 0
+    3/4 | 4 -> 0
+    7,5 | 5 -> 0
+
+    It knows neither words nor formulas, so beware of these:
+
+    74, not 75 | 75 -> 1
+    2 1/2 | 0.5 -> 1
+    2\sqrt{3} | 3 -> 1
     """
     return same(last_number, response, answer)
 
@@ -96,21 +124,20 @@ def stated(prompt, response, answer):
     """1 if the final answer is the right number alone, or ends with it after #### or "answer is".
 
     <think>hm</think>1,012 | 1012 -> 1
+    **$12**. | 12 -> 1
     8 + 4 = 12. The answer is 12. | 12 -> 1
     so it makes 12 | 12 -> 0
     The answer is 12 apples | 12 -> 0
     """
-    text = ANNOUNCEMENT.split(final_answer(response))[-1]
-    text = text.strip().removesuffix(".")
-    if not NUMBER.fullmatch(text):
-        return 0.0
-    return same(last_number, text, answer)
+    text = re.split(r"(?i)####|\banswer is:?", final_answer(response))[-1]
+    return same(last_number, text, answer) if NUMBER_ALONE.fullmatch(text) else 0.0
 
 
 def choice(prompt, response, answer):
     """1 if the last letter from A to E that stands by itself in the final answer is right.
 
     Not (A), so the answer is (C). | C -> 1
+    B. A bird flew | B -> 1
     C, though B fits as well | C -> 0
     Because | B -> 0
     """
@@ -128,34 +155,45 @@ def countdown(prompt, response, answer):
     expression = last_expression(final_answer(response)) or ""
     if not re.fullmatch("[0-9+*/() -]{1,200}", expression):  # a long one may be slow to parse
         return 0.0
-    used = []
-
-    def use_number(node) -> Fraction:
-        if not isinstance(node, ast.Constant):
-            raise ValueError("a sign, a power or a call")
-        used.append(node.value)
-        return Fraction(node.value)
-
     try:
         tree = ast.parse(expression, mode="eval").body
-        value = arithmetic(tree, use_number, OPERATORS | {ast.Div: operator.truediv})
-    except (SyntaxError, ValueError, ZeroDivisionError):
+        operators = OPERATORS | {ast.Div: operator.truediv}
+        value = arithmetic(tree, lambda number: Fraction(number.value), operators)
+    except (SyntaxError, AttributeError, ZeroDivisionError):  # a sign, a power: has no value
         return 0.0
+    used = map(int, re.findall("[0-9]+", expression))
     each_once = sorted(used) == sorted(map(int, numbers.split()))
     return float(each_once and value == int(target))
 
 
 def format(prompt, response, answer):
     """1 if the response starts with its only <think>...</think> and an answer follows, right or
-    wrong: easily gamed, so give it a small factor.
+    wrong. Neither may be empty. Easily gamed, so give it a small factor.
 
     <think>hm</think>75 | 76 -> 1
+    <think> </think>75 | 75 -> 0
     <think>hm</think> | 76 -> 0
     75 | 75 -> 0
     """
-    starts = response.lstrip().startswith("<think>")
-    once = response.count("<think>") == response.count("</think>") == 1
-    return float(starts and once and final_answer(response).strip() != "")
+    once = response.count("think>") == 2  # either tag
+    form = r"(?s)\s*<think>[^!-~\w]*[!-~\w].*</think>[^!-~\w]*[!-~\w]"  # U+200B is not seen
+    return float(once and re.match(form, response) is not None)
+
+
+def math(prompt, response, answer):
+    r"""1 if the final answer equals the reference answer in LaTeX, by the package math-verify.
+
+    1/2 | \frac{1}{2} -> 1
+    \boxed{\{2, 1\}} | \{1, 2\} -> 1
+    $(1, 2)$ | [1, 2) -> 0
+
+    More than a plain number or fraction must stand in $...$ or \boxed{...}. It has a second to read
+    the answer, and one to compare it. Only in the main thread: the time limit is a signal.
+    """
+    from math_verify import parse, verify  # slow to import
+
+    found = parse(final_answer(response), parsing_timeout=1)
+    return float(verify(parse(f"${answer}$"), found, timeout_seconds=1))
 
 
 def length(prompt, response, answer, length):
@@ -169,21 +207,31 @@ def overlong(prompt, response, answer, length, limit):
     return min(0.0, (4 * limit - 5 * length) / limit)
 
 
-RULES = exact, number, stated, choice, countdown, format, length, overlong
+RULES = exact, number, stated, choice, countdown, math, format, length, overlong
 REWARDS = {rule.__name__: rule for rule in RULES}
 RIGHT_OR_WRONG = set(REWARDS) - {"length", "overlong"}  # rules that give 1 or 0
 # for majority votes: final answer -> what the rule compares
 ANSWERS = {"number": last_number, "choice": last_letter, "countdown": last_expression}
 
 
-def load_reward(text, device="cpu") -> Mixture:
-    """'number + 0.2*format' -> what `score` takes. UserError where the syntax is not supported."""
-    device = torch.device(device)
+def load_reward(text, device=torch.device("cpu"), problems=()) -> Mixture:
+    """'number + 0.2*format' -> what `score` takes. UserError where the syntax is not supported, or
+    one of the problems lacks the answer that a rule wants."""
     makers = {
         "model": lambda name: RewardModel(name, device),
         "raw_model": lambda name: RewardModel(name, device, bounded=False),
     }
-    return parse_mixture(text, REWARDS, makers)
+    reward = parse_mixture(text, REWARDS, makers)
+    if "math" in reward.parts and not find_spec("math_verify"):
+        raise UserError(
+            "--reward math: needs the package math-verify, install it by: pip install math-verify"
+        )
+    for rule in RIGHT_OR_WRONG.intersection(reward.parts) - {"format"}:
+        for problem in problems:
+            if problem.answer is None:
+                prompt = shorten(problem.prompt, 100)
+                raise UserError(f'--reward {rule}: wants an "answer", which this lacks: {prompt}')
+    return reward
 
 
 def score(reward, samples, limit=0) -> list[dict]:
@@ -193,9 +241,9 @@ def score(reward, samples, limit=0) -> list[dict]:
     limit: most tokens that a response may have; "length" is needed only by parts that look at it
     UserError names the sample: a part raised, or returned what is not a finite number
     """
-    parts = {}
-    for part, function in reward.parts.items():
-        parts[part] = call_part(part, function, samples, limit)
+    parts = {
+        part: call_part(part, function, samples, limit) for part, function in reward.parts.items()
+    }
     scores = []
     for i, value in enumerate(evaluate_mixture(reward, parts)):
         if not abs(value) < 1e15:  # its square must fit into float32
@@ -203,12 +251,6 @@ def score(reward, samples, limit=0) -> list[dict]:
             raise UserError(f"--reward: {value:g} is too large a number (response: {response})")
         scores.append({"reward": value, "parts": {part: parts[part][i] for part in parts}})
     return scores
-
-
-def read_samples(path) -> list[dict]:
-    """The lines of a .jsonl file, each with prompt, response and answer."""
-    fields = {"prompt": is_prompt, "response": is_string, "answer": is_answer}
-    return [{**row, "answer": str(row["answer"])} for row in read_jsonl(Path(path), fields)]
 
 
 @dataclass(frozen=True)
@@ -219,7 +261,7 @@ class Config:
 
 def main(config, file):
     check_range(config, 1, "limit")
-    samples = read_samples(file)
+    samples = read_problems(Path(file), {"response": is_string})
     scores = score(load_reward(config.reward, pick_device("auto")), samples, config.limit)
     rows = [[found["reward"], *found["parts"].values()] for found in scores]
     means = [sum(column) / len(rows) for column in zip(*rows)]

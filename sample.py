@@ -17,9 +17,9 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from lib.checks import check_prompts, context_length
+from lib.checks import CACHE, check_prompts, context_length
 from lib.flags import UserError, check_range, flag, run_script
-from policy import CACHE, DEVICES, load_policy, pick_device, stop_ids
+from policy import DEVICES, load_policy, pick_device, stop_ids
 from tasks import NO_TASK, Problem, prompt_ids
 
 
@@ -64,7 +64,12 @@ class Rollout:
         return samples
 
     def responses(self, tokenizer) -> list[str]:
-        """The response of each row as text, for rewards and people. It is never tokenised again."""
+        """The response of each row as text, for rewards and people. It is never tokenised again.
+        UserError: the numbers of the policy are nan, so its tokens mean nothing"""
+        if self.old_logprobs.isnan().any():
+            raise UserError(
+                "the model's log-probs are nan: its parameters are damaged, or --lr was too high"
+            )
         spans = zip(self.ids.tolist(), self.prompt_lengths.tolist(), self.lengths.tolist())
         responses = [ids[start:end] for ids, start, end in spans]
         return tokenizer.batch_decode(responses, skip_special_tokens=True)

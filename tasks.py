@@ -11,14 +11,13 @@ A new task is a function that returns a Task. Add it to TASKS.
 import hashlib
 import json
 import random
+import re
 from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from pathlib import Path
 
-from jinja2.exceptions import TemplateError
-
-from lib.files import download, is_answer, is_prompt, is_text, read_jsonl
-from lib.flags import UserError
+from lib.files import download, is_text, read_jsonl, read_problems
+from lib.flags import UserError, first_line
 
 
 @dataclass(frozen=True)
@@ -30,7 +29,7 @@ class Problem:
     """
 
     prompt: str | list
-    answer: str
+    answer: str | None  # a rule may not need it
     difficulty: str = field(default="", compare=False)
 
 
@@ -41,8 +40,8 @@ class Task:
     train:      train.py learns from these
     validation: train.py measures on these
     test:       only for eval.py
-    reward:     name in reward.REWARDS of the rule that gives 1.0 for a right response; guessed from
-                the answers of a .jsonl file
+    reward:     name in reward.REWARDS of the rule that gives 1.0 for a right response
+    rule_guess: why this rule, where it is guessed from the answers of a .jsonl file
     system:     system message for a chat model
     template:   prompt for a model without a chat template; {prompt} and {eos} are filled in
     """
@@ -54,7 +53,7 @@ class Task:
     reward: str
     system: str = ""
     template: str = "{prompt}"
-    rule_is_guessed: bool = False
+    rule_guess: str = ""
 
 
 NO_TASK = Task("", [], [], [], reward="")  # prompts are passed on as they are
@@ -155,8 +154,8 @@ def countdown(data_dir) -> Task:
         prompt = f"Use each of the numbers {listed} exactly once to make {target}."
         answer = f"{target} from {' '.join(map(str, numbers))}"
         problems[prompt] = Problem(prompt, answer, f"numbers {len(numbers)}")
-    prompting = COUNTDOWN_SYSTEM, COUNTDOWN_TEMPLATE
-    return split("countdown", list(problems.values()), "countdown", *prompting)
+    problems = list(problems.values())
+    return split("countdown", problems, "countdown", COUNTDOWN_SYSTEM, COUNTDOWN_TEMPLATE)
 
 
 def random_target(numbers, rng):
@@ -212,32 +211,30 @@ def gsm8k(data_dir) -> Task:
             answer = answer.strip().replace(",", "")
             splits[name].append(Problem(row["question"], answer, difficulty))
     validation, train = hold_out(splits["train.jsonl"], 0.05)
-    test = splits["test.jsonl"]
-    return Task("gsm8k", train, validation, test, "number", GSM8K_SYSTEM, GSM8K_TEMPLATE)
+    return Task(
+        "gsm8k", train, validation, splits["test.jsonl"], "number", GSM8K_SYSTEM, GSM8K_TEMPLATE
+    )
 
 
 TASKS = {"add": add, "countdown": countdown, "gsm8k": gsm8k}
+PLAIN_NUMBER = re.compile(r"-?[0-9]+(,[0-9]{3})*(\.[0-9]+)?(e[-+][0-9]+)?")  # -1,012.5, 1e-07
 
 
 def load_task(name, data_dir="") -> Task:
-    """A task by its name in TASKS, or from a .jsonl file. UserError: no such task, a bad line."""
+    """A task by its name in TASKS, or from a .jsonl file, whose rule is `number` if all answers are
+    plain numbers, else `exact`. UserError: no such task, a bad line."""
     if name in TASKS:
         return TASKS[name](data_dir)
     if not name.endswith(".jsonl"):
         raise UserError(f"--task {name}: not one of {', '.join(TASKS)}, nor a .jsonl file")
     problems = []
-    for row in read_jsonl(Path(name), {"prompt": is_prompt, "answer": is_answer}):
+    for row in read_problems(Path(name)):
         difficulty = str(row.get("difficulty", ""))
-        problems.append(Problem(row["prompt"], str(row["answer"]), difficulty))
-    digits = [problem.answer.lstrip("-").replace(",", "") for problem in problems]
-    all_numbers = all(text.replace(".", "", 1).isdecimal() for text in digits)
-    task = split(name, problems, "number" if all_numbers else "exact")
-    return replace(task, rule_is_guessed=True)
-
-
-def as_messages(prompt) -> list[dict]:
-    """A prompt as chat messages: "hi" -> [{"role": "user", "content": "hi"}]"""
-    return prompt if isinstance(prompt, list) else [{"role": "user", "content": prompt}]
+        problems.append(Problem(row["prompt"], row["answer"], difficulty))
+    numbers = [problem for problem in problems if PLAIN_NUMBER.fullmatch(problem.answer or "")]
+    task = split(name, problems, "number" if numbers == problems else "exact")
+    guess = f"{len(numbers)} of {len(problems)} answers are plain numbers"
+    return replace(task, rule_guess=guess)
 
 
 def prompt_ids(task, problem, tokenizer) -> list[int]:
@@ -253,19 +250,20 @@ def prompt_ids(task, problem, tokenizer) -> list[int]:
         text = task.template.replace("{eos}", tokenizer.eos_token).replace("{prompt}", prompt)
         return tokenizer(text)["input_ids"]
 
-    messages = as_messages(prompt)
+    messages = prompt if is_chat else [{"role": "user", "content": prompt}]
     system = []
     if task.system and not is_chat:
         system = [{"role": "system", "content": task.system}]
-    options = {"add_generation_prompt": True, "return_dict": False}
     try:
-        return tokenizer.apply_chat_template(system + messages, **options)
-    except TemplateError as error:
+        return tokenizer.apply_chat_template(
+            system + messages, add_generation_prompt=True, return_dict=False
+        )
+    except Exception as error:  # of jinja2, or of what a template calls
         if not system:
-            raise UserError(f"the model's chat template refuses the prompt: {error}") from None
+            reason = first_line(error)
+            raise UserError(f"the model's chat template refuses the prompt: {reason}") from None
     # some templates (Gemma's) have no system role: begin the user's message with the instruction
-    messages = as_messages(f"{task.system}\n\n{prompt}")
-    return tokenizer.apply_chat_template(messages, **options)
+    return prompt_ids(NO_TASK, Problem(f"{task.system}\n\n{prompt}", ""), tokenizer)
 
 
 def longest_prompts(task, problems, tokenizer):

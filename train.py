@@ -26,7 +26,7 @@ import time
 from dataclasses import dataclass, replace
 from functools import lru_cache, partial
 from pathlib import Path
-from typing import Literal
+from typing import ClassVar, Literal
 
 import torch
 
@@ -37,12 +37,13 @@ from fast.optimizer import Optimizer
 from lib.batching import micro_batches
 from lib.checkpoint import new_checkpoint, restore_random_state, save_state
 from lib.checks import check_prompts
+from lib.files import write_text
 from lib.flags import UserError, check_range, flag, list_presets, run_script
 from lib.lora import adapter_off, add_adapter
-from lib.metrics import UpdateStatistics, rollout_metrics, update_metrics
+from lib.metrics import UpdateStatistics, is_idle, rollout_metrics, update_metrics
 from lib.plots import plot_run
-from lib.report import before_and_after
-from lib.run import TRACKERS, Run, Tracker, read_config
+from lib.report import before_and_after, describe_run, model_card
+from lib.run import TRACKERS, Run, Tracker, resumed_flags
 from loss import BASELINED, DENOMINATORS, FILTERS, LOSSES, NORMALISERS, RECIPES, informative, k2, k3
 from policy import (
     DEVICES,
@@ -102,6 +103,7 @@ class Config:
     warmup_steps: int = flag(10, "steps over which --lr is reached; then it falls to a tenth")
     weight_decay: float = flag(0.0, "AdamW weight decay")
     max_grad_norm: float = flag(1.0, "gradients are scaled down to at most this norm")
+    # memory
     micro_batch_tokens: int = flag(4096, "tokens per forward pass: affects memory only")
     lora_rank: int = flag(0, "train only adapters of this rank (needs peft); 0: all parameters")
     load_in_4bit: bool = flag(False, "with --lora_rank: frozen weights in 4 bits (bitsandbytes)")
@@ -120,6 +122,15 @@ class Config:
     device: Literal[DEVICES] = flag("auto", "auto: the first of the others that is available")
     dtype: Literal["auto", *DTYPES] = flag("auto", "auto: bfloat16 on cuda, else float32")
 
+    GROUPS: ClassVar = {  # titles in --help, by the first flag of each
+        "model": "model, task, reward",
+        "prompts_per_step": "sampling",
+        "recipe": "weights and loss (loss.py)",
+        "steps": "update",
+        "micro_batch_tokens": "memory",
+        "eval_every": "evaluation and logging",
+    }
+
     @property
     def sampling(self) -> Sampling:
         """What the sampler and the learner must agree on."""
@@ -128,27 +139,30 @@ class Config:
 
 ADD = dict(prompts_per_step=32, max_new_tokens=32, steps=60, eval_every=10, eval_problems=500)
 PRESETS = {"add": ADD}  # defaults of the flags for a task
-HELP = f"{__doc__}\n{list_presets('task', PRESETS)}\n{list_presets('recipe', RECIPES)}"
+HELP = f"{list_presets('task', PRESETS)}\n{list_presets('recipe', RECIPES)}"
 
 
 def fill(known) -> dict:
     """Defaults of flags: those of the resumed run, or of the task and the recipe."""
     if known["resume"]:
-        if not known["name"]:
-            raise UserError("--resume: say which run by --name")
-        return read_config(Path(known["runs_dir"]) / known["name"])
+        return resumed_flags(Config, known)
     return PRESETS.get(known["task"], {}) | RECIPES.get(known["recipe"], {})
 
 
 def check(config) -> None:
     """UserError for a value that cannot work."""
     check_range(config, 1, "resample_tries steps micro_batch_tokens eval_every save_every")
-    counts = "prompts_per_step group_size max_new_tokens minibatches updates_per_rollout"
-    check_range(config, 1, counts, most=1e6)
-    from_zero = (
-        "clip_low clip_high kl_beta warmup_steps eval_problems log_samples rows_at_once seed"
+    check_range(
+        config,
+        1,
+        "prompts_per_step group_size max_new_tokens minibatches updates_per_rollout",
+        most=1e6,
     )
-    check_range(config, 0, from_zero)
+    check_range(
+        config,
+        0,
+        "clip_low clip_high kl_beta warmup_steps eval_problems log_samples rows_at_once seed",
+    )
     check_range(config, 0, "lr weight_decay top_share", most=1)
     check_range(config, 0, "lora_rank", most=1e4)
     if config.load_in_4bit and not config.lora_rank:
@@ -230,22 +244,23 @@ def main(config) -> Path:
     P, G, limit = config.prompts_per_step, config.group_size, config.max_new_tokens
     sampling = config.sampling
     device = pick_device(config.device)
+    tracker = Tracker(config.tracker)
+    run = Run(config)
     task = load_task(config.task, config.data_dir)
     held_out = task.validation[: config.eval_problems]
-    load = lru_cache(partial(load_reward, device=device))
+    load = lru_cache(partial(load_reward, device=device, problems=task.train))
     reward = load(config.reward or task.reward)
-    measured = measures(task, config.reward, config.true_reward, load)
+    evaluated = measures(task, config.reward, config.true_reward)
+    measured = {name: load(text) for name, text in evaluated.items()}
     true_reward = measured.get("accuracy", reward)
     if config.true_reward:
         true_reward = load(config.true_reward)
-    tracker = Tracker(config.tracker)
-    run = Run(config.runs_dir, config.name, config.task, config.resume)
 
     start = run.checkpoint if run.checkpoint and not config.lora_rank else config.model
     policy, tokenizer = load_policy(str(start), device, config.dtype, config.load_in_4bit)
     stop = stop_ids(policy, tokenizer)
-    if config.lr == 0:
-        config = replace(config, lr=default_learning_rate(policy, config.lora_rank))
+    lr = config.lr or default_learning_rate(policy, config.lora_rank)
+    config = replace(config, lr=lr, dtype=str(policy.dtype).removeprefix("torch."))
     torch.manual_seed(config.seed)  # for a new adapter and rewards; sampling has its own generators
     random.seed(config.seed)
     add_adapter(policy, config.lora_rank, run.checkpoint)
@@ -259,6 +274,8 @@ def main(config) -> Path:
 
     longest = longest_prompts(task, task.train + held_out, tokenizer)
     check_prompts(policy, longest, limit)
+    ends = tokenizer.convert_ids_to_tokens(stop)
+    print(describe_run(config, policy, task, evaluated, ends), end="")
     print(memory_table(config, policy, device_memory(device), len(longest[0])), end="")
     # generate, and token_logprobs for the update: the fast ones if they agree with the plain ones
     forms = fast.choose(policy, longest, stop, sampling, limit, config.fast)
@@ -272,8 +289,10 @@ def main(config) -> Path:
         state = run.state
         optimizer.load_state_dict(state.pop("optimizer"))
         restore_random_state(state)
-    sizes = {"rows_at_once": config.rows_at_once or P * G}
-    sizes["micro_batch_tokens"] = config.micro_batch_tokens
+    sizes = {
+        "rows_at_once": config.rows_at_once or P * G,
+        "micro_batch_tokens": config.micro_batch_tokens,
+    }
     sizes = remember_halved(sizes, state["halved"])
     buffers = {}  # the sampler's KV cache and CUDA graphs
 
@@ -297,7 +316,8 @@ def main(config) -> Path:
 
         # ---------------------------------------------------------- 1. sample and score
         rollouts, samples = [], []
-        for _ in range(config.resample_tries if config.filter == "resample" else 1):
+        more = config.filter == "resample" and not is_idle(run.recent)
+        for _ in range(config.resample_tries if more else 1):
             seen = state["prompts_seen"]
             # a curriculum goes here; what it remembers is a key of `state`
             problems = take_problems(task.train, seen, P, config.seed)
@@ -312,7 +332,7 @@ def main(config) -> Path:
 
             new = rollout.samples(problems, tokenizer)
             scores = score(reward, new, limit)
-            true_scores = scores if true_reward is reward else score(true_reward, new, limit)
+            true_scores = score(true_reward, new, limit)
             for sample, scored, true in zip(new, scores, true_scores):  # the reward and its parts
                 samples.append({**sample, **scored, "true_reward": true["reward"]})
             rewards = torch.tensor([sample["reward"] for sample in samples]).view(-1, G)  # (P, G)
@@ -345,9 +365,12 @@ def main(config) -> Path:
         # ---------------------------------------------------------- 4. update
         lr = learning_rate(step, config.lr, config.warmup_steps, config.steps)
         counts = rollout.response_lengths  # (B,)
+        selected_rows = selected.nonzero()[:, 0]
+        minibatches = min(config.minibatches, len(selected_rows))
         updates = []
         for _ in range(config.updates_per_rollout):
-            for rows in selected.nonzero()[:, 0].tensor_split(config.minibatches):
+            for i in range(minibatches):
+                rows = selected_rows[i::minibatches]  # an equal part of every group
                 loss_scale = torch.zeros(len(weights), device=device)  # (B,)
                 loss_scale[rows] = DENOMINATORS[config.denominator](counts[rows], config)
                 rows = rows[has_gradient(weights[rows], config)]
@@ -391,8 +414,10 @@ def main(config) -> Path:
             with new_checkpoint(run.folder, "best") as folder:
                 save_policy(policy, tokenizer, folder)
         if checkpoint_due or run.stop_requested:  # last: a saved final step is a finished run
+            card = model_card(run.folder, config, config.reward or task.reward, step)
             with new_checkpoint(run.folder) as folder:
                 save_policy(policy, tokenizer, folder)
+                write_text(folder / "README.md", card)
                 save_state(folder, {**state, "optimizer": optimizer.state_dict()})
         run.exit_if_stopped(step)
 
@@ -403,4 +428,4 @@ def main(config) -> Path:
 
 
 if __name__ == "__main__":
-    run_script(main, Config, HELP, fill)
+    run_script(main, Config, __doc__, fill, HELP)

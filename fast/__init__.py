@@ -11,6 +11,7 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
+from inspect import signature
 
 import torch
 from torch import Tensor
@@ -24,6 +25,8 @@ from lib.flags import name_error
 
 # largest relative difference between the forms that is allowed
 TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 4e-2}
+# tokens of a row that are compared: all its logits are held at once
+LONGEST = 1024
 # what a model raises that a fast form does not fit
 MISFIT = (RuntimeError, ValueError, TypeError, AttributeError, LookupError, NotImplementedError)
 
@@ -38,14 +41,17 @@ class Forms:
 
 def choose(policy, prompts, stop, sampling, max_new_tokens, mode="auto") -> Forms:
     """Tries the fast forms on the first and the last of the prompts (token ids; longest first),
-    four responses each, and takes each one that agrees with its plain form. mode 'off': the plain
-    forms."""
+    four responses each, and takes each one that agrees with its plain form. The first prompt is
+    repeated until its rows are as long as those of the run, at most LONGEST: a model may attend
+    otherwise beyond a window. mode 'off': the plain forms."""
     if mode == "off":
         return Forms()
     by_hand = fast.logprobs.token_logprobs
     by_autograd = partial(by_hand, by_hand=False)
     try:
-        prompts, tokens = [prompts[0], prompts[-1]], min(16, max_new_tokens)
+        tokens = min(16, max_new_tokens)
+        length = max(len(prompts[0]), min(LONGEST, len(prompts[0]) + max_new_tokens) - tokens)
+        prompts = [(prompts[0] * length)[:length], prompts[-1]]
         arguments = policy, prompts, 4, tokens, stop, [0, 1], sampling
         rollout = sample.generate(*arguments)
         few = rollout.rows([0, 1, -2, -1])  # two of each prompt: all logits are held at once
@@ -68,6 +74,9 @@ def choose(policy, prompts, stop, sampling, max_new_tokens, mode="auto") -> Form
 def pick(policy, plain, candidates, compare) -> Callable:
     """The first candidate that `compare` finds close enough to the plain form, else the plain
     form, and a line that says so."""
+    # without them a row's numbers would depend on its neighbours
+    if "position_ids" not in signature(policy.forward).parameters:
+        candidates, reason = [], "the model takes no position_ids"
     for form in candidates:
         try:
             gap = compare(form)

@@ -18,8 +18,7 @@ from torch.nn.functional import scaled_dot_product_attention
 from torch.nn.utils.rnn import pad_sequence
 from transformers import AttentionInterface, Cache, DynamicCache
 
-from lib.checks import check_prompts
-from policy import CACHE
+from lib.checks import CACHE, check_prompts
 from sample import Rollout, Sampling, sample_token, uniform_numbers
 
 # decode steps between checks for finished rows

@@ -9,8 +9,8 @@ from torch import Tensor
 from transformers import DynamicCache
 
 from fast.generate import attention_masks
+from lib.checks import CACHE
 from loss import token_stats
-from policy import CACHE
 from sample import policy_distribution
 
 TILE = {"cuda": 512, "mps": 512, "cpu": 128}  # tokens whose logits are held at once

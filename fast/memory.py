@@ -11,7 +11,7 @@ from transformers import AutoConfig, PreTrainedConfig
 from transformers.pytorch_utils import Conv1D
 
 from fast.logprobs import TILE
-from lib.flags import UserError
+from lib.flags import UserError, name_error
 
 
 def halve_on_oom(work, *arguments, sizes, name, least=1, undo=None, **options):
@@ -86,8 +86,11 @@ def shape(name, **changes) -> PreTrainedConfig:
 
 def cache_bytes(config, bytes_each) -> int:
     """Bytes of the KV cache for one token of one row: 2 (keys, values) x layers x KV heads x head
-    size x bytes. Qwen2.5-0.5B in bfloat16: 2 * 24 * 2 * 64 * 2 = 12,288."""
-    heads = config.num_attention_heads
+    size x bytes. Qwen2.5-0.5B in bfloat16: 2 * 24 * 2 * 64 * 2 = 12,288. 0 for a model without
+    attention: its state does not grow."""
+    heads = getattr(config, "num_attention_heads", 0)
+    if not heads:
+        return 0
     head_size = getattr(config, "head_dim", None) or config.hidden_size // heads
     kv_heads = getattr(config, "num_key_value_heads", None) or heads
     return 2 * config.num_hidden_layers * kv_heads * head_size * bytes_each
@@ -175,8 +178,11 @@ def memory_table(flags, model, available, longest_prompt) -> str:
 
     flags: train.Config; model may be without storage (FakeTensorMode). Not counted: a reward model.
     """
-    activations = activation_bytes(model)
-    parts = estimate(flags, model, activations, longest_prompt)
+    try:
+        activations = activation_bytes(model)
+        parts = estimate(flags, model, activations, longest_prompt)
+    except Exception as error:  # configs of all kinds
+        return f"memory: no estimate for {type(model).__name__} ({name_error(error)})\n"
     if peak(parts) < 0.1 * available:
         return ""
     rows = {**parts, "at most at one time": peak(parts), "available": available}

@@ -84,8 +84,8 @@ def read_checkpoint(folder) -> dict:
     return state
 
 
-def find_checkpoint(folder) -> tuple | None:
-    """The folder of a run's newest checkpoint, and its state. None if there is none.
+def find_checkpoint(folder) -> tuple:
+    """The folder of a run's newest checkpoint, and its state. (None, None) if there is none.
 
     If it is damaged, or was being replaced when the run was killed, the one before it takes its
     place, with a warning. UserError if both are damaged.
@@ -93,7 +93,7 @@ def find_checkpoint(folder) -> tuple | None:
     newest = folder / "checkpoint"
     old = folder / "checkpoint.old"
     if not newest.exists() and not old.exists():
-        return None
+        return None, None
     try:
         return newest, read_checkpoint(newest)
     except UserError as error:

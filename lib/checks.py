@@ -1,11 +1,27 @@
-"""Whether prompts fit a model, said in a sentence before torch says it in a traceback."""
+"""Whether a model can be a policy, and whether prompts fit it, said in a sentence before torch says
+it in a traceback."""
 
-from lib.flags import UserError
+import sys
+
+import torch
+import transformers
+from packaging.version import Version
+
+from lib.flags import UserError, name_error
+
+# the argument and the output that hold the KV cache: renamed in transformers 5.24
+CACHE = "cache" if Version(transformers.__version__) >= Version("5.24") else "past_key_values"
 
 
 def context_length(model) -> int | None:
     """The most tokens of prompt and response together, or None where the model names no limit."""
-    return getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    config = model.config.get_text_config()
+    limit = getattr(config, "max_position_embeddings", None)
+    rope = getattr(config, "rope_parameters", None) or {}
+    if rope.get("rope_type") in ("longrope", "dynamic"):
+        # longer rows turn their keys by other angles, but cached keys stay as they are
+        limit = rope.get("original_max_position_embeddings", limit)
+    return limit
 
 
 def check_prompts(policy, prompts, max_new_tokens) -> None:
@@ -25,3 +41,50 @@ def check_prompts(policy, prompts, max_new_tokens) -> None:
             f"a prompt of {longest} tokens and --max_new_tokens {max_new_tokens} do not fit into "
             f"the model's context of {room}: lower the flag, or leave that prompt out"
         )
+
+
+def check_causal(name, model) -> None:
+    """UserError unless the logits of a row are those that the model gives token by token, as the
+    sampler reads it. A model whose cache gives other logits, or that has none, does without."""
+    if hasattr(model.config, "rescale_every"):  # RWKV would divide its parameters, for good
+        model.config.rescale_every = 0
+    if misfit(model):
+        model.register_forward_pre_hook(read_all, with_kwargs=True)
+        model.register_forward_hook(keep_ids)
+        if reason := misfit(model):
+            kind = f"{type(model).__name__} cannot sample token by token"
+            raise UserError(f"--model {name}: {kind} ({reason}): take a causal language model")
+        print(f"{name}: without KV cache, each new token reads the whole row", file=sys.stderr)
+
+
+@torch.no_grad()
+def misfit(model) -> str:
+    """'' where two short rows have the same logits at once and token by token, else what is
+    wrong."""
+    count = model.get_input_embeddings().num_embeddings
+    ids = torch.arange(24, device=model.device).view(2, 12) % count
+    steps, cache = [], None
+    try:
+        expected = model(ids, use_cache=False).logits.float()
+        for new in ids.split([5] + [1] * 7, 1):
+            output = model(new, use_cache=True, logits_to_keep=1, **{CACHE: cache})
+            steps.append(output.logits[:, -1].float())
+            cache = output[CACHE]
+    except Exception as error:  # a model may raise anything
+        return name_error(error)
+    gap = (torch.stack(steps, 1) - expected[:, 4:]).std()
+    # bfloat16: rounding may lead to other experts
+    if gap > expected.std() * (1e-3 if model.dtype == torch.float32 else 0.2):
+        return "its logits at a token depend on later tokens"
+    return ""
+
+
+def read_all(model, arguments, options) -> tuple[tuple, dict]:
+    """Before a forward pass: the ids of the row so far stand for the cache, and are read again."""
+    past = options.pop(CACHE, None)
+    ids = arguments[0] if past is None else torch.cat([past, arguments[0]], 1)
+    return (ids,), {**options, "use_cache": False}
+
+
+def keep_ids(model, arguments, output) -> None:
+    output[CACHE] = arguments[0]

@@ -15,7 +15,7 @@ from http.client import HTTPException
 
 from safetensors import SafetensorError
 
-from lib.flags import UserError, first_line
+from lib.flags import UserError, first_line, name_error
 
 
 @contextmanager
@@ -25,8 +25,8 @@ def writing(path):
         yield
     except (OSError, RuntimeError, SafetensorError) as error:  # RuntimeError: torch.save
         raise UserError(
-            f"{path}: cannot be written ({first_line(error)}): is the disk full, or read-only? "
-            "What was there before is whole"
+            f"{path}: cannot be written ({first_line(error)}): is the disk full or read-only, or "
+            "was a file deleted? What is still there is whole"
         ) from error
 
 
@@ -60,13 +60,15 @@ def write_rows(path, rows):
 
 
 def append_rows(path, rows):
-    with writing(path), path.open("a") as file:
+    """Appends to a file that must be there: one deleted meanwhile would lack its first rows."""
+    with writing(path), path.open("r+") as file:
+        file.seek(0, os.SEEK_END)
         file.write(json_lines(rows))
 
 
 def read_rows(path, wanted=lambda key: True) -> list[dict]:
     """The rows of a run's own .jsonl file, each with the keys for which wanted(key). No file has
-    no rows.
+    no rows. UserError names a line that is damaged, or has no "step".
 
     Only the last line can be cut short (by a kill), and it is left out. A long run reads its own
     metrics again and again. To save memory, lines are read one by one and rows share their keys.
@@ -79,12 +81,13 @@ def read_rows(path, wanted=lambda key: True) -> list[dict]:
             if not line.endswith("\n"):
                 break
             try:
-                row = json.loads(line).items()
-            except (ValueError, AttributeError) as error:  # no JSON, or no object
+                row = json.loads(line)
+                range(row["step"])  # is it there, and an integer?
+            except Exception as error:  # a damaged line may raise anything
                 raise UserError(
-                    f"{path}, line {number}: is damaged ({error}): mend or delete that line"
+                    f"{path}, line {number}: is damaged ({name_error(error)}): mend or delete it"
                 ) from None
-            rows.append({sys.intern(key): value for key, value in row if wanted(key)})
+            rows.append({sys.intern(key): row[key] for key in row if wanted(key)})
     return rows
 
 
@@ -113,11 +116,21 @@ def read_jsonl(path, fields) -> list[dict]:
         if not isinstance(row, dict):
             raise UserError(f"{place}: not an object with {' and '.join(fields)}")
         for field, check in fields.items():
-            if field not in row or not check(row[field]):
+            if not check(row.get(field)):
                 raise UserError(f'{place}: "{field}" is missing, empty or of the wrong type')
         rows.append(row)
     if not rows:
         raise UserError(f"{path}: no problems in it")
+    return rows
+
+
+def read_problems(path, fields=None) -> list[dict]:
+    """The rows of a user's file of problems: "prompt" and "answer" (text or None), and `fields`."""
+    fields = {"prompt": is_prompt, "answer": is_answer, **(fields or {})}
+    rows = read_jsonl(path, fields)
+    for row in rows:
+        if row.setdefault("answer", None) is not None:
+            row["answer"] = str(row["answer"])
     return rows
 
 
@@ -133,6 +146,9 @@ def is_text(value):
 
 
 def is_answer(value):
+    """Text, a number, or None for a problem without an answer."""
+    if value is None:
+        return True
     if isinstance(value, float):
         return math.isfinite(value)
     return isinstance(value, int) or is_text(value)

@@ -7,6 +7,7 @@ import argparse
 import json
 import os
 import sys
+from dataclasses import fields, make_dataclass
 from pathlib import Path
 
 from transformers import HfArgumentParser
@@ -50,31 +51,47 @@ def check_range(config, least, flags, most=1e12):
             raise UserError(f"--{name} {value}: must be at most {most:g}")
 
 
-def parse(config_class, doc, argv, fill=None, **positionals):
+def parse(config_class, doc, argv, fill=None, epilog="", **positionals):
     """argv -> (config, positional arguments by name)
 
+    config_class: may have GROUPS, {"model": "model and task"}: for --help, the title of a group of
+                  flags by the name of its first flag
+    doc, epilog: what --help shows before and after the flags
     fill:        gets the value of every flag, returns defaults for the flags that the user left out
     positionals: name -> arguments of `ArgumentParser.add_argument`
-    Exits with 2 and one line on an unknown flag or a value of the wrong type.
+    UserError: an unknown flag, a value of the wrong type
     """
     for word in argv:
         if word.encode(errors="ignore").decode() != word:  # half a surrogate pair
             raise UserError(f"{word!a}: is not UTF-8")
+    groups = []
+    for field in fields(config_class):
+        title = getattr(config_class, "GROUPS", {}).get(field.name)
+        if title or not groups:
+            groups.append((title or "flags", []))
+        groups[-1][1].append((field.name, field.type, field))
     parser = HfArgumentParser(
-        config_class,
-        prog=Path(sys.argv[0]).name,
+        [
+            make_dataclass("Group", members, namespace={"_argument_group_name": title})
+            for title, members in groups
+        ],
         description=doc,
+        epilog=epilog,
         usage=argparse.SUPPRESS,
         formatter_class=HelpFormatter,
         allow_abbrev=False,
     )
+
+    def refuse(message):
+        if message.endswith("expected one argument"):
+            message += " (one that begins with - needs an = before it: --reward=-length)"
+        raise UserError(message)
+
+    parser.error = refuse
     for name, options in positionals.items():
         parser.add_argument(name, **options)
     if fill:
-        known = vars(parser.parse_known_args(argv)[0])
-        for name, value in fill(known).items():
-            if name in known:  # a run of an older version may have flags that are gone
-                parser.set_defaults(**{name: value})
+        parser.set_defaults(**fill(vars(parser.parse_known_args(argv)[0])))
     values = vars(parser.parse_args(argv))
     arguments = {name: values.pop(name) for name in positionals}
     return config_class(**values), arguments
@@ -89,14 +106,14 @@ def list_presets(flag, presets):
     return "\n".join(lines)
 
 
-def run_script(main, config_class, doc, fill=None, **positionals):
+def run_script(main, config_class, doc, fill=None, epilog="", **positionals):
     """Calls main(config, **arguments) with what `parse` makes of sys.argv.
 
     A mistake of the user's, a file that cannot be used or a lack of memory ends the script with one
     line and exit status 2. Ctrl-C ends it without a traceback, with status 130.
     """
     try:
-        config, arguments = parse(config_class, doc, sys.argv[1:], fill, **positionals)
+        config, arguments = parse(config_class, doc, sys.argv[1:], fill, epilog, **positionals)
         main(config, **arguments)
         sys.stdout.flush()
         return

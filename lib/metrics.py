@@ -99,6 +99,29 @@ def update_metrics(updates) -> dict:
     return {**counts, **means}
 
 
+def is_idle(rows) -> bool:
+    """Whether the last ten steps had nothing to learn from: equal rewards in every group."""
+    recent = [row["informative"] for row in rows[-10:]]
+    return recent == [0.0] * 10
+
+
+def hint(rows) -> str:
+    """What to look at when a run goes nowhere, or ''. rows: metrics of at least 11 steps"""
+    if rows[-1]["step"] == 3 and not any(row["finished"] for row in rows[-3:]):
+        return (
+            "no response has ended by itself in three steps: look at samples.jsonl. Is the prompt "
+            "what the model expects, are the tokens that end a response right (see the start), "
+            "is --max_new_tokens large enough?"
+        )
+    if is_idle(rows) and not is_idle(rows[:-1]):
+        return (
+            "nothing to learn from in ten steps: all rewards of a group are equal. If they are "
+            "high, stop (Ctrl-C saves) or give harder problems; if they are low, easier ones or a "
+            "larger --group_size"
+        )
+    return ""
+
+
 def step_line(metrics):
     """A step for the screen: "step    1  reward 0.250  informative 0.50 ..." """
     line = (

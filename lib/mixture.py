@@ -9,6 +9,7 @@ import inspect
 import math
 import operator
 import runpy
+from copy import deepcopy
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -81,7 +82,9 @@ def own_function(module, name):
         raise UserError(f"{where}: there is no {module}.py in the current folder")
     try:
         function = runpy.run_path(str(path)).get(name)
-    except Exception as error:  # the user's file may raise anything
+    except KeyboardInterrupt:
+        raise
+    except BaseException as error:  # the user's file may raise anything, SystemExit too
         raise UserError(f"{where}: {path} raised {name_error(error)}") from error
     try:
         inspect.signature(function)
@@ -123,25 +126,32 @@ def call_part(part, function, rows, limit) -> list[float]:
         response = shorten(rows[i]["response"], 100)
         return UserError(f"--reward {part}: {reason} (prompt: {prompt}; response: {response})")
 
-    texts = [[row[name] for row in rows] for name in ("prompt", "response", "answer")]
+    # copies: a function may change the list of messages that is its prompt
+    texts = [[deepcopy(row[name]) for row in rows] for name in ("prompt", "response", "answer")]
+
+    def call(row, *arguments):
+        numbers = {"length": row.get("length"), "limit": limit}
+        extra = {name: numbers[name] for name in numbers if name in names}
+        return function(*arguments, **extra)
+
     values = []
     try:
         if names[:1] == ["prompts"]:
-            values = list(function(*texts))
+            found = list(function(*texts))
+            if len(found) != len(rows):
+                reason = f"returned {len(found)} values for {len(rows)} responses, the first"
+                raise error_at(0, reason)
         else:
-            for row, arguments in zip(rows, zip(*texts)):
-                numbers = {"length": row.get("length"), "limit": limit}
-                extra = {name: numbers[name] for name in numbers if name in names}
-                values.append(function(*arguments, **extra))
-    except Exception as error:  # a function of the user's may raise anything
+            found = map(call, rows, *texts)
+        for i, value in enumerate(found):
+            if not is_finite(value):
+                raise error_at(i, f"returned {shorten(repr(value), 50)}, not a finite number")
+            values.append(float(value))
+    except (KeyboardInterrupt, UserError):
+        raise
+    except BaseException as error:  # a function of the user's may raise anything
         raise error_at(len(values), f"raised {name_error(error)}") from error
-
-    if len(values) != len(rows):
-        raise error_at(0, f"returned {len(values)} values for {len(rows)} responses, the first")
-    for i, value in enumerate(values):
-        if not is_finite(value):
-            raise error_at(i, f"returned {shorten(repr(value), 50)}, not a finite number")
-    return list(map(float, values))
+    return values
 
 
 def is_finite(value):

@@ -3,6 +3,7 @@
 import gc
 import json
 import math
+from itertools import chain
 from statistics import fmean
 
 from matplotlib.figure import Figure
@@ -11,6 +12,7 @@ from lib.files import read_rows, writing
 
 CURVES = {  # metric -> title of its panel
     "reward": "reward (mean of the step's responses)",
+    "true_reward": "true reward (mean of the step's responses)",
     "eval_mean_reward": "mean reward on held-out problems, sampled",
     "eval_accuracy": "accuracy on held-out problems, sampled",
     "thinking": "share of responses that think",
@@ -25,14 +27,13 @@ PANELS = {  # of the sampled responses -> title of its panel
     "pass_at": "pass@k, sampled",
     "maj_at": "maj@k, sampled",
 }
-SHARES = ("reward", "true_reward", "eval_accuracy", "thinking", "finished")  # mostly 0 to 1
+SHARES = ("eval_accuracy", "thinking", "finished")  # always from 0 to 1
 LEGEND = {"loc": "outside lower center", "ncols": 4, "fontsize": 9}
-POINTS = 500  # of a curve: a long run is thinned to about as many
 
 
 def read_metrics(folder) -> list[dict]:
     """The rows of metrics.jsonl. What was measured before training comes first, as step 0."""
-    plotted = {"step", "true_reward", *CURVES}
+    plotted = {"step", *CURVES}
 
     def is_plotted(key):
         return key in plotted or key.startswith(("reward/", "eval_"))
@@ -62,20 +63,31 @@ def smooth(values):
     return [fmean(values[max(0, i - 3) : i + 4]) for i in range(len(values))]
 
 
-def draw(panel, steps, values, low, high, color, **style):
-    """A curve with points, and a band around it from `low` to `high`."""
-    panel.plot(steps, values, "o-", color=color, **style)
-    panel.fill_between(steps, low, high, color=color, alpha=0.2, linewidth=0)
+def varies(runs, metric):
+    """Whether a metric changes by more than 1 % in the runs (lists of rows)."""
+    values = [value for rows in runs for value in curve(rows, metric).values()] or [0]
+    return max(values) - min(values) > 0.01 * max(map(abs, values))
 
 
-def make_panels(curves, runs):
-    """A figure, and a panel for each curve that varies in one of the runs (their rows). The reward
-    always has one."""
-    shown = []
-    for metric in curves:
-        values = {value for rows in runs for value in curve(rows, metric).values()}
-        if len(values) > 1 or metric == "reward":
-            shown.append(metric)
+def plot_run(folder):
+    """Draws curves.png of a run."""
+    plot_runs({folder.name: [folder]}, folder / "curves.png")
+
+
+def plot_runs(runs, path):
+    """Draws several runs in one picture, a color per name. What does not vary is left out.
+
+    runs: name -> folders; of several the mean is drawn, and a band from the lowest to the highest
+    """
+    groups = {name: list(map(read_metrics, folders)) for name, folders in runs.items()}
+    everything = list(chain(*groups.values()))
+    parts = {key for rows in everything for key in rows[-1] if key.startswith("reward/")}
+    if len(parts) == 1:
+        parts = set()  # it is the reward
+    titles = CURVES | {part: f"part of the reward: {part[7:]}" for part in sorted(parts)}
+    shown = [metric for metric in titles if metric == "reward" or varies(everything, metric)]
+    if all(curve(rows, "true_reward") == curve(rows, "reward") for rows in everything):
+        shown = [metric for metric in shown if metric != "true_reward"]
     lines = math.ceil(len(shown) / 4)
     columns = math.ceil(len(shown) / lines)
     figure = Figure(figsize=(3.7 * columns, 2.75 * lines), layout="constrained")
@@ -83,72 +95,32 @@ def make_panels(curves, runs):
     for panel in panels[len(shown) :]:
         panel.axis("off")
     for metric, panel in zip(shown, panels):
-        panel.set_title(curves[metric], fontsize=10)
+        panel.set_title(titles[metric], fontsize=10)
         panel.set_xlabel("step", fontsize=9)
         panel.grid(alpha=0.3)
-    return figure, dict(zip(shown, panels))
-
-
-def plot_metric(panel, rows, metric, color):
-    """Each step thin, the mean over seven steps thick. What was evaluated with its interval."""
-    found = curve(rows, metric)
-    steps = list(found)
-    values = list(found.values())
-    if metric.startswith("eval_"):
-        low, high = zip(*curve(rows, f"{metric}_interval").values())
-        draw(panel, steps, values, low, high, color, markersize=4)
-    else:
-        every = 1 + len(steps) // POINTS
-        panel.plot(steps[::every], values[::every], color=color, alpha=0.35, linewidth=1)
-        panel.plot(steps[::every], smooth(values)[::every], color=color, linewidth=2)
-    if metric in SHARES and all(0 <= value <= 1 for value in values):
-        panel.set_ylim(-0.03, 1.03)
-
-
-def plot_run(folder):
-    """Draws curves.png from metrics.jsonl.
-
-    The parts of a mixture have panels of their own. A true reward that differs from the reward is
-    drawn beside it, on an axis at the right.
-    """
-    rows = read_metrics(folder)
-    curves = dict(CURVES)
-    parts = [key for key in rows[-1] if key.startswith("reward/")]
-    if len(parts) > 1:
-        for part in parts:
-            curves[part] = f"part of the reward: {part.removeprefix('reward/')}"
-    figure, panels = make_panels(curves, [rows])
-    for metric, panel in panels.items():
-        plot_metric(panel, rows, metric, "C0")
-    if curve(rows, "reward") != curve(rows, "true_reward"):
-        panel = panels["reward"]
-        panel.set_title("reward (blue, left) and true reward (red, right)", fontsize=10)
-        plot_metric(panel.twinx(), rows, "true_reward", "C3")
-    figure.suptitle(folder.name, fontsize=11)
-    save(figure, folder / "curves.png")
-
-
-def plot_runs(runs, path):
-    """Draws several runs in one picture, a color per name.
-
-    runs: name -> folders; of several the mean is drawn, and a band from the lowest to the highest
-    All curves except evaluations are smoothed over seven steps.
-    """
-    groups = [list(map(read_metrics, folders)) for folders in runs.values()]
-    figure, panels = make_panels(CURVES, [rows for group in groups for rows in group])
-    for metric, panel in panels.items():
-        for i, (name, group) in enumerate(zip(runs, groups)):
-            curves = [curve(rows, metric) for rows in group]
-            if not metric.startswith("eval_"):
-                curves = [dict(zip(found, smooth(list(found.values())))) for found in curves]
-            steps = sorted(set.intersection(*map(set, curves)))  # steps that every run has
-            columns = [[found[step] for found in curves] for step in steps]
-            mean = list(map(fmean, columns))
-            low = list(map(min, columns))
-            high = list(map(max, columns))
-            draw(panel, steps, mean, low, high, f"C{i}", markersize=1.5, label=name)
-    figure.legend(handles=panel.lines, **LEGEND)
+        for i, (name, group) in enumerate(groups.items()):
+            plot_group(panel, group, metric, color=f"C{i}", label=name)
+        if metric in SHARES:
+            panel.set_ylim(-0.03, 1.03)
+    figure.legend(*panels[0].get_legend_handles_labels(), **LEGEND)
     save(figure, path)
+
+
+def plot_group(panel, group, metric, color, label):
+    """One curve: the mean of the runs of a group, smoothed over seven steps, and a band from the
+    lowest to the highest. For a single run each step thin, and evaluations with their interval."""
+    curves = [curve(rows, metric) for rows in group]
+    steps = sorted(set.intersection(*map(set, curves)))  # steps that every run has
+    columns = [[found[step] for found in curves] for step in steps]
+    mean, low, high = ([f(column) for column in columns] for f in (fmean, min, max))
+    if not metric.startswith("eval_"):
+        if len(group) == 1:
+            panel.plot(steps, mean, color=color, alpha=0.35, linewidth=1)
+        mean, low, high = map(smooth, (mean, low, high))
+    elif len(group) == 1 and steps:
+        low, high = zip(*curve(group[0], f"{metric}_interval").values())
+    panel.fill_between(steps, low, high, color=color, alpha=0.2, linewidth=0)
+    panel.plot(steps, mean, "o-", color=color, markersize=2, label=label)
 
 
 def plot_evaluation(results, path):

@@ -1,8 +1,31 @@
 """Results of evaluations as text for the screen."""
 
 import json
+from textwrap import indent
 
 from lib.flags import align, shorten
+
+
+def describe_run(config, policy, task, measured, ends) -> str:
+    """What a run is about to do, in four lines.
+
+    measured: name -> text of the reward, as {"accuracy": "exact"}
+    ends:     the tokens that end a response, as text
+    """
+    trained = sum(p.numel() for p in policy.parameters() if p.requires_grad) / 1e6
+    size = f"{policy.num_parameters() / 1e6:,.2f} M parameters, {trained:,.2f} M of them trained"
+    dtype = str(policy.dtype).removeprefix("torch.")
+    held_out = min(config.eval_problems, len(task.validation))
+    evaluated = " and ".join(f"{name} by {text}" for name, text in measured.items())
+    guess = f" ({task.rule_guess}; --reward takes another)" if task.rule_guess else ""
+    return f"""\
+model      {config.model}: {size}, {dtype} on {policy.device.type}, --lr {config.lr:g}
+problems   {task.name}: {len(task.train)} to train on, {held_out} held out to evaluate on, \
+{len(task.test)} for eval.py
+reward     {config.reward or task.reward + guess}; evaluations measure {evaluated}
+responses  {config.prompts_per_step} prompts x {config.group_size} of at most \
+{config.max_new_tokens} tokens per step, ended by {" or ".join(map(repr, ends))}
+"""
 
 
 def results_table(results):
@@ -43,14 +66,23 @@ def comparison_text(pair):
     return "\n".join(lines)
 
 
-def before_and_after(folder, name, problems):
-    """A run's before.json and after.json as a table, and three held-out prompts in full."""
+def read_results(folder) -> dict:
+    """{"before": result, "after": result} of a run, or {} where one of them is not there: the run
+    was resumed with evaluation and started without, or has not ended yet."""
     results = {}
     for when in ("before", "after"):
         file = folder / f"{when}.json"
-        if not file.exists():  # a run that was resumed with evaluation, and started without
-            return ""
+        if not file.exists():
+            return {}
         results[when] = json.loads(file.read_text())
+    return results
+
+
+def before_and_after(folder, name, problems):
+    """What a run has changed: a table, and the responses to three held-out prompts."""
+    results = read_results(folder)
+    if not results:
+        return ""
     title = f"{len(problems)} held-out problems of task {name}, 95 % intervals"
     lines = [title, "", results_table(results)]
     for i, problem in enumerate(problems[:3]):
@@ -58,3 +90,32 @@ def before_and_after(folder, name, problems):
         for when, result in results.items():
             lines.append(f"  {when}: {shorten(result['responses'][i])}")
     return "\n".join(lines)
+
+
+def model_card(folder, config, reward, step) -> str:
+    """The README.md of a checkpoint, for those who find it on the Hugging Face hub."""
+    auto, package = "AutoModelForCausalLM", "transformers"
+    if config.lora_rank:
+        auto, package = "AutoPeftModelForCausalLM", "peft"
+    results = read_results(folder)
+    table = ""
+    if results:
+        held_out = "On held-out problems before and after, with 95 % intervals:"
+        table = f"\n{held_out}\n\n{indent(results_table(results), '    ')}\n"
+    return f"""\
+---
+library_name: {package}
+tags: [grpo]
+---
+# {folder.name}
+
+{config.model}, trained by GRPO: {step} steps of {config.prompts_per_step} prompts x \
+{config.group_size} responses of at most {config.max_new_tokens} tokens, \
+on the task `{config.task}` with the reward `{reward}`.
+{table}
+```python
+from {package} import {auto}
+
+model = {auto}.from_pretrained("this folder")
+```
+"""

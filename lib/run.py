@@ -9,7 +9,7 @@
                 curves.png      redrawn while the run trains
                 lock            held while a process is at work on the run
 
-    run = Run("runs", "add", task="add", resume=False)      # checks the name, makes nothing
+    run = Run(config)                                       # checks the name, makes nothing
     config = run.start(config, device, 0, Tracker("none"))
     for step in run.steps(1, config.steps):
         ...
@@ -25,7 +25,6 @@ import math
 import os
 import platform
 import shlex
-import shutil
 import subprocess
 import sys
 import time
@@ -34,17 +33,23 @@ from dataclasses import asdict, replace
 from importlib.metadata import version
 from pathlib import Path
 from statistics import fmean
+from tempfile import TemporaryFile
 
 import torch
 from tqdm import tqdm
 
 from lib.checkpoint import catch_signals, find_checkpoint, lock
 from lib.files import append_rows, read_rows, write_json, write_rows, writing
-from lib.flags import UserError
-from lib.metrics import step_line
+from lib.flags import UserError, parse
+from lib.metrics import hint, step_line
 
 TRACKERS = ("none", "tensorboard", "trackio", "wandb")
 ROOT = Path(__file__).parent.parent
+# flags that change nothing of what is learned from; the learning rate follows --steps
+MAY_CHANGE = (
+    "steps, eval_every, save_every, log_samples, tracker, device, name, runs_dir, "
+    "micro_batch_tokens, rows_at_once, gradient_checkpointing, fast"
+)
 
 
 def is_run(folder):
@@ -52,11 +57,37 @@ def is_run(folder):
 
 
 def read_config(folder) -> dict:
-    """The flags of a run. UserError if there is no run in `folder`."""
+    """The flags of a run, at least those that eval.py needs. UserError if there is no run, or one
+    of its .json files is damaged."""
+    path = folder
     try:
-        return json.loads((folder / "config.json").read_text())["config"]
-    except (OSError, ValueError, KeyError, TypeError):
-        raise UserError(f"{folder}: no run there (its config.json cannot be read)") from None
+        for path in [*folder.glob("*.json"), folder / "config.json"]:
+            content = json.loads(path.read_text())
+            if not content:
+                raise ValueError
+        flags = content["config"]
+        range(flags["max_new_tokens"])  # is it a number, and are these texts?
+        for name in ("model", "task", "data_dir", "reward", "true_reward"):
+            Path(flags[name])
+    except Exception:  # a damaged file may raise anything
+        raise UserError(f"{folder}: no run there, or its {path.name} is damaged") from None
+    return flags
+
+
+def resumed_flags(config_class, known) -> dict:
+    """The flags of the run known["name"], without runs_dir. UserError if config_class has no such
+    flag, or the flag cannot have such a value."""
+    if not known["name"]:
+        raise UserError("--resume: say which run by --name")
+    folder = Path(known["runs_dir"]) / known["name"]
+    saved = read_config(folder)
+    words = [f"--{name}={value}" for name, value in saved.items() if value is not None]
+    try:
+        flags = asdict(parse(config_class, "", words)[0])
+    except UserError as error:
+        raise UserError(f"{folder}/config.json: is not of this version: {error}") from None
+    del flags["runs_dir"]  # the folder may have been moved
+    return flags
 
 
 def flags_of_runs(config, runs, names):
@@ -123,20 +154,20 @@ def is_free(folder):
     """Whether a new run may have this folder: not there, or left by a run killed in its start."""
     if not folder.exists():
         return True
-    leftovers = {"lock", "config.json.part"}
-    if folder.is_dir() and {path.name for path in folder.iterdir()} <= leftovers:
+    if folder.is_dir() and set(os.listdir(folder)) <= {"lock", "config.json.part"}:
         with suppress(UserError):  # another process is about to start there
             lock(folder).close()
             return True
     return False
 
 
-def free_folder(runs_dir, name, task) -> Path:
+def free_folder(config) -> Path:
     """runs_dir/name; without a name the first free one of runs_dir/task, task-2, task-3 ..."""
+    name = config.name
     if name != Path(name).name or name == "..":
         raise UserError(f"--name {name}: must be the name of a folder in --runs_dir, not a path")
-    stem = Path(task).stem
-    folder = Path(runs_dir) / (name or stem)
+    stem = Path(config.task).stem
+    folder = Path(config.runs_dir) / (name or stem)
     number = 1
     while not is_free(folder):
         if name:
@@ -162,7 +193,7 @@ def copy_code(folder):
         target = folder / "code" / part
         target.mkdir(exist_ok=True)
         for script in (ROOT / part).glob("*.py"):
-            shutil.copy(script, target)
+            (target / script.name).write_bytes(script.read_bytes())
 
 
 def rewind(folder, step):
@@ -186,30 +217,37 @@ class Run:
     state:      what the run remembered at that checkpoint, or None
     """
 
-    def __init__(self, runs_dir, name, task, resume):
-        """A run to resume must be there, and is locked. A new one needs a free name; nothing is
-        made until `start`."""
-        self.wanted = runs_dir, name, task
-        self.resumed = resume
-        self.checkpoint = self.state = None
-        if not resume:
-            self.folder = free_folder(*self.wanted)
-            return
-        self.folder = Path(runs_dir) / name
-        read_config(self.folder)
+    def __init__(self, config):
+        """A run to resume must be there, with the same flags except MAY_CHANGE, and is locked. A
+        new one needs a free name where it can be written; nothing is made until `start`."""
+        if not config.resume:
+            self.folder = free_folder(config)
+            self.checkpoint = self.state = None
+            parent = next(filter(Path.exists, self.folder.parents))
+            with writing(self.folder), TemporaryFile(dir=parent):
+                return
+        self.folder = Path(config.runs_dir) / config.name
+        saved = read_config(self.folder)
+        for name, value in asdict(config).items():
+            had = saved.get(name)
+            free = name in saved and name in ["resume", *MAY_CHANGE.split(", ")]
+            if value != had and not free:
+                raise UserError(
+                    f"--{name} {value}: the run has {had!r}, and only {MAY_CHANGE} may change on "
+                    "--resume"
+                )
         self.lock_file = lock(self.folder)
-        if found := find_checkpoint(self.folder):
-            self.checkpoint, self.state = found
+        self.checkpoint, self.state = find_checkpoint(self.folder)
 
     def start(self, config, device, step, tracker):
         """Writes config.json and code/, and removes what was recorded after `step`.
 
         Returns the config with the run's name filled in.
         """
-        if self.resumed:
-            rewind(self.folder, step)
-        else:
-            self.folder = free_folder(*self.wanted)  # again: another process may have been faster
+        if step > config.steps:
+            raise UserError(f"--steps {config.steps}: {self.folder} has done {step} steps already")
+        if not config.resume:
+            self.folder = free_folder(config)  # again: another process may have been faster
             with writing(self.folder):
                 self.folder.mkdir(parents=True, exist_ok=True)
             self.lock_file = lock(self.folder)
@@ -229,6 +267,8 @@ class Run:
             "started": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
         }
         self.write_json("config.json", content)
+        rewind(self.folder, step)
+        self.recent = read_rows(self.folder / "metrics.jsonl")[-11:]  # the last steps
         with writing(self.folder / "code"):
             copy_code(self.folder)
         return config
@@ -276,17 +316,19 @@ class Run:
         every = max(1, len(rows) // max(1, log_samples))
         append_rows(self.folder / "samples.jsonl", rows[::every][:log_samples])
         tqdm.write(step_line(metrics))
+        self.recent = [*self.recent[-10:], metrics]
+        if text := hint(self.recent):
+            tqdm.write(text)
         self.tracker.send(self.folder, self.config, metrics)
         if not metrics["skipped"]:
             return
-        recent = [row["skipped"] > 0 for row in read_rows(path)[-3:]]
-        if recent == [True, True, True]:
+        if [row["skipped"] > 0 for row in self.recent[-3:]] == [True, True, True]:
             path = self.folder / "bad-step.jsonl"
             write_rows(path, rows)
             raise UserError(
                 f"step {metrics['step']}: the third in a row with a loss, a gradient or log-probs "
-                f"that are not finite; those updates were skipped. {path} has the samples: "
-                "--resume with a lower --lr"
+                f"that are not finite; those updates were skipped. {path} has the samples: start a "
+                f"new run with a lower --lr, maybe from the last checkpoint (--model {self.folder})"
             )
 
     def track_true_reward(self, every):

@@ -58,7 +58,7 @@ def run(folder, flags, phase, event, answer):
     sys.stdout = sys.stderr = open(os.devnull, "w")  # noqa: SIM115
     if phase is not None:
         sys.setprofile(listen)
-    run_script(train.main, train.Config, train.HELP, train.fill)
+    run_script(train.main, train.Config, train.__doc__, train.fill, train.HELP)
     sys.setprofile(None)
     os.write(answer, json.dumps(events).encode())
 

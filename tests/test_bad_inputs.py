@@ -7,6 +7,7 @@ The quick set has some cases of each kind; `-m slow` has the others.
 """
 
 import json
+import math
 import runpy
 import shutil
 import sys
@@ -18,6 +19,7 @@ from typing import get_args
 import matplotlib.figure
 import pytest
 import tqdm
+from safetensors.torch import load_file, save_file
 from tiny import make_folder
 from transformers import AutoModelForSequenceClassification
 
@@ -259,6 +261,8 @@ SETTINGS = [  # what is changed in the settings, what the sentence says
     ({"chat_template": "{{ raise_exception('no') }}"}, "refuses the prompt: no"),
     ({"chat_template": "{{ messages.__class__.__mro__ }}"}, "refuses the prompt"),
     ({"chat_template": "{{ '' }}"}, "a prompt is empty"),
+    ({"chat_template": "{{ messages[0].content + 1 }}"}, "refuses the prompt"),
+    ({"chat_template": "{{ 1 // 0 }}"}, "refuses the prompt"),
 ]
 
 
@@ -271,7 +275,31 @@ def test_model_settings(outcome, use, changes, expected):
     assert expected in outcome(*USES[use])
 
 
-RUN_FILES = ["config.json", "metrics.jsonl", "samples.jsonl", "checkpoint/config.json"]
+@pytest.mark.parametrize("eos", ["end", [2, "end"], [[2]], 2.5, {"id": 2}])
+def test_a_stop_token_that_is_no_number(outcome, eos):
+    make_damaged("model", "generation_config.json", "missing")
+    Path("given/generation_config.json").write_text(json.dumps({"eos_token_id": eos}))
+    for use in ("policy", "evaluated", "sampled"):
+        assert "given" in outcome(*USES[use])
+
+
+@pytest.mark.parametrize("use", ["policy", "evaluated", "sampled"])
+def test_a_model_whose_parameters_are_nan(outcome, use):
+    """train.py once made its steps without an update, and ended as if all were well."""
+    make_damaged("model", "generation_config.json", "missing")
+    weights = load_file("model/model.safetensors")
+    weights = {name: weight * math.nan for name, weight in weights.items()}
+    save_file(weights, "given/model.safetensors", {"format": "pt"})
+    assert "log-probs are nan" in outcome(*USES[use])
+
+
+RUN_FILES = [
+    "config.json",
+    "metrics.jsonl",
+    "samples.jsonl",
+    "before.json",
+    "checkpoint/config.json",
+]
 RUN_FILES += ["checkpoint/model.safetensors", "checkpoint/state.pt", "checkpoint/tokenizer.json"]
 
 
@@ -279,12 +307,15 @@ RUN_FILES += ["checkpoint/model.safetensors", "checkpoint/state.pt", "checkpoint
     ("file", "damage"), mostly_slow([(file, damage) for file in RUN_FILES for damage in DAMAGES])
 )
 def test_run_folder(outcome, file, damage):
-    """--resume of a run of one step, with one checkpoint. Samples are not needed."""
+    """--resume of a run of one step, with one checkpoint. Samples are not needed, and without
+    before.json there is no table at the end."""
+    flags = "--name=run", "--eval_problems=1"
     if not Path("one_step").exists():
-        outcome("train", "--name=run", "--runs_dir=one_step")
+        outcome("train", *flags, "--runs_dir=one_step")
     make_damaged("one_step", f"run/{file}", damage)
-    sentence = outcome("train", "--name=run", "--runs_dir=given", "--resume", "--steps=2")
-    assert (sentence == "") == (file == "samples.jsonl")
+    sentence = outcome("train", *flags, "--runs_dir=given", "--resume", "--steps=2")
+    not_needed = file == "samples.jsonl" or (file, damage) == ("before.json", "missing")
+    assert (sentence == "") == not_needed
     assert sentence == "" or "given" in sentence
 
 
@@ -296,6 +327,31 @@ EXPRESSIONS += ["model(number)", "no_such_file.function", "sys.exit", "'number'"
 EXPRESSIONS += ["-" * 5000 + "number", "(" * 5000 + "number", "number" + "+number" * 20000]
 EXPRESSIONS += ["length*1e308*1e308", "1e39*length - 1e39", "True*number", "..."]
 EXPRESSIONS += ["number := 1", "number,", "exec('1')"]
+
+
+OWN = """import sys
+def leave(prompt, response, answer): sys.exit(0)
+def stop(prompt, response, answer): raise GeneratorExit
+def huge(prompt, response, answer): return 10**5000
+def empty(prompts, responses, answers): prompts.clear()
+"""
+OWN_REWARDS = {
+    "leaves.anything": "leaves.py raised SystemExit: 0",
+    "own.leave": "own.leave: raised SystemExit: 0",
+    "own.stop": "own.stop: raised GeneratorExit",
+    "own.huge": "own.huge: raised ValueError: Exceeds the limit",
+    "own.empty": "own.empty: raised TypeError",
+    "-length*2": "one that begins with - needs an =",
+}
+
+
+@pytest.mark.parametrize("reward", OWN_REWARDS)
+def test_a_reward_of_the_users(outcome, reward):
+    """sys.exit(0) in it once ended the program without a word, and with status 0."""
+    Path("own.py").write_text(OWN)
+    Path("leaves.py").write_text("import sys\nsys.exit(0)")
+    words = ["--reward", reward, "--reward=number"] if reward[0] == "-" else [f"--reward={reward}"]
+    assert OWN_REWARDS[reward] in outcome("train", *words)
 
 
 @pytest.mark.parametrize(

@@ -5,6 +5,7 @@ import re
 import runpy
 import shlex
 import sys
+from dataclasses import asdict
 from pathlib import Path
 
 import pytest
@@ -67,12 +68,12 @@ def test_a_command_has_the_flags_of_its_script(command, monkeypatch):
         return
     parsed = []
 
-    def parse_only(main, config_class, doc, fill=None, **positionals):
-        parsed.append(lib.flags.parse(config_class, doc, words, fill, **positionals))
+    def parse_only(main, config_class, doc, *rest, **positionals):
+        parsed.append(lib.flags.parse(config_class, doc, words, *rest, **positionals))
 
     run = Path("runs/add")  # what --resume looks for
     run.mkdir(parents=True)
-    (run / "config.json").write_text(json.dumps({"config": {}}))
+    (run / "config.json").write_text(json.dumps({"config": asdict(train.Config())}))
     monkeypatch.setattr(lib.flags, "run_script", parse_only)
     monkeypatch.setattr(sys, "argv", [script.name])
     if "--help" in words:
@@ -176,3 +177,11 @@ def test_the_weights_of_the_trap():
         torch.testing.assert_close(names[name], expected, atol=0.005, rtol=0)
     torch.testing.assert_close(names["mean_form"], torch.tensor([[0.15, -0.05, -0.05, -0.05]]))
     assert "(1.73, -0.58, -0.58, -0.58)" in README
+
+
+def test_help_has_groups_of_flags_and_the_recipes_after_them(capsys):
+    with pytest.raises(SystemExit):
+        lib.flags.parse(train.Config, train.__doc__, ["--help"], train.fill, train.HELP)
+    shown = capsys.readouterr().out
+    places = ["sampling:", "--temperature", "weights and loss", "--normaliser", "--recipe dapo: --"]
+    assert sorted(places, key=shown.index) == places

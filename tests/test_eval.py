@@ -9,8 +9,7 @@ from conftest import CPU, parse_train
 
 import fast
 import train
-from eval import Config, details, evaluate, main, measures, respond
-from lib.files import read_rows
+from eval import Config, details, evaluate, main, measures, respond, sampling_of_runs
 from lib.flags import UserError
 from lib.report import results_table
 from policy import load_policy
@@ -104,7 +103,7 @@ def test_what_is_measured_is_what_was_asked_for(task, reward, true_reward, expec
     """The guessed rule of a file counts only if no reward was named. A task with a rule of its own
     keeps its accuracy beside another reward."""
     task = task_of_a_file(*range(20)) if task == "file" else load_task("add")
-    assert measures(task, reward, true_reward, load=str) == expected
+    assert measures(task, reward, true_reward) == expected
 
 
 def test_accuracy_by_difficulty():
@@ -113,6 +112,15 @@ def test_accuracy_by_difficulty():
     found = details_by("exact", groups)["by_difficulty"]
     assert list(found) == ["steps 2", "steps 10"]
     assert [share["mean"] for share in found.values()] == [0.5, 1]
+
+
+def test_a_run_is_sampled_as_it_sampled_in_training():
+    hot, cold = {"temperature": 1.5, "lr": 1}, {"temperature": 0.5, "lr": 2}
+    assert sampling_of_runs({"a": hot, "b": hot}, 0) == Sampling(1.5)
+    assert sampling_of_runs({"a": hot, "b": cold}, 1) == Sampling(1)
+    assert sampling_of_runs({}, 0) == Sampling(1)
+    with pytest.raises(UserError, match="--temperature: the runs differ"):
+        sampling_of_runs({"a": hot, "b": cold}, 0)
 
 
 RESULT = """{"accuracy": {"greedy": {"mean": 0.111, "interval": [0.101, 0.121]},
@@ -164,7 +172,7 @@ def test_a_run_is_measured_beside_its_base(base, capsys, monkeypatch):
     assert found["reward"] == "number + 0.1*length"
     assert (folder / "eval.json").exists() and (folder / "eval.png").exists()
     # 2 models, 8 problems, 1 greedy and 2 sampled responses
-    assert len(read_rows(folder / "responses.jsonl")) == 48
+    assert len((folder / "responses.jsonl").read_text().splitlines()) == 48
     [pair] = found["comparisons"]
     assert (pair["before"], pair["after"], pair["measured"]) == (base, run, "mean_reward")
     gained = [found["models"][name]["mean_reward"]["sampled"]["mean"] for name in (base, run)]

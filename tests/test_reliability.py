@@ -26,6 +26,7 @@ from lib.files import append_rows, read_rows
 from lib.flags import UserError, run_script
 from lib.run import Run
 from policy import load_policy, save_policy
+from reward import load_reward, score
 from tools import pretrain
 
 ROOT = Path(__file__).parent.parent
@@ -150,7 +151,7 @@ def test_killed_before_its_first_checkpoint_a_run_starts_again(run, straight):
     early = Path("runs/early")
     early.mkdir()
     (early / "config.json.part").write_text("{")  # killed in its first moments
-    assert Run("runs", "early", "add", resume=False).folder == early  # the name is still free
+    assert Run(parse_train("--name=early")).folder == early  # the name is still free
     shutil.rmtree(run / "checkpoint")
     shutil.rmtree(run / "checkpoint.old")
     (run / "metrics.jsonl").write_text('{"step": 1, "rew')
@@ -162,13 +163,14 @@ def test_killed_before_its_first_checkpoint_a_run_starts_again(run, straight):
     [(signal.SIGINT, 130), pytest.param(signal.SIGTERM, 143, marks=pytest.mark.slow)],
 )
 def test_a_signal_ends_the_step_saves_and_says_how_to_resume(straight, capsys, number, status):
-    """It comes while step 3 of 6 is being rewarded; checkpoints are due after 2, 4 and 6."""
+    """It comes while step 3 of 6 is being rewarded, after 16 calls of the evaluation before training and 8 per step;
+    checkpoints are due after 2, 4 and 6."""
     Path("mine.py").write_text(f"""import os
 {NOISY.replace("noisy", "quiet")}
 calls = []
 def noisy(*texts):
     calls.append(texts)
-    if len(calls) == 20: os.kill(os.getpid(), {number:d})
+    if len(calls) == 36: os.kill(os.getpid(), {number:d})
     return quiet(*texts)
 """)
     before = signal.getsignal(number)
@@ -184,7 +186,7 @@ def noisy(*texts):
 
 def test_a_second_signal_stops_at_once(run):
     Path("mine.py").write_text("""import os, signal
-def noisy(prompt, response, answer): os.kill(os.getpid(), signal.SIGINT)
+def noisy(prompt, response, answer): return os.kill(os.getpid(), signal.SIGINT) or 1
 """)
     before = signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell may ignore it
     try:
@@ -195,7 +197,7 @@ def noisy(prompt, response, answer): os.kill(os.getpid(), signal.SIGINT)
     assert read_rows(Path("runs/told/metrics.jsonl")) == []
 
 
-@pytest.mark.parametrize("line", ['{"step": 2, "rew', "5", "[]", "\0\0"])
+@pytest.mark.parametrize("line", ['{"step": 2, "rew', "5", "[]", "\0\0", "{}", '{"step": "2"}'])
 def test_a_damaged_line_of_metrics_is_named(line):
     """The second of three. Only the last may be cut short, by a crash: it is left out."""
     path = Path("metrics.jsonl")
@@ -249,7 +251,7 @@ def test_a_full_disk_ends_the_run_in_a_sentence_and_costs_nothing(run, monkeypat
     resource.setrlimit(resource.RLIMIT_FSIZE, (1_000_000, hard))
     try:
         with pytest.raises(SystemExit) as exit:
-            run_script(train.main, train.Config, train.HELP, train.fill)
+            run_script(train.main, train.Config, train.__doc__, train.fill, train.HELP)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
     error = capsys.readouterr().err.splitlines()[-1]
@@ -261,6 +263,65 @@ def test_a_full_disk_ends_the_run_in_a_sentence_and_costs_nothing(run, monkeypat
     resume("straight", "--steps=8")
     with pytest.raises(UserError, match=r"/dev/full: cannot be written .*No space left"):
         append_rows(Path("/dev/full"), [{"step": 1}])
+
+
+def test_a_full_disk_names_the_folder_that_is_written(run):
+    """Not the script that is copied into it, as once."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (4_000, hard))
+    try:
+        with pytest.raises(UserError, match="runs/full/code: cannot be written") as error:
+            run_train(*FLAGS, "--name=full")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert str(ROOT) not in str(error.value)
+
+
+def test_a_folder_that_cannot_be_written_is_named_before_the_model_is_loaded():
+    Path("runs").touch()
+    with pytest.raises(UserError, match="runs/add: cannot be written"):
+        run_train("--model=no/such/model")
+
+
+@pytest.mark.parametrize("file", ["metrics.jsonl", "samples.jsonl"])
+def test_a_file_deleted_while_the_run_trains_ends_it(run, file):
+    """It came back with the later steps only, and the run ended as if nothing had happened."""
+    Path("mine.py").write_text(f"""import os
+{NOISY.replace("noisy", "quiet")}
+calls = []
+def noisy(*texts):
+    calls.append(texts)
+    if len(calls) == 20: os.remove("runs/deleted/{file}")
+    return quiet(*texts)
+""")
+    with pytest.raises(UserError, match=f"runs/deleted/{file}: cannot be written"):
+        run_train(*FLAGS, "--name=deleted")
+
+
+def test_a_reward_cannot_change_the_problem():
+    """A conversation that it empties: the next prompt of the problem was once empty too."""
+    Path("mine.py").write_text("""
+def one(prompt, response, answer): return float(prompt.clear() is None)
+def all(prompts, responses, answers): return [float(prompt.clear() is None) for prompt in prompts]
+""")
+    sample = {"prompt": [{"role": "user", "content": "1+1="}], "response": "2", "answer": "2"}
+    assert score(load_reward("mine.one + mine.all"), [sample])[0]["reward"] == 2
+    assert sample["prompt"] == [{"role": "user", "content": "1+1="}]
+
+
+def test_no_minibatch_is_without_a_row(run, monkeypatch):
+    """A million of them were made for 8 rows."""
+    counts = []
+
+    def count(lengths, config, denominator=train.DENOMINATORS["token"]):
+        counts.append(len(lengths))
+        return denominator(lengths, config)
+
+    monkeypatch.setitem(train.DENOMINATORS, "token", count)
+    run_train(
+        *FLAGS, "--name=many", "--steps=1", "--minibatches=1000000", "--updates_per_rollout=2"
+    )
+    assert counts == [1] * 16
 
 
 def bad_numbers(where, steps, monkeypatch):
@@ -329,9 +390,75 @@ time.sleep(600)"""
         assert other.stdout.readline() == "held\n"
         with pytest.raises(UserError, match="--name add: another process is at work on runs/add"):
             lock(folder)
-        assert Run("runs", "", "add", resume=False).folder == Path("runs/add-2")
+        assert Run(parse_train()).folder == Path("runs/add-2")
         other.kill()
     assert lock(folder)
+
+
+CHANGES = {
+    "recipe=dapo": "--recipe dapo: the run has None, and only steps, ",
+    "model=nope": "--model nope: the run has 'untaught'",
+    "lr=0.1": "--lr 0.1: the run has 0.001",
+    "lora_rank=4": "--lora_rank 4: the run has 0",
+    "offload": "--offload True: the run has False",
+    "dtype=bfloat16": "--dtype bfloat16: the run has 'float32'",
+    "seed=1": "--seed 1: the run has 0",
+    "steps=3": "--steps 3: runs/straight has done 6 steps already",
+}
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_what_is_learned_from_cannot_change_on_resume(run, change):
+    before = (run / "config.json").read_text()
+    with pytest.raises(UserError) as error:
+        resume("straight", f"--{change}")
+    assert CHANGES[change] in str(error.value)
+    assert (run / "config.json").read_text() == before
+
+
+def test_other_flags_may_change_on_resume_and_the_folder_may_move(run, straight):
+    """The learning rate follows the number of steps. Sizes that save memory only change rounding."""
+    run_train(*FLAGS, "--name=short", "--steps=4")
+    Path("elsewhere").mkdir()
+    Path("runs/short").rename("elsewhere/short")
+    flags = "--save_every=9 --eval_every=1 --log_samples=1 --micro_batch_tokens=20 --rows_at_once=3"
+    flags += " --gradient_checkpointing --fast=off --tracker=none --device=cpu --runs_dir=elsewhere"
+    moved = resume("short", "--steps=6", *flags.split())
+    assert moved == Path("elsewhere/short")
+    rows, expected = read_rows(moved / "metrics.jsonl"), straight["metrics"]
+    for row, other in list(zip(rows, expected))[4:]:
+        assert row["lr"] == other["lr"]
+    config = json.loads((moved / "config.json").read_text())["config"]
+    assert (config["steps"], config["fast"], config["runs_dir"]) == (6, "off", "elsewhere")
+
+
+MISSING = object()
+CONFIGS = [  # what is changed in the flags, what the sentence says
+    ({"old": 3}, "--old=3"),
+    ({"prompts_per_step": MISSING}, "--prompts_per_step 8: the run has None"),
+    ({"steps": MISSING}, "--steps 8: the run has None"),
+    ({"lr": "0.001"}, "--lr 0.001: the run has '0.001'"),
+    ({"task": 5}, "config.json"),
+    ({"steps": "many"}, "config.json: is not of this version: argument --steps: invalid int value"),
+    ({"steps": [6]}, "--steps"),
+    ({"group_size": 4.5}, "--group_size"),
+    ({"seed": None}, "--seed 0: the run has None"),
+    ({"loss": "square"}, "invalid choice: 'square'"),
+    (["steps", 6], "config.json"),
+]
+
+
+@pytest.mark.parametrize(("changes", "expected"), CONFIGS)
+def test_a_config_that_does_not_fit_is_named(run, changes, expected):
+    """As another version of the scripts wrote it, or a hand."""
+    content = json.loads((run / "config.json").read_text())
+    if isinstance(changes, dict):
+        changes = content["config"] | changes
+        changes = {name: value for name, value in changes.items() if value is not MISSING}
+    (run / "config.json").write_text(json.dumps({**content, "config": changes}))
+    with pytest.raises(UserError) as error:
+        resume("straight", "--steps=8")
+    assert expected in str(error.value)
 
 
 FORBIDDEN = shlex.split("""eval exec compile os.system os.popen pickle.load pickle.loads

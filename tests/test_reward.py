@@ -1,8 +1,10 @@
 import json
 import random
 import re
+import sys
 import time
 import warnings
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -37,25 +39,59 @@ def examples(text):
     return re.findall(r"^ *(.*?) \| ?(.*?) ?-> (\S+)$", text, re.MULTILINE)
 
 
+MATH = pytest.mark.slow, pytest.mark.skipif(not find_spec("math_verify"), reason="not installed")
+NAMES = [pytest.param(name, marks=MATH if name == "math" else ()) for name in REWARDS]
 MORE = {
-    "exact": """
+    "exact": r"""
 75</think> | 75 -> 0
-75  | 75 -> 0""",
-    "number": """
+<think>75 | <think>75 -> 0
+ 75  | 75  -> 1""",
+    "number": r"""
 12</think> | 12 -> 0
 <think>a</think>12</think>13 | 12 -> 0
-none | none -> 0""",
-    "stated": "#### 7 #### -$8.0 | -8 -> 1",
+<think>8+4=12 | 12 -> 0
+<think>a</think><think>12 | 12 -> 0
+12 <think>or 13 | 12 -> 1
+none | none -> 0
+1,2345 | 2345 -> 0
+0x4b | 4 -> 0
+2^3 | 2 -> 0
+- 7 | 7 -> 0
+-€75 | 75 -> 0
+1e3 | 3 -> 0
+1e3 | 1000 -> 1
+1/2 | 0.5 -> 1
+\boxed{75\text{ m}^2} | 75 -> 1
+75 m^{2} | 75 -> 1
+75 [1] | 75 -> 1
+1,\!000 | 1000 -> 1
+-\frac{3}{4} | -0.75 -> 1
+90^\circ | 90 -> 1""",
+    "stated": r"""
+#### 7 #### -$8.0 | -8 -> 1
+$-8 | -8 -> 1
+**75**. | 75 -> 1
+The answer is $\boxed{\frac{1}{2}}$. | 1/2 -> 1
+75 % | 75 -> 1
++75 | 75 -> 1
+-75 | 75 -> 0
+7 5 | 75 -> 0
+74, 75 | 75 -> 0
+<think>The answer is 75 | 75 -> 0""",
     "choice": """
 So (B). | The answer: B -> 1
+**B.** A bird flew | B -> 1
+Not B, but A | A -> 1
 BAD | D -> 0""",
     "format": """
 so <think>hm</think>75 | 75 -> 0
+<think></think>75 | 75 -> 0
 <think>hm</think>75<think> | 75 -> 0""",
 }
+MINUS, EN_DASH, UNSEEN = "\u2212", "\u2013", "\u200b"
 
 
-@pytest.mark.parametrize("name", REWARDS)
+@pytest.mark.parametrize("name", NAMES)
 def test_the_examples_in_the_docstrings_and_more(name):
     for response, answer, reward in examples(REWARDS[name].__doc__ + MORE.get(name, "")):
         found = REWARDS[name]("", response, answer)
@@ -63,9 +99,25 @@ def test_the_examples_in_the_docstrings_and_more(name):
     assert examples(REWARDS["number"].__doc__)  # the pattern finds them
 
 
-LAST_NUMBERS = """
+@pytest.mark.parametrize(
+    ("rule", "response", "answer", "reward"),
+    [
+        ("number", f"{MINUS}7", "7", 0),
+        ("number", f"{MINUS}7", "-7", 1),
+        ("number", f"{EN_DASH}$7", "-7", 1),
+        ("exact", "</think>\n75\n", "75", 1),
+        ("format", f"<think>{UNSEEN}\n</think>75", "75", 0),
+        ("format", f"<think>hm</think>{UNSEEN} \u2060", "75", 0),
+        ("format", "\n<think>\nhm\n</think>\n75", "75", 1),
+    ],
+)
+def test_characters_that_are_hard_to_see(rule, response, answer, reward):
+    assert REWARDS[rule]("", response, answer) == reward
+
+
+LAST_NUMBERS = r"""
 so 3 x 4 is $1,012. | 1012
-it fell to -7.50 % | -7.5
+it fell to -7.50 % | -15/2
 $-3 | -3
 -$3 | -3
 x = -5 | -5
@@ -73,20 +125,53 @@ x = -5 | -5
 (2)-5 | 5
 10.0 | 10
 007 | 7
-.5 | 0.5
+.5 | 1/2
 -0.0 | 0
-1,2,3 | 3
-12,34 | 34
-1,234,567.80 dollars | 1234567.8
-v2 | 2
-2/3 | 3"""
+1,2,3 | None
+12,34 | None
+1.2.3 | None
+4/0 | None
+1,234,567.80 dollars | 6172839/5
+v2 | None
+4/6 | 2/3
+2.5E-1 | 1/4
+x = - 5 | -5
+Answer - 5 | 5
+7 - 5 | 5
+1\,000{,}000 | 1000000"""
 
 
 def test_last_number():
     for line in LAST_NUMBERS.strip().splitlines():
         text, number = line.split(" | ")
-        assert last_number(text) == number
-    assert last_number("") is last_number("١٢") is None
+        assert str(last_number(text)) == number, text
+    assert last_number("") is last_number("١٢") is last_number("9" * 5000) is None
+
+
+LATEX = r"""
+1/2 | \frac{1}{2} -> 1
+so \boxed{\{2, 1\}} | \{1,2\} -> 1
+$[1,2)$ | [1,2) -> 1
+$(1,2)$ | [1,2) -> 0
+<think>$5$</think>$2\sqrt{3}$ | \sqrt{12} -> 1
+5 or 6 | 5 -> 0
+$9^{9^{9^{9}}}$ | 5 -> 0
+ | 5 -> 0"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("response", "answer", "reward"), examples(LATEX))
+def test_latex_is_compared_within_seconds(response, answer, reward):
+    pytest.importorskip("math_verify")
+    started = time.perf_counter()
+    assert REWARDS["math"]("", response, answer) == float(reward)
+    assert time.perf_counter() - started < 4
+
+
+def test_math_needs_its_package_and_says_so(monkeypatch):
+    monkeypatch.setitem(sys.modules, "math_verify", None)
+    with pytest.raises(UserError, match=r"--reward math: .* pip install math-verify$"):
+        load_reward("1 - math")
 
 
 # 8(3): Python would warn of it. 9**99**88: `eval` would never return. In floats, 1 / 49 * 49 is not
@@ -134,10 +219,23 @@ PIECES = re.split(
     "( )", "<think> </think> <answer> </answer> A (B) 3*8 1,012 $ . - ** ( ) ٣ é 0x1F 1_0"
 )
 PIECES += ["\n", "\0", "\ud800", "a a a a a", "9" * 300]
-LONG = ["1,", "<think>", "A", "1", "<answer>", "</answer>", "111,", "-$", "a b c "]
+LONG = [
+    "1,",
+    "<think>",
+    "A",
+    "1",
+    "<answer>",
+    "</answer>",
+    "111,",
+    "-$",
+    "a b c ",
+    "1/1 [1",
+    "B. A ",
+]
+LONG += ["1e1", "boxed{", "{,", " ", "think>", "1.\n"]
 
 
-@pytest.mark.parametrize("name", REWARDS)
+@pytest.mark.parametrize("name", NAMES)
 def test_a_rule_takes_any_text_and_is_quick(name):
     """`score` refuses what is not a finite number. Time that grows with the square of the length
     would be minutes for a hundred thousand characters."""

@@ -10,6 +10,7 @@ import pytest
 
 import tasks
 from lib.flags import UserError
+from reward import REWARDS, load_reward
 from tasks import Problem, Task, load_task, prompt_ids, take_problems
 
 
@@ -88,12 +89,36 @@ def test_jsonl_of_the_users_own():
     task = load_task(write_lines("my.jsonl", *rows[:25], "", *rows[25:]))
     assert sizes(task) == [41, 4, 5]
     assert (len(task.test), task.reward, task.test[0].difficulty) == (10, "number", "3")
-    rows[7]["answer"] = "yes"
-    assert load_task(write_lines("my.jsonl", *rows)).reward == "exact"
+
+
+@pytest.mark.parametrize(
+    ("answer", "rule"),
+    [(1e-7, "number"), (1e20, "number"), ("-1,012.50", "number")]
+    + [(text, "exact") for text in ("yes", "\u0667", "7,5", "1.2.3", "12abc")],
+)
+def test_the_rule_of_a_file_is_guessed_from_its_answers(answer, rule):
+    """`number` where each answer is one that the rule `number` can read."""
+    rows = [{"prompt": f"p{i}", "answer": answer if i == 7 else i / 2} for i in range(20)]
+    task = load_task(write_lines("my.jsonl", *rows))
+    count = {"number": 20, "exact": 19}[rule]
+    assert (task.reward, task.rule_guess) == (rule, f"{count} of 20 answers are plain numbers")
+    if rule == "number":
+        assert REWARDS[rule]("", f"It is {answer}.", str(answer)) == 1
+
+
+def test_an_answer_may_be_missing_where_no_rule_wants_one():
+    rows = [{"prompt": f"p{i}"} for i in range(20)]
+    task = load_task(write_lines("my.jsonl", *rows))
+    assert task.train[0].answer is None
+    load_reward("format - 0.1*length", problems=task.train)
+    for rule in ("exact", "0.1*format + number"):
+        wanting = rule.split()[-1]
+        with pytest.raises(UserError, match=f'--reward {wanting}: wants an "answer", .*: p'):
+            load_reward(rule, problems=task.train)
 
 
 BAD_LINES = """
-{"prompt": "x"} -> "answer" is missing, empty or of the wrong type
+{"prompt": "x", "answer": ""} -> "answer" is missing, empty or of the wrong type
 {"prompt": "x", "answer": NaN} -> "answer" is missing
 {"prompt": "", "answer": "1"} -> "prompt" is missing
 {"prompt": 3, "answer": "1"} -> "prompt" is missing

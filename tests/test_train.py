@@ -2,6 +2,7 @@
 
 import json
 import random
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -95,6 +96,9 @@ def test_a_run_leaves_what_it_should(base):
     assert [sample["step"] for sample in samples] == [1] * 4 + [2] * 4 + [3] * 4
     for name in ("before.json", "after.json"):
         assert len(json.loads((folder / name).read_text())["responses"]) == 20
+    card = (folder / "checkpoint" / "README.md").read_text()
+    for text in (f"{base}, trained by GRPO: 3 steps", "the reward `length`", "accuracy sampled"):
+        assert text in card
     for script in ("train.py", "lib/run.py", "fast/generate.py"):
         assert (folder / "code" / script).read_text() == (ROOT / script).read_text()
     assert (folder / "curves.png").read_bytes().startswith(b"\x89PNG")
@@ -161,8 +165,9 @@ def test_a_reward_that_fails_stops_the_run_and_the_checkpoint_stays(base):
 
 def test_the_run_warns_when_reward_and_true_reward_diverge(capsys):
     """In step 3 both fall, in step 4 the reward is higher than in step 2 and the true reward lower."""
-    run = Run("runs", "x", "add", resume=False)
+    run = Run(parse_train("--name=x"))
     run.folder.mkdir(parents=True)
+    (run.folder / "metrics.jsonl").touch()
     said = []
     for step, (found, true) in enumerate([(0.1, 0.3), (0.3, 0.5), (0.2, 0.4), (0.4, 0.4)], 1):
         row = {"step": step, "reward": found, "true_reward": true}
@@ -221,7 +226,7 @@ def test_groups_without_a_signal_change_nothing(base):
 def test_a_mistake_gets_one_sentence_and_status_2(base, capsys, monkeypatch, flags, message):
     monkeypatch.setattr(sys, "argv", ["train.py", "--model", base, *flags.split()])
     with pytest.raises(SystemExit) as exit:
-        run_script(train.main, train.Config, train.HELP, train.fill)
+        run_script(train.main, train.Config, train.__doc__, train.fill, train.HELP)
     error = capsys.readouterr().err
     assert exit.value.code == 2 and error.count("\n") == 1
     assert error.startswith("train.py: error: ") and message in error
@@ -255,3 +260,52 @@ def test_scripts_work_as_commands(base):
         words = [sys.executable, ROOT / script, *words]
         done = subprocess.run(words, capture_output=True, text=True, check=False)
         assert done.returncode == 0 and expected in done.stdout, done.stderr
+
+
+def test_a_run_says_at_its_start_what_it_is_about_to_do(base, capsys):
+    run(base, "--reward number --steps 1 --eval_problems 7")
+    shown = capsys.readouterr().out
+    for text in (
+        "7 held out to evaluate on, 810 for eval.py",
+        "number; evaluations measure mean_reward by number and accuracy by exact",
+        "float32 on cpu, --lr 0.001",
+        "4 prompts x 8 of at most 8 tokens per step, ended by '<eos>'",
+    ):
+        assert text in shown
+
+
+def test_cheap_checks_come_before_the_model_is_loaded(monkeypatch):
+    """Loading may take minutes, or fetch gigabytes."""
+    monkeypatch.setattr(train, "load_policy", None)
+    taken = Path("runs", "taken")
+    taken.mkdir(parents=True)
+    (taken / "config.json").touch()
+    for flags, message in {
+        "--name taken": "--name taken: runs/taken is there already",
+        "--task nope": "--task nope",
+        "--reward nope": "--reward nope",
+        "--true_reward 2*nope": "--reward nope",
+        "--temperature 0": "--temperature 0",
+    }.items():
+        with pytest.raises(UserError, match=re.escape(message)):
+            train.main(parse_train(*flags.split()))
+
+
+def test_a_run_that_goes_nowhere_says_so_once_and_stops_sampling_more(base, capsys):
+    """Every response gets the same reward. --filter resample tries three batches in each of the first ten steps,
+    and one after that, also when resumed."""
+    flags = "--reward same --filter resample --resample_tries 3 --prompts_per_step 2 --group_size 2"
+    folder = run(base, flags, "--steps 13 --max_new_tokens 1 --save_every 11")
+    drawn = [row["batches_drawn"] for row in metrics_of(folder)]
+    assert drawn == [3] * 10 + [1] * 3
+    shown = capsys.readouterr().out
+    assert shown.count("nothing to learn from in ten steps") == 1
+    assert shown.count("no response has ended by itself in three steps") == 1
+    start("--name add --resume --steps 14")
+    assert metrics_of(folder)[-1]["batches_drawn"] == 1
+
+
+def test_a_run_that_learns_gets_no_hints(base, capsys):
+    run(base, "--reward sevens --steps 12")
+    shown = capsys.readouterr().out
+    assert "nothing to learn" not in shown and "by itself" not in shown

@@ -47,10 +47,11 @@ def test_a_reused_rollout_has_ratios_and_clips(base):
     assert free[0]["clip_share"] == 0 and free[0]["ratio_max"] > rows[0]["ratio_max"]
 
 
-def test_a_minibatch_is_divided_by_its_own_tokens(base, monkeypatch):
+def test_a_minibatch_has_a_part_of_every_group_and_is_divided_by_its_own_tokens(base, monkeypatch):
     sums, backward = [], train.backward
 
     def spy(forms, policy, rollout, rows, weights, loss_scale, *rest, **options):
+        assert set((rows // 8).bincount().tolist()) <= {2, 3}  # of the 8 rows of each of 4 groups
         sums.append((loss_scale * rollout.response_lengths)[rows].sum().item())
         return backward(forms, policy, rollout, rows, weights, loss_scale, *rest, **options)
 

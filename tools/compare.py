@@ -4,8 +4,8 @@
     python -m tools.compare --steps 100 --minibatches 1 --runs_dir runs/other
 
 All runs have the same base model, problems, learning rate and number of sampled responses, and are
-measured on the same held-out problems. Writes the table in docs/recipes.md and docs/recipes.png.
-A run that is finished is not trained again.
+measured on the same held-out problems. Writes the table in docs/recipes.md. A run that is finished
+is not trained again.
 """
 
 import math
@@ -15,7 +15,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from statistics import fmean, variance
 
-from matplotlib.figure import Figure
 from tqdm import tqdm
 
 from lib.files import read_rows
@@ -36,9 +35,7 @@ def coin(prompt, response, answer):
 '''
 P = 16  # prompts per rollout
 G = 16  # responses to each
-# columns of the table, with the format of their numbers
-COLUMNS = {"accuracy": ".3f", "on the way": ".3f", "entropy": ".3f", "thinking": ".2f"}
-COLUMNS |= {"responses": ",.0f", "seconds": ".0f"}
+COLUMNS = "accuracy", "on the way", "entropy", "thinking"
 T95 = 2.06  # a 95 % interval reaches as many standard errors: t with 24 degrees of freedom
 
 
@@ -93,9 +90,6 @@ def summarise(folder, config) -> dict:
         "on the way": average(evaluated, "eval_accuracy"),
         "entropy": average(rows[-5:], "entropy"),
         "thinking": average(rows[-5:], "thinking"),
-        "responses": rows[-1]["prompts_seen"] * G,
-        "seconds": sum(row["seconds"] for row in rows),
-        "rows": rows,
     }
 
 
@@ -118,8 +112,8 @@ def results_table(results) -> str:
     lines.append("|---" * (len(COLUMNS) + 2) + "|")
     for name in sorted(results, key=lambda name: -average(results[name], "accuracy")):
         cells = [name]
-        for key, form in COLUMNS.items():
-            cell = format(average(results[name], key), form)
+        for key in COLUMNS:
+            cell = f"{average(results[name], key):.3f}"
             if key in half and name != CONTROL:
                 cell += f" ± {half[key]:.3f}"
             cells.append(cell)
@@ -128,30 +122,6 @@ def results_table(results) -> str:
     apart = " and ".join(f"{value * 2**0.5:.3f} ({key})" for key, value in half.items())
     text = f"Two recipes, chosen before looking, differ by more than noise if {apart} apart."
     return "\n".join([*lines, "", text])
-
-
-def plot(results, path) -> None:
-    """A panel for each recipe: held-out accuracy (blue) and entropy (red) of each run; in grey the
-    accuracy of the runs of grpo, for comparison."""
-    height = math.ceil(len(results) / 5)
-    figure = Figure(figsize=(12, 2.3 * height), layout="constrained")
-    panels = figure.subplots(height, 5, sharex=True, sharey=True).flat
-    for name, panel in zip(results, panels):  # panels last: zip must not take one more
-        draw(panel, results["grpo"], "eval_accuracy", color="0.8", linewidth=3)
-        draw(panel, results[name], "entropy", color="C3", linewidth=0.8)
-        draw(panel, results[name], "eval_accuracy", color="C0", linewidth=1)
-        panel.set(title=name, ylim=(0, 1))
-    for panel in panels:  # the rest are empty
-        panel.axis("off")
-    figure.supxlabel("responses sampled")
-    figure.supylabel("accuracy (blue), entropy in nats (red)")
-    figure.savefig(path, dpi=80)
-
-
-def draw(panel, runs, key, **style) -> None:
-    for run in runs:
-        points = [(row["prompts_seen"] * G, row[key]) for row in run["rows"] if key in row]
-        panel.plot(*zip(*points), **style)
 
 
 def main(config) -> None:
@@ -165,7 +135,6 @@ def main(config) -> None:
     head, rest = page.read_text().split("<!-- table -->\n")
     _, tail = rest.split("<!-- end -->")
     page.write_text(f"{head}<!-- table -->\n{results_table(results)}\n<!-- end -->{tail}")
-    plot(results, page.with_suffix(".png"))
 
 
 if __name__ == "__main__":

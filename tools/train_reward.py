@@ -22,20 +22,19 @@ from pathlib import Path
 from typing import Literal
 
 import torch
-from matplotlib.figure import Figure
 from torch import Tensor
 from torch.nn.functional import logsigmoid
 from tqdm import trange
 
 import fast
 from fast.optimizer import Optimizer
-from lib.files import is_prompt, is_string, read_jsonl, write_json
+from lib.files import is_prompt, is_string, read_jsonl, read_problems, write_json
 from lib.flags import UserError, check_range, flag, run_script
 from lib.reward_model import RewardModel
 from lib.run import is_run
 from lib.stats import wilson
 from policy import DEVICES, load_policy, pick_device, save_policy, stop_ids
-from reward import load_reward, read_samples, score
+from reward import load_reward, score
 from sample import Sampling
 from tasks import hold_out, load_task, prompt_ids, stable_hash, take_problems
 
@@ -103,7 +102,11 @@ def read_pairs(config, source, device) -> list[Pair]:
         fields = {"prompt": is_prompt, "chosen": is_string, "rejected": is_string}
         rows = read_jsonl(Path(source), fields)
         return [Pair(*map(row.get, fields)) for row in rows]
-    samples = read_samples(source) if source else sample_responses(config, device)
+    samples = (
+        read_problems(Path(source), {"response": is_string})
+        if source
+        else sample_responses(config, device)
+    )
     label = config.label or load_task(config.task, config.data_dir).reward
     reward = load_reward(label, device)
     groups = defaultdict(dict)
@@ -217,27 +220,16 @@ def main(config, source=None) -> Path:
     aside = output.with_name(f"{output.name}.{os.getpid()}.part")
     save_policy(model, reward_model.tokenizer, aside)
     write_json(aside / "fit.json", result)
-    plot(curve, aside / "curve.png")
     aside.rename(output)  # last: a folder that has its final name is whole
     print(f"""
 {len(held_out)} held-out pairs (fitted to {len(pairs)})
 the reward model prefers the chosen one in {right:.3f} [{low:.3f}, {high:.3f}]
 the longer one is the chosen one in         {longer:.3f}
 
-{output}/: a Hugging Face folder, curve.png, fit.json
+{output}/: a Hugging Face folder, and fit.json
 
     python train.py --reward 'model("{output}")' --normaliser mean --lr 5e-5""")
     return output
-
-
-def plot(curve, path) -> None:
-    """The loss of each step, and the accuracy on held-out pairs."""
-    figure = Figure(figsize=(8, 3.5), layout="constrained")
-    for panel, key in zip(figure.subplots(1, 2), ("loss", "accuracy")):
-        points = [(row["step"], row[key]) for row in curve if key in row]
-        panel.plot(*zip(*points), ".-")
-        panel.set(title=key, xlabel="step")
-    figure.savefig(path, dpi=110)
 
 
 if __name__ == "__main__":
