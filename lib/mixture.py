@@ -18,6 +18,7 @@ import torch
 from lib.flags import UserError, first_line, name_error, shorten
 
 OPERATORS = {ast.Add: operator.add, ast.Sub: operator.sub, ast.Mult: operator.mul}
+EXTRA = "length", "limit", "tokens"  # what a function gets where it has such a parameter
 SIGNED = OPERATORS | {ast.USub: operator.neg}  # the minus of -number
 
 
@@ -25,6 +26,14 @@ SIGNED = OPERATORS | {ast.USub: operator.neg}  # the minus of -number
 class Mixture:
     tree: ast.expr
     parts: dict  # {"number": its function, "format": its function}
+
+    @property
+    def wants_tokens(self) -> bool:
+        return any("tokens" in parameters_of(function) for function in self.parts.values())
+
+
+def parameters_of(function) -> list[str]:
+    return list(inspect.signature(function).parameters)
 
 
 def arithmetic(node, leaf, operators):
@@ -109,17 +118,17 @@ def evaluate_mixture(mixture, values) -> list[float]:
 def call_part(part, function, rows, limit) -> list[float]:
     """The value of one part for each row.
 
-    rows:  {"prompt", "response", "answer"} each, and "length" if it is known
-    limit: most tokens of a response. A function with a parameter `length` or `limit` gets that
-           number too. One whose first parameter is `prompts` is called once, with three lists, and
-           can have neither `length` nor `limit`.
+    rows:  {"prompt", "response", "answer"} each, and "length" and "tokens" (texts) if known
+    limit: most tokens of a response. A function with a parameter `length`, `tokens` or `limit` gets
+           that too. It may return a list, a number for each token: its value is their sum, and the
+           list becomes row["credit"]. One whose first parameter is `prompts` is called once, with
+           three lists, and has none of these.
     UserError names the row for which the function raised, or returned no finite number.
     """
-    names = list(inspect.signature(function).parameters)
-    if "length" in names and not all(isinstance(row.get("length"), int) for row in rows):
-        raise UserError(
-            f"--reward {part}: looks at the number of tokens (length), which is not given here"
-        )
+    names = parameters_of(function)
+    for name in ("length", "tokens"):
+        if name in names and any(row.get(name) is None for row in rows):
+            raise UserError(f"--reward {part}: looks at `{name}`, which is not given here")
 
     def error_at(i, reason):
         prompt = shorten(rows[i]["prompt"], 100)
@@ -130,9 +139,12 @@ def call_part(part, function, rows, limit) -> list[float]:
     texts = [[deepcopy(row[name]) for row in rows] for name in ("prompt", "response", "answer")]
 
     def call(row, *arguments):
-        numbers = {"length": row.get("length"), "limit": limit}
-        extra = {name: numbers[name] for name in numbers if name in names}
-        return function(*arguments, **extra)
+        known = {**row, "limit": limit}
+        value = function(*arguments, **{name: known[name] for name in EXTRA if name in names})
+        if isinstance(value, list) and len(value) == len(row.get("tokens", [])):
+            row["credit"] = value
+            return sum(value)
+        return value
 
     values = []
     try:

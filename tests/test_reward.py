@@ -318,7 +318,7 @@ def counted(prompt, response, answer, length, limit): return length / limit
         {"reward": 14, "parts": {"mine.one": 4, "mine.batch": 1, "mine.counted": 0.5}},
         {"reward": 34, "parts": {"mine.one": 4, "mine.batch": 3, "mine.counted": 0.45}},
     ]
-    with pytest.raises(UserError, match=r"mine\.counted: looks at the number of tokens"):
+    with pytest.raises(UserError, match=r"mine\.counted: looks at `length`"):
         score(reward, [{**SAMPLES[0], "length": None}])
 
 
