@@ -9,6 +9,7 @@ import inspect
 import math
 import operator
 import runpy
+import traceback
 from copy import deepcopy
 from dataclasses import dataclass
 from pathlib import Path
@@ -54,7 +55,7 @@ def parse_mixture(text, rules, makers) -> Mixture:
     rules:    {"number": function}
     makers:   {"model": function}, which makes a part from a string, for model("runs/rm")
     """
-    calls = [f"{name}(...)" for name in makers]
+    calls = [f'{name}("...")' for name in makers]
     known = ", ".join([*rules, "module.name", *calls, "a number", "+ - *"])
     parts = {}
 
@@ -68,6 +69,9 @@ def parse_mixture(text, rules, makers) -> Mixture:
                 function = own_function(module, name)
             case ast.Call(ast.Name(name), [ast.Constant(str(word))], []) if name in makers:
                 function = makers[name](word)
+            case ast.Call(ast.Name(name)) if name in makers:
+                example = f'text in quotes, as in {name}("runs/rm")'
+                raise UserError(f"--reward {ast.unparse(node)}: needs one {example}")
             case _:
                 raise UserError(f"--reward {ast.unparse(node)}: not one of {known}")
         parts[ast.unparse(node)] = function
@@ -94,7 +98,7 @@ def own_function(module, name):
     except KeyboardInterrupt:
         raise
     except BaseException as error:  # the user's file may raise anything, SystemExit too
-        raise UserError(f"{where}: {path} raised {name_error(error)}") from error
+        raise UserError(f"{where}: {path} raised {name_error(error)}{place_of(error)}") from error
     try:
         inspect.signature(function)
     except (TypeError, ValueError):  # not a function, or a built-in such as max
@@ -162,8 +166,16 @@ def call_part(part, function, rows, limit) -> list[float]:
     except (KeyboardInterrupt, UserError):
         raise
     except BaseException as error:  # a function of the user's may raise anything
-        raise error_at(len(values), f"raised {name_error(error)}") from error
+        reason = f"raised {name_error(error)}{place_of(error)}"
+        raise error_at(len(values), reason) from error
     return values
+
+
+def place_of(error) -> str:
+    """' in my_rewards.py, line 7': the last place in a file of the current folder, or ''."""
+    frames = traceback.extract_tb(error.__traceback__)
+    own = [frame for frame in frames if Path(frame.filename).parent == Path.cwd()]
+    return f" in {Path(own[-1].filename).name}, line {own[-1].lineno}" if own else ""
 
 
 def is_finite(value):
