@@ -19,7 +19,7 @@ from transformers.utils import logging
 
 from lib.checks import check_causal
 from lib.flags import UserError, first_line
-from lib.lora import adapted_layers, save_adapted
+from lib.lora import adapted_layers, find_base, load_adapter, save_adapter
 
 logging.disable_progress_bar()  # of loading and saving: they garble the bar of the steps
 DEVICES = ("auto", "cuda", "mps", "cpu")
@@ -40,11 +40,14 @@ def pick_device(name) -> torch.device:
     return torch.device(name)
 
 
-def load_policy(name, device, dtype="auto") -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+def load_policy(
+    name, device, dtype="auto", in_4_bits=False
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """A Hugging Face name, a model folder or a run folder (its checkpoint) -> (model in eval mode,
-    tokenizer).
+    tokenizer). A folder may hold an adapter: then the model is its base model with the adapter.
 
-    dtype: a key of DTYPES, or 'auto': bfloat16 on cuda, float32 elsewhere
+    dtype:     a key of DTYPES, or 'auto': bfloat16 on cuda, float32 elsewhere
+    in_4_bits: the linear layers are; as an adapter's are if they were in its training
     UserError: it cannot be loaded, parameters are missing, the tokenizer does not fit,
                or the model cannot be a policy (lib/checks.py)
     """
@@ -57,19 +60,24 @@ def load_policy(name, device, dtype="auto") -> tuple[PreTrainedModel, PreTrained
     if dtype == "auto":
         dtype = "bfloat16" if device.type == "cuda" else "float32"
     try:
+        base, options = find_base(name, in_4_bits, device, DTYPES[dtype])
         model, info = AutoModelForCausalLM.from_pretrained(
-            name,
+            base,
             dtype=DTYPES[dtype],
             use_safetensors=True,
             trust_remote_code=False,
             output_loading_info=True,
+            **options,
         )
-        if (folder / "generation_config.json").is_file():
+        if (Path(base) / "generation_config.json").is_file():
             # from_pretrained ignores a corrupt one, and its stop tokens would be lost
-            GenerationConfig.from_pretrained(name)
+            GenerationConfig.from_pretrained(base)
+        load_adapter(model, folder)
         if folder.is_dir() and not any(folder.glob("tokenizer*")):
             raise OSError("there is no tokenizer in the folder")  # it would be an empty one
         tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=False)
+    except UserError:
+        raise
     except Exception as error:  # transformers, tokenizers and safetensors raise many kinds
         reason = f"cannot be loaded as a causal language model: {first_line(error)}"
         raise UserError(f"model {name}: {reason}") from None
@@ -110,11 +118,11 @@ def stop_ids(model, tokenizer) -> list[int]:
 
 
 def save_policy(model, tokenizer, folder) -> None:
-    """Writes an ordinary Hugging Face folder. An adapter is merged into the parameters, and also
-    saved by itself in folder/adapter, as peft has it."""
+    """Writes an ordinary Hugging Face folder, or of an adapted model only the adapter, as peft has
+    it."""
     tokenizer.save_pretrained(folder)
     if adapted_layers(model):
-        save_adapted(model, folder)
+        save_adapter(model, folder)
     else:
         model.save_pretrained(folder)
 

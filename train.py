@@ -106,6 +106,7 @@ class Config:
     # memory
     micro_batch_tokens: int = flag(4096, "tokens per forward pass: affects memory only")
     lora_rank: int = flag(0, "train only adapters of this rank (needs peft); 0: all parameters")
+    load_in_4bit: bool = flag(False, "with --lora_rank: frozen weights in 4 bits (bitsandbytes)")
     offload: bool = flag(False, "keep float32 masters and Adam's moments in the host's memory")
     gradient_checkpointing: bool = flag(False, "recompute activations: slower, less memory")
     # evaluation and logging
@@ -164,6 +165,8 @@ def check(config) -> None:
     )
     check_range(config, 0, "lr weight_decay top_share", most=1)
     check_range(config, 0, "lora_rank", most=1e4)
+    if config.load_in_4bit and not config.lora_rank:
+        raise UserError("--load_in_4bit: 4-bit weights cannot be trained, add --lora_rank 16")
     check_range(config, -1e4, "entropy_coef", most=1e4)
     check_range(config, 1e-4, "temperature softmax_beta cispo_cap max_grad_norm", most=1e9)
     G = config.group_size
@@ -254,14 +257,13 @@ def main(config) -> Path:
         true_reward = load(config.true_reward)
 
     start = run.checkpoint if run.checkpoint and not config.lora_rank else config.model
-    policy, tokenizer = load_policy(str(start), device, config.dtype)
+    policy, tokenizer = load_policy(str(start), device, config.dtype, config.load_in_4bit)
     stop = stop_ids(policy, tokenizer)
     lr = config.lr or default_learning_rate(policy, config.lora_rank)
     config = replace(config, lr=lr, dtype=str(policy.dtype).removeprefix("torch."))
     torch.manual_seed(config.seed)  # for a new adapter and rewards; sampling has its own generators
     random.seed(config.seed)
-    if config.lora_rank:
-        add_adapter(policy, config.lora_rank, run.checkpoint and run.checkpoint / "adapter")
+    add_adapter(policy, config.lora_rank, run.checkpoint)
     if config.gradient_checkpointing:
         enable_gradient_checkpointing(policy)
     reference = None  # what the run started from, also after --resume

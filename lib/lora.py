@@ -1,39 +1,107 @@
-"""Low-rank adapters (LoRA, arXiv 2106.09685) by the package peft: only they are trained.
+"""Low-rank adapters (LoRA, arXiv 2106.09685) by the package peft: only they are trained. The base
+model may be held in 4 bits (QLoRA, arXiv 2305.14314) by the package bitsandbytes.
 
-peft is called directly: transformers' own integration refuses versions of it that work.
+A folder with an adapter holds adapter_model.safetensors, and adapter_config.json, which names the
+base model. peft is called directly: transformers' own integration refuses versions of it that work.
 """
 
+import json
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 
 import torch
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, BitsAndBytesConfig
+from transformers.pytorch_utils import Conv1D
+from transformers.utils import is_accelerate_available, is_bitsandbytes_available
 
 from lib.flags import UserError
 
+CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 PEFT_PREFIX = "base_model.model."  # of the names in the file of an adapter
+IN_4_BITS = {"base_model": "nf4"}  # metadata of that file, if the base model was in 4 bits
+
+
+def find_base(name, in_4_bits, device, dtype) -> tuple[str, dict]:
+    """The name of the model to load, and options for `from_pretrained`. For a folder with an
+    adapter this is its base model, in 4 bits if it was so in training."""
+    folder = Path(name)
+    if (folder / CONFIG).is_file():
+        name = json.loads((folder / CONFIG).read_text())["base_model_name_or_path"]
+        if Path(name).is_absolute() and not Path(name).exists():
+            raise OSError(f"the base model of its adapter, {name}, is not there")
+        with safe_open(folder / WEIGHTS, "pt") as file:
+            in_4_bits |= file.metadata() == IN_4_BITS
+    if not in_4_bits:
+        return name, {}
+    if not (is_bitsandbytes_available() and is_accelerate_available()):
+        packages = "needs two packages, install them by: pip install bitsandbytes accelerate"
+        raise UserError(f"--load_in_4bit: {packages}")
+    quantisation = BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=dtype,
+    )
+    return name, {"quantization_config": quantisation, "device_map": {"": device}}
+
+
+def import_peft():
+    try:
+        import peft
+    except ImportError:
+        raise UserError(
+            "--lora_rank: adapters need the package peft, install it by: pip install peft"
+        ) from None
+    return peft
 
 
 def add_adapter(model, rank, saved=None) -> None:
-    """From now on only adapters on all linear layers of the body are trained, alpha 32.
+    """From now on only adapters on all linear layers of the body are trained, alpha 32. With rank 0
+    nothing changes.
 
     saved: folder of an adapter to resume from; otherwise freshly initialised, so that it changes
            nothing yet
-    UserError: the package peft is missing
+    UserError: the package peft is missing, or the model has an adapter already
     """
-    try:
-        from peft import LoraConfig, inject_adapter_in_model, set_peft_model_state_dict
-    except ImportError:
+    base = model.name_or_path
+    if adapted_layers(model):
+        run = base.removesuffix("/checkpoint")
         raise UserError(
-            f"--lora_rank {rank}: needs the package peft, install it by: pip install peft"
-        ) from None
-    options = {"target_modules": "all-linear", "task_type": "CAUSAL_LM"}
-    inject_adapter_in_model(LoraConfig(r=rank, lora_alpha=32, **options), model)
+            f"model {run}: holds an adapter, but training starts from a whole model, which "
+            f"this writes: python -m tools.merge {run}"
+        )
+    if not rank:
+        return
     if saved:
-        adapter = load_file(saved / "adapter_model.safetensors")
+        return load_adapter(model, saved)
+    peft = import_peft()
+    config = peft.LoraConfig(
+        r=rank,
+        lora_alpha=32,
+        target_modules="all-linear",
+        task_type="CAUSAL_LM",
+        base_model_name_or_path=str(Path(base).absolute()) if Path(base).exists() else base,
+    )
+    peft.inject_adapter_in_model(config, model)
+
+
+def load_adapter(model, folder) -> None:
+    """Adds the adapter in the folder, if there is one."""
+    for layer in model.modules():
+        # bitsandbytes would repack 4-bit weights on some CPUs: coarser, and without a gradient
+        layer.support_avx512bf16_for_cpu = False
+    if (folder / CONFIG).is_file():
+        peft = import_peft()
+        flags = json.loads((folder / CONFIG).read_text()) | {"inference_mode": False}
+        config = peft.LoraConfig.from_peft_type(**flags)
+        peft.inject_adapter_in_model(config, model)
+        adapter = load_file(folder / WEIGHTS)
         adapter = {name.removeprefix(PEFT_PREFIX): value for name, value in adapter.items()}
-        set_peft_model_state_dict(model, adapter)
+        peft.set_peft_model_state_dict(model, adapter)
+        model.name_or_path = str(folder)
 
 
 def adapted_layers(model) -> dict:
@@ -57,21 +125,35 @@ def adapter_off(model) -> Iterator[None]:
             layer.enable_adapters(True)
 
 
-def save_adapted(model, folder) -> None:
-    """Writes the model with its adapter merged into the parameters, and the adapter by itself."""
-    merged, adapter = {}, {}
-    for name, parameter in model.state_dict().items():
+def save_adapter(model, folder) -> None:
+    """Writes the adapter as peft has it."""
+    adapter = {}
+    for name, parameter in model.named_parameters():
         if ".lora_" in name:
             adapter[PEFT_PREFIX + name.replace(".default", "")] = parameter.contiguous()
-        else:
-            merged[name.replace(".base_layer", "")] = parameter
-    for name, layer in adapted_layers(model).items():
-        weight = merged[f"{name}.weight"]
-        change = layer.get_delta_weight("default")
-        merged[f"{name}.weight"] = (weight.float() + change.float()).to(weight.dtype)
+    in_4_bits = getattr(model, "is_loaded_in_4bit", False)
+    save_file(adapter, folder / WEIGHTS, IN_4_BITS if in_4_bits else None)
+    model.peft_config["default"].save_pretrained(folder)
+
+
+def save_merged(model, folder) -> None:
+    """Writes an ordinary Hugging Face folder in the dtype of the base model, and uses the model up.
+    The adapter is added to the parameters that it was trained on: 4-bit ones stay as coarse."""
+    peft = import_peft()
+    base = model.peft_config["default"].base_model_name_or_path
+    config = AutoConfig.from_pretrained(base, trust_remote_code=False)
     with torch.device("meta"):
-        plain = AutoModelForCausalLM.from_config(model.config)
+        plain = AutoModelForCausalLM.from_config(config)
+    merged = model.state_dict()
+    for name, layer in adapted_layers(model).items():
+        linear = layer.base_layer
+        weight = peft.utils.integrations.dequantize_module_weight(linear).detach()
+        change = layer.get_delta_weight("default").detach()
+        weight.copy_(weight.float() + change.float())
+        # bitsandbytes has the layers of GPT-2 the other way round
+        transposed = getattr(linear, "source_cls", None) is Conv1D
+        merged[f"{name}.weight"] = weight.T.contiguous() if transposed else weight
+        merged[f"{name}.bias"] = linear.bias
+    merged = {name: merged[name].to(config.dtype) for name in plain.state_dict()}
     plain.generation_config = model.generation_config
     plain.save_pretrained(folder, state_dict=merged)
-    model.peft_config["default"].save_pretrained(folder / "adapter")
-    save_file(adapter, folder / "adapter" / "adapter_model.safetensors")
