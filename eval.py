@@ -84,11 +84,14 @@ def respond(
         memory = dict(sizes=sizes, name="rows_at_once", undo=buffers.clear)
         rollout = halve_on_oom(forms.generate, *arguments, buffers=buffers, **memory)
 
-        rows = rollout.samples(batch, tokenizer)
+        with_tokens = any(reward.wants_tokens for reward in measured.values())
+        rows = rollout.samples(batch, tokenizer, with_tokens)
         for name, reward in measured.items():
             for row, found in zip(rows, score(reward, rows, max_new_tokens)):
                 row[name] = found["reward"]
                 row.setdefault("parts", found["parts"])
+        for row in rows:
+            row.pop("tokens", None)
         for p, problem in enumerate(batch):
             group = rows[p * samples : (p + 1) * samples]
             groups.append([{**row, "difficulty": problem.difficulty} for row in group])

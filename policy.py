@@ -53,7 +53,7 @@ def load_policy(
     """
     folder = Path(name)
     if name.startswith((".", "/", "~", "runs/", "models/")) and not folder.exists():
-        raise UserError(f"--model {name}: there is no such folder")  # do not ask the hub for it
+        raise UserError(f"model {name}: there is no such folder")  # do not ask the hub for it
     if (folder / "checkpoint").is_dir():
         folder = folder / "checkpoint"
         name = str(folder)
@@ -80,20 +80,20 @@ def load_policy(
         raise
     except Exception as error:  # transformers, tokenizers and safetensors raise many kinds
         reason = f"cannot be loaded as a causal language model: {first_line(error)}"
-        raise UserError(f"--model {name}: {reason}") from None
+        raise UserError(f"model {name}: {reason}") from None
     if missing := sorted(info["missing_keys"]):  # transformers would fill them with random numbers
         count = f"{len(missing)} of its parameters are not in its files"
-        raise UserError(f"--model {name}: {count}, {missing[0]} for one")
+        raise UserError(f"model {name}: {count}, {missing[0]} for one")
     eos = tokenizer.eos_token_id
     vocabulary = model.get_input_embeddings().num_embeddings
     if eos is None:
         raise UserError(
-            f"--model {name}: its tokenizer has no end-of-text token (eos_token), so "
+            f"model {name}: its tokenizer has no end-of-text token (eos_token), so "
             "responses could not end"
         )
     if eos >= vocabulary:
         raise UserError(
-            f"--model {name}: its tokenizer ends by token {eos}, but the model knows "
+            f"model {name}: its tokenizer ends by token {eos}, but the model knows "
             f"{vocabulary}: that tokenizer is another model's"
         )
     if (
@@ -113,7 +113,7 @@ def stop_ids(model, tokenizer) -> list[int]:
     ids = model.generation_config.eos_token_id or []
     ids = ids if isinstance(ids, list) else [ids]
     if not {*map(type, ids)} <= {int}:
-        raise UserError(f"--model {model.name_or_path}: its eos_token_id {ids} is not a number")
+        raise UserError(f"model {model.name_or_path}: its eos_token_id {ids} is not a number")
     return sorted({tokenizer.eos_token_id, *ids})
 
 

@@ -8,7 +8,8 @@
 
 A rule is a function of three texts that returns a number. Add yours to this file and to RULES, or
 put `def politeness(prompt, response, answer)` into my_rewards.py in the current folder. If it has a
-parameter `length` it gets the number of tokens of the response, as `limit` the most allowed. If
+parameter `length` it gets the number of tokens of the response, as `limit` the most allowed. With a
+parameter `tokens`, the text of each token, it may return a number for each, see `token_credit`. If
 its first parameter is `prompts`, it is called once, with three lists, and returns a list.
 
 The lines `response | answer -> reward` in the docstrings are examples, which are run as tests. No
@@ -251,6 +252,24 @@ def score(reward, samples, limit=0) -> list[dict]:
             raise UserError(f"--reward: {value:g} is too large a number (response: {response})")
         scores.append({"reward": value, "parts": {part: parts[part][i] for part in parts}})
     return scores
+
+
+def token_credit(samples, mask) -> torch.Tensor:
+    """How much of its response's weight each token gets: (B, 1) ones, or where a reward returned a
+    number for each token (B, N), in proportion to their sizes, 1 on average.
+
+    numbers (0, 0, 1, 1) -> (0, 0, 2, 2), (0, -1, 0, 0) -> (0, 4, 0, 0), zeros -> ones
+    mask: (B, N) response mask
+    """
+    if not any("credit" in sample for sample in samples):
+        return torch.ones(len(mask), 1)
+    credit = torch.zeros(mask.shape)
+    for b, sample in enumerate(samples):
+        numbers = torch.tensor(sample.get("credit", [])).abs()
+        credit[b, : len(numbers)] = numbers
+    credit = credit * mask
+    share = credit / credit.sum(1, keepdim=True)
+    return torch.where(share.isnan(), 1.0, share * mask.sum(1, keepdim=True))
 
 
 @dataclass(frozen=True)

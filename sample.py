@@ -52,8 +52,9 @@ class Rollout:
         """A rollout of some of the rows."""
         return Rollout(*(getattr(self, field.name)[index] for field in fields(self)))
 
-    def samples(self, problems, tokenizer) -> list[dict]:
-        """A dict for each row: prompt, response, answer, length (tokens), finished."""
+    def samples(self, problems, tokenizer, with_tokens=False) -> list[dict]:
+        """A dict for each row: prompt, response, answer, length (tokens), finished, and if wanted
+        tokens (the text of each)."""
         group_size = len(self.ids) // len(problems)
         rows = [problem for problem in problems for _ in range(group_size)]
         columns = rows, self.responses(tokenizer), self.response_lengths.tolist()
@@ -61,7 +62,14 @@ class Rollout:
         for problem, response, length, finished in zip(*columns, self.finished.tolist()):
             sample = {"prompt": problem.prompt, "response": response, "answer": problem.answer}
             samples.append({**sample, "length": length, "finished": finished})
+        if with_tokens:
+            for sample, ids in zip(samples, self.response_ids()):
+                sample["tokens"] = tokenizer.batch_decode([[token] for token in ids])
         return samples
+
+    def response_ids(self) -> list[list[int]]:
+        spans = zip(self.ids.tolist(), self.prompt_lengths.tolist(), self.lengths.tolist())
+        return [ids[start:end] for ids, start, end in spans]
 
     def responses(self, tokenizer) -> list[str]:
         """The response of each row as text, for rewards and people. It is never tokenised again.
@@ -70,9 +78,7 @@ class Rollout:
             raise UserError(
                 "the model's log-probs are nan: its parameters are damaged, or --lr was too high"
             )
-        spans = zip(self.ids.tolist(), self.prompt_lengths.tolist(), self.lengths.tolist())
-        responses = [ids[start:end] for ids, start, end in spans]
-        return tokenizer.batch_decode(responses, skip_special_tokens=True)
+        return tokenizer.batch_decode(self.response_ids(), skip_special_tokens=True)
 
 
 def join(rollouts) -> Rollout:

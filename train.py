@@ -56,7 +56,7 @@ from policy import (
     save_policy,
     stop_ids,
 )
-from reward import load_reward, score
+from reward import load_reward, score, token_credit
 from sample import Sampling, join
 from tasks import load_task, longest_prompts, prompt_ids, stable_hash, take_problems
 
@@ -330,10 +330,12 @@ def main(config) -> Path:
             rollouts.append(rollout)
             seconds_generate += time.perf_counter() - began
 
-            new = rollout.samples(problems, tokenizer)
+            with_tokens = reward.wants_tokens or true_reward.wants_tokens
+            new = rollout.samples(problems, tokenizer, with_tokens)
             scores = score(reward, new, limit)
-            true_scores = score(true_reward, new, limit)
+            true_scores = scores if true_reward is reward else score(true_reward, new, limit)
             for sample, scored, true in zip(new, scores, true_scores):  # the reward and its parts
+                sample.pop("tokens", None)
                 samples.append({**sample, **scored, "true_reward": true["reward"]})
             rewards = torch.tensor([sample["reward"] for sample in samples]).view(-1, G)  # (P, G)
             if informative(rewards, None)[:, 0].sum() >= P:
@@ -344,9 +346,11 @@ def main(config) -> Path:
         group_weights = NORMALISERS[config.normaliser](rewards, config)  # (P, G): the advantages
         finished = rollout.finished.view(-1, G).cpu()
         selected = FILTERS[config.filter](rewards, finished, config)  # (P, G) bool
-        weights = group_weights.where(selected, 0.0).view(-1, 1).to(device)  # (B, 1), or (B, N)
+        row_weights = group_weights.where(selected, 0.0).view(-1, 1)  # (B, 1)
+        credit = token_credit(samples, rollout.response_mask.cpu())  # (B, 1), or (B, N)
+        weights = (row_weights * credit).to(device)
         selected = selected.flatten().to(device)  # (B,)
-        for sample, weight in zip(samples, weights.sum(1).tolist()):
+        for sample, weight in zip(samples, row_weights[:, 0].tolist()):
             sample["weight"] = weight
 
         # ---------------------------------------------------------- 3. old and reference log-probs
@@ -361,6 +365,14 @@ def main(config) -> Path:
         if reference:
             with adapter_off(policy):
                 ref_logprobs = compute_logprobs(reference, rollout, sampling, least=least)
+
+        right_or_wrong = true_reward is measured.get("accuracy")
+        metrics = {"step": step, "sampler_gap": sampler_gap}
+        metrics |= rollout_metrics(rollout, samples, rewards, row_weights, right_or_wrong)
+        metrics["trained"] = (selected & has_gradient(weights, config)).float().mean().item()
+        if reference:
+            kl = k3(rollout.old_logprobs, ref_logprobs).sum() / rollout.response_mask.sum()
+            metrics["kl"] = kl.item()
 
         # ---------------------------------------------------------- 4. update
         lr = learning_rate(step, config.lr, config.warmup_steps, config.steps)
@@ -384,14 +396,7 @@ def main(config) -> Path:
                 updates.append(update)
 
         # ---------------------------------------------------------- 5. record, evaluate, save
-        right_or_wrong = true_reward is measured.get("accuracy")
-        metrics = {"step": step}
-        metrics |= rollout_metrics(rollout, samples, rewards, weights, right_or_wrong)
-        metrics["trained"] = (selected & has_gradient(weights, config)).float().mean().item()
         metrics |= update_metrics(updates)
-        metrics["sampler_gap"] = sampler_gap
-        if reference:
-            metrics["kl"] = (k3(rollout.old_logprobs, ref_logprobs).sum() / counts.sum()).item()
         metrics |= {"lr": lr, "batches_drawn": len(rollouts), "prompts_seen": state["prompts_seen"]}
         metrics |= {**sizes, "seconds_generate": seconds_generate}
         metrics["seconds"] = time.perf_counter() - started

@@ -18,7 +18,7 @@ class Optimizer:
     def __init__(self, model, weight_decay, offload=False):
         self.parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
         self.masters = [make_master(parameter, offload) for parameter in self.parameters]
-        self.adam = torch.optim.AdamW(self.masters, weight_decay=weight_decay, fused=True)
+        self.optimizer = torch.optim.AdamW(self.masters, weight_decay=weight_decay, fused=True)
         self.make_moments()
         for parameter, master in self.copies():
             parameter.register_post_accumulate_grad_hook(
@@ -26,14 +26,15 @@ class Optimizer:
             )
 
     def make_moments(self) -> None:
-        """Adam would allocate its moments in the first step: if they do not fit, that shows now."""
+        """They would be allocated in the first step: if they do not fit, that shows now."""
         for master in self.masters:
             master.grad = torch.zeros_like(master)
-        for group in self.adam.param_groups:
+        for group in self.optimizer.param_groups:
             group["lr"] = 0.0
-        self.adam.step()  # of size 0
-        for state in self.adam.state.values():
-            state["step"].zero_()
+        self.optimizer.step()  # of size 0
+        for state in self.optimizer.state.values():
+            for tensor in filter(torch.is_tensor, state.values()):
+                tensor.zero_()
         self.zero_grad()
 
     def copies(self) -> list[tuple[Tensor, Tensor]]:
@@ -56,9 +57,9 @@ class Optimizer:
         if not math.isfinite(norm + loss):
             self.zero_grad()
             return math.nan
-        for group in self.adam.param_groups:
+        for group in self.optimizer.param_groups:
             group["lr"] = lr
-        self.adam.step()
+        self.optimizer.step()
         self.zero_grad()
         with torch.no_grad():
             for parameter, master in self.copies():
@@ -67,11 +68,11 @@ class Optimizer:
 
     def state_dict(self) -> dict:
         masters = [master.detach() for _, master in self.copies()]
-        return {"adam": self.adam.state_dict(), "masters": masters}
+        return {"optimizer": self.optimizer.state_dict(), "masters": masters}
 
     def load_state_dict(self, state) -> None:
-        self.adam.state.clear()  # room for what is loaded
-        self.adam.load_state_dict(state["adam"])
+        self.optimizer.state.clear()  # room for what is loaded
+        self.optimizer.load_state_dict(state["optimizer"])
         with torch.no_grad():
             for (_, master), saved in zip(self.copies(), state["masters"], strict=True):
                 master.copy_(saved)

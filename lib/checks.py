@@ -53,7 +53,7 @@ def check_causal(name, model) -> None:
         model.register_forward_hook(keep_ids)
         if reason := misfit(model):
             kind = f"{type(model).__name__} cannot sample token by token"
-            raise UserError(f"--model {name}: {kind} ({reason}): take a causal language model")
+            raise UserError(f"model {name}: {kind} ({reason}): take a causal language model")
         print(f"{name}: without KV cache, each new token reads the whole row", file=sys.stderr)
 
 

@@ -70,7 +70,7 @@ def add_adapter(model, rank, saved=None) -> None:
     if adapted_layers(model):
         run = base.removesuffix("/checkpoint")
         raise UserError(
-            f"--model {run}: holds an adapter, but training starts from a whole model, which "
+            f"model {run}: holds an adapter, but training starts from a whole model, which "
             f"this writes: python -m tools.merge {run}"
         )
     if not rank:

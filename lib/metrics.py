@@ -11,7 +11,7 @@ def rollout_metrics(rollout, samples, rewards, weights, right_or_wrong=True) -> 
     mean length of truncated responses if there are none.
 
     samples: B = P * G dicts with "response", "reward", "true_reward" and "parts"
-    rewards: (P, G); weights: (B, 1) or (B, N), 0 for responses that were filtered out
+    rewards: (P, G); weights: (B, 1), 0 for responses that were filtered out
     right_or_wrong: true rewards are 1 or 0
     """
     lengths = rollout.response_lengths.cpu()
@@ -22,7 +22,6 @@ def rollout_metrics(rollout, samples, rewards, weights, right_or_wrong=True) -> 
         return torch.tensor(values, dtype=torch.float64).view_as(rewards)
 
     right = column("true_reward") == 1
-    weights = weights.cpu().sum(1)
     numbers = {
         "reward": column("reward"),
         "reward_std": rewards.std(1, correction=0),

@@ -9,6 +9,7 @@ import inspect
 import math
 import operator
 import runpy
+import traceback
 from copy import deepcopy
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,6 +19,7 @@ import torch
 from lib.flags import UserError, first_line, name_error, shorten
 
 OPERATORS = {ast.Add: operator.add, ast.Sub: operator.sub, ast.Mult: operator.mul}
+EXTRA = "length", "limit", "tokens"  # what a function gets where it has such a parameter
 SIGNED = OPERATORS | {ast.USub: operator.neg}  # the minus of -number
 
 
@@ -25,6 +27,14 @@ SIGNED = OPERATORS | {ast.USub: operator.neg}  # the minus of -number
 class Mixture:
     tree: ast.expr
     parts: dict  # {"number": its function, "format": its function}
+
+    @property
+    def wants_tokens(self) -> bool:
+        return any("tokens" in parameters_of(function) for function in self.parts.values())
+
+
+def parameters_of(function) -> list[str]:
+    return list(inspect.signature(function).parameters)
 
 
 def arithmetic(node, leaf, operators):
@@ -45,7 +55,7 @@ def parse_mixture(text, rules, makers) -> Mixture:
     rules:    {"number": function}
     makers:   {"model": function}, which makes a part from a string, for model("runs/rm")
     """
-    calls = [f"{name}(...)" for name in makers]
+    calls = [f'{name}("...")' for name in makers]
     known = ", ".join([*rules, "module.name", *calls, "a number", "+ - *"])
     parts = {}
 
@@ -59,6 +69,9 @@ def parse_mixture(text, rules, makers) -> Mixture:
                 function = own_function(module, name)
             case ast.Call(ast.Name(name), [ast.Constant(str(word))], []) if name in makers:
                 function = makers[name](word)
+            case ast.Call(ast.Name(name)) if name in makers:
+                example = f'text in quotes, as in {name}("runs/rm")'
+                raise UserError(f"--reward {ast.unparse(node)}: needs one {example}")
             case _:
                 raise UserError(f"--reward {ast.unparse(node)}: not one of {known}")
         parts[ast.unparse(node)] = function
@@ -85,7 +98,7 @@ def own_function(module, name):
     except KeyboardInterrupt:
         raise
     except BaseException as error:  # the user's file may raise anything, SystemExit too
-        raise UserError(f"{where}: {path} raised {name_error(error)}") from error
+        raise UserError(f"{where}: {path} raised {name_error(error)}{place_of(error)}") from error
     try:
         inspect.signature(function)
     except (TypeError, ValueError):  # not a function, or a built-in such as max
@@ -109,17 +122,17 @@ def evaluate_mixture(mixture, values) -> list[float]:
 def call_part(part, function, rows, limit) -> list[float]:
     """The value of one part for each row.
 
-    rows:  {"prompt", "response", "answer"} each, and "length" if it is known
-    limit: most tokens of a response. A function with a parameter `length` or `limit` gets that
-           number too. One whose first parameter is `prompts` is called once, with three lists, and
-           can have neither `length` nor `limit`.
+    rows:  {"prompt", "response", "answer"} each, and "length" and "tokens" (texts) if known
+    limit: most tokens of a response. A function with a parameter `length`, `tokens` or `limit` gets
+           that too. It may return a list, a number for each token: its value is their sum, and the
+           list becomes row["credit"]. One whose first parameter is `prompts` is called once, with
+           three lists, and has none of these.
     UserError names the row for which the function raised, or returned no finite number.
     """
-    names = list(inspect.signature(function).parameters)
-    if "length" in names and not all(isinstance(row.get("length"), int) for row in rows):
-        raise UserError(
-            f"--reward {part}: looks at the number of tokens (length), which is not given here"
-        )
+    names = parameters_of(function)
+    for name in ("length", "tokens"):
+        if name in names and any(row.get(name) is None for row in rows):
+            raise UserError(f"--reward {part}: looks at `{name}`, which is not given here")
 
     def error_at(i, reason):
         prompt = shorten(rows[i]["prompt"], 100)
@@ -130,9 +143,12 @@ def call_part(part, function, rows, limit) -> list[float]:
     texts = [[deepcopy(row[name]) for row in rows] for name in ("prompt", "response", "answer")]
 
     def call(row, *arguments):
-        numbers = {"length": row.get("length"), "limit": limit}
-        extra = {name: numbers[name] for name in numbers if name in names}
-        return function(*arguments, **extra)
+        known = {**row, "limit": limit}
+        value = function(*arguments, **{name: known[name] for name in EXTRA if name in names})
+        if isinstance(value, list) and len(value) == len(row.get("tokens", [])):
+            row["credit"] = value
+            return sum(value)
+        return value
 
     values = []
     try:
@@ -150,8 +166,16 @@ def call_part(part, function, rows, limit) -> list[float]:
     except (KeyboardInterrupt, UserError):
         raise
     except BaseException as error:  # a function of the user's may raise anything
-        raise error_at(len(values), f"raised {name_error(error)}") from error
+        reason = f"raised {name_error(error)}{place_of(error)}"
+        raise error_at(len(values), reason) from error
     return values
+
+
+def place_of(error) -> str:
+    """' in my_rewards.py, line 7': the last place in a file of the current folder, or ''."""
+    frames = traceback.extract_tb(error.__traceback__)
+    own = [frame for frame in frames if Path(frame.filename).parent == Path.cwd()]
+    return f" in {Path(own[-1].filename).name}, line {own[-1].lineno}" if own else ""
 
 
 def is_finite(value):

@@ -332,7 +332,7 @@ def test_each_architecture_samples_and_learns_what_a_forward_pass_gives_or_is_re
     found = architectures.examine(name)
     page = (Path(__file__).parent.parent / "docs" / "reliability.md").read_text()
     if "refused" in found:
-        assert f"--model {name}: " in found["refused"] and "later tokens" in found["refused"]
+        assert f"model {name}: " in found["refused"] and "later tokens" in found["refused"]
     else:
         assert found["gap"] < 1e-3
     if f"transformers {transformers.__version__}" in page:

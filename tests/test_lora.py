@@ -150,7 +150,7 @@ def test_a_base_model_that_is_gone_is_named(folders, tmp_path):
     shutil.copytree(folders("llama"), moved)
     save_policy(*adapted(str(moved)), tmp_path / "adapter")
     moved.rename(tmp_path / "elsewhere")
-    with pytest.raises(UserError, match=f"--model adapter: .* {moved}, is not there"):
+    with pytest.raises(UserError, match=f"model adapter: .* {moved}, is not there"):
         load_policy("adapter", CPU)
 
 

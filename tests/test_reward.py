@@ -276,7 +276,7 @@ def test_a_file_of_responses_is_scored(capsys):
 NOT_IN_THE_LANGUAGE = """
 exact / 2 | exact ** 2 | exact + True | exact + 1e999 | exact + 1j | +exact | exact == 1
 exact if 1 else 2 | (lambda: 1)() | [exact][0] | __import__('os') | eval('1') | exact('a')
-exact.real.imag | model | model(7) | model('a', 'b') | model(name='a') | exakt"""
+exact.real.imag | model | exakt"""
 
 
 REFUSED = r"""
@@ -285,7 +285,11 @@ exact + -> --reward exact \+: cannot be read
 2 -> nothing in it looks at the response
 gone.f -> there is no gone.py in the current folder
 mine.f -> there is no function f in
-bad.f -> bad.py raised ZeroDivisionError: division by zero"""
+model(7) -> needs one text in quotes, as in model
+model(runs/rm) -> needs one text in quotes, as in model
+model('a', 'b') -> needs one text in quotes
+model(name='a') -> needs one text in quotes
+bad.f -> bad.py raised ZeroDivisionError: division by zero in bad.py, line 1"""
 
 
 @pytest.mark.parametrize("text", re.split(r" \| |\n", NOT_IN_THE_LANGUAGE.strip()))
@@ -318,12 +322,12 @@ def counted(prompt, response, answer, length, limit): return length / limit
         {"reward": 14, "parts": {"mine.one": 4, "mine.batch": 1, "mine.counted": 0.5}},
         {"reward": 34, "parts": {"mine.one": 4, "mine.batch": 3, "mine.counted": 0.45}},
     ]
-    with pytest.raises(UserError, match=r"mine\.counted: looks at the number of tokens"):
+    with pytest.raises(UserError, match=r"mine\.counted: looks at `length`"):
         score(reward, [{**SAMPLES[0], "length": None}])
 
 
 FAILURES = """
-p, r, a: 1 / (r != '7') -> raised ZeroDivisionError: division by zero (prompt: 3+3=; response: 7)
+p, r, a: 1 / (r != '7') -> raised ZeroDivisionError: division by zero in mine.py, line 1 (prompt: 3
 p, r, a: float('nan' if r == '7' else 1) -> returned nan, not a finite number (prompt: 3+3=; resp
 prompts, r, a: [1, float('inf'), 1] -> returned inf, not a finite number (prompt: 2+2=; response: <
 prompts, r, a: [1, 2] -> returned 2 values for 3 responses, the first (prompt: 1+1=

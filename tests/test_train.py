@@ -216,7 +216,7 @@ def test_groups_without_a_signal_change_nothing(base):
         ("--temperature nan", "--temperature nan: must be at least 0.0001"),
         ("--filter top --top_share 1.5", "--top_share 1.5: must be at most 1"),
         ("--recipe grop", "argument --recipe: invalid choice: 'grop'"),
-        ("--model no/such/folder", "--model no/such/folder: cannot be loaded"),
+        ("--model no/such/folder", "model no/such/folder: cannot be loaded"),
         ("--max_new_tokens 200", "do not fit into the model's context of 128"),
         ("--resume", "--resume: say which run"),
         ("--resume --name gone", "runs/gone: no run there"),

@@ -2,6 +2,7 @@
 
 import math
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -16,6 +17,7 @@ from lib.files import read_rows
 from lib.flags import UserError
 from lib.metrics import UpdateStatistics, rollout_metrics, update_metrics
 from policy import load_policy
+from reward import token_credit
 from sample import Rollout, Sampling
 
 
@@ -363,3 +365,40 @@ def test_the_numbers_of_the_updates_by_hand():
     found = update_metrics([one, two])
     assert {name: found[name] for name in both} == pytest.approx(both)
     assert update_metrics([])["updates"] == 0
+
+
+def test_credit_is_where_the_numbers_are():
+    """In proportion to their sizes, 1 on average; tokens outside the mask have none."""
+    mask = torch.tensor([[True] * 4, [True] * 4, [True, False, True, False], [True] * 4])
+    samples = [{"credit": [0, 0, 1, 1]}, {"credit": [0, -1, 0, 0]}, {"credit": [3, 5, 1]}, {}]
+    expected = [[0, 0, 2, 2], [0, 4, 0, 0], [1.5, 0, 0.5, 0], [1, 1, 1, 1]]
+    assert token_credit(samples, mask).tolist() == expected
+    assert token_credit([{}, {}], mask[:2]).tolist() == [[1], [1]]
+
+
+def test_a_reward_may_return_a_number_for_each_token(base, monkeypatch):
+    """Digits only: the update gets the weights token by token, the samples those of responses."""
+    Path("mine.py").write_text("""
+def digits(prompt, response, answer, tokens):
+    assert "".join(tokens).removesuffix("<eos>") == response
+    return [float(token.isdigit()) for token in tokens]
+""")
+    seen, backward = [], train.backward
+
+    def spy(forms, policy, rollout, rows, weights, *rest, **options):
+        seen.append((rollout, weights))
+        return backward(forms, policy, rollout, rows, weights, *rest, **options)
+
+    monkeypatch.setattr(train, "backward", spy)
+    folder = run(base, "--reward mine.digits --steps 1 --log_samples 32 --normaliser raw")
+    [(rollout, weights)] = seen
+    lengths = rollout.response_lengths.tolist()
+    for b, text in enumerate(rollout.responses(load_policy(base, CPU)[1])):
+        digits = [float(character.isdigit()) for character in text]
+        if "<" not in text:  # a character is a token; the response's weight is its count of digits
+            expected = [lengths[b] * digit for digit in digits]
+            assert weights[b, : len(digits)].tolist() == pytest.approx(expected)
+    for row in read_rows(folder / "samples.jsonl"):
+        assert row["reward"] == row["weight"] and "tokens" not in row
+    with pytest.raises(UserError, match="--loss gspo"):
+        run(base, "--reward mine.digits --steps 1 --loss gspo")
