@@ -1,9 +1,5 @@
-"""Write the whole model of a run that trained an adapter (--lora_rank): the adapter is added to the
-parameters of its base model. Other programs load that folder like any other model.
-
-python -m tools.merge runs/NAME                      # writes runs/NAME/merged
-python -m tools.merge runs/NAME --output FOLDER
-"""
+"""Write the whole model of a run that trained an adapter (--lora_rank), for programs that load no
+adapters and for new runs: python -m tools.merge runs/NAME [--output FOLDER]"""
 
 import os
 from dataclasses import dataclass
@@ -22,27 +18,22 @@ class Config:
     output: str = flag("", "folder to write; default: merged in the folder of the run")
 
 
-def main(config, run) -> Path:
-    output = Path(config.output or Path(run) / "merged")
+def main(config, run) -> None:
+    output = Path(config.output or f"{run}/merged")
     if output.exists():
         raise UserError(f"--output {output}: is there already, choose another folder")
-    folder = Path(run)
-    if (folder / "checkpoint").is_dir():
-        folder = folder / "checkpoint"
-    if not (folder / CONFIG).is_file():
+    folders = [path for path in (Path(run, "checkpoint"), Path(run)) if (path / CONFIG).is_file()]
+    if not folders:
         raise UserError(f"{run}: holds no adapter to merge")
     cpu = torch.device("cpu")
-    base, _ = find_base(folder, False, cpu, torch.float32)
-    dtype = AutoConfig.from_pretrained(base, trust_remote_code=False).dtype
-    dtype = str(dtype).removeprefix("torch.")
+    base, _ = find_base(folders[0], False, cpu, torch.float32)
+    dtype = str(AutoConfig.from_pretrained(base, trust_remote_code=False).dtype)[len("torch.") :]
     model, tokenizer = load_policy(run, cpu, dtype if dtype in DTYPES else "float32")
-
     aside = output.with_name(f"{output.name}.{os.getpid()}.part")
     save_merged(model, aside)
     tokenizer.save_pretrained(aside)
     aside.rename(output)  # last: a folder that has its final name is whole
     print(f"{output}/: a Hugging Face folder in {dtype}")
-    return output
 
 
 if __name__ == "__main__":
