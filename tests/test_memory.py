@@ -1,4 +1,5 @@
 import re
+from itertools import chain
 
 import pytest
 import tiny
@@ -38,8 +39,8 @@ def test_optimizer_and_gradients_are_as_large_as_said(dtype):
     model(torch.zeros(1, 4, dtype=torch.long)).logits.sum().backward()
     parts = estimate(train.Config(), model, 0, 1)
     tensors = [master for _, master in optimizer.copies()]
-    for state in optimizer.optimizer.state.values():
-        tensors += [state["exp_avg"], state["exp_avg_sq"]]
+    for state in chain(*[part.state.values() for part in optimizer.optimizers]):
+        tensors += [tensor for tensor in state.values() if tensor.dim() > 0]  # not the step
     assert parts["optimizer"] == sum(tensor.nbytes for tensor in tensors)
     assert parts["update: gradients"] == sum(master.grad.nbytes for master in optimizer.masters)
 
