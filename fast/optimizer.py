@@ -32,7 +32,7 @@ class Optimizer:
         """They would be allocated in the first step: if they do not fit, that shows now."""
         for master in self.masters:
             master.grad = torch.zeros_like(master)
-        self.update(0.0)
+        self.update(lr=0.0)
         for optimizer in self.optimizers:
             for state in optimizer.state.values():
                 for tensor in filter(torch.is_tensor, state.values()):
