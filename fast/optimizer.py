@@ -1,17 +1,17 @@
-"""AdamW on float32 master weights, which may live in the host's memory."""
+"""The optimizer, on float32 master weights, which may live in the host's memory."""
 
 import math
 
 import torch
 from torch import Tensor
 
-MOMENTS = 2  # float32 numbers per trained parameter that AdamW remembers; for the memory estimate
+MOMENTS = 2  # float32 numbers per trained parameter that AdamW keeps, for the memory estimate
 
 
 class Optimizer:
-    """AdamW (arXiv 1711.05101). bfloat16 parameters keep 8 bits: nearly every update of an RL step
-    is too small to change one, so updates are made on float32 masters and copied back. Float32
-    parameters are their own masters.
+    """bfloat16 parameters keep 8 bits: nearly every update of an RL step is too small to change
+    one, so updates are made on float32 masters and copied back. Float32 parameters are their own
+    masters.
 
     offload: masters, gradients and moments live in the host's memory: 16 bytes a parameter less on
              the GPU
@@ -20,7 +20,7 @@ class Optimizer:
     def __init__(self, model, weight_decay, offload=False):
         self.parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
         self.masters = [make_master(parameter, offload) for parameter in self.parameters]
-        # each updates its own part of the masters
+        # AdamW is arXiv 1711.05101. Several optimizers would each have their own masters
         self.optimizers = [torch.optim.AdamW(self.masters, weight_decay=weight_decay, fused=True)]
         self.make_moments()
         for parameter, master in self.copies():
