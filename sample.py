@@ -97,13 +97,13 @@ def policy_distribution(logits, sampling) -> Tensor:
     """(R, V) logits of the model -> (R, V) float32 logits of the distribution that is sampled from
     and learned.
 
-    There is no top-k and no top-p. To add one, do it here, with a large negative number rather
-    than -inf, so that the entropy stays finite. On CUDA this becomes part of a CUDA graph: do not
-    look at values (no .item(), no boolean index)."""
+    A cut such as top-p (docs/edits.md) goes here. Subtract a large number rather than set -inf, so
+    that the entropy stays finite. On CUDA this becomes part of a CUDA graph: do not look at values
+    (no .item(), no boolean index)."""
     logits = logits.float()
-    if sampling.temperature in (0, 1):
-        return logits
-    return logits / sampling.temperature
+    if sampling.temperature not in (0, 1):
+        logits = logits / sampling.temperature
+    return logits
 
 
 def sample_token(logits, uniforms, sampling) -> tuple[Tensor, Tensor]:

@@ -11,6 +11,7 @@ from transformers import AutoConfig, PreTrainedConfig
 from transformers.pytorch_utils import Conv1D
 
 from fast.logprobs import TILE
+from fast.optimizer import MOMENTS
 from lib.flags import UserError, name_error
 
 
@@ -135,8 +136,8 @@ def estimate(flags, model, activations, longest_prompt) -> dict[str, float]:
     tokens = max(width, min(flags.micro_batch_tokens, rows * width))
     trained = trained_parameters(model, flags.lora_rank)
     reference = 1 if (flags.kl_beta or flags.log_kl) and not flags.lora_rank else 0
-    # Adam's two moments, and float32 masters of bfloat16 parameters
-    copies = 2 if model.dtype == torch.float32 else 3
+    # the optimizer's moments, and float32 masters of bfloat16 parameters
+    copies = MOMENTS if model.dtype == torch.float32 else MOMENTS + 1
     host = ", host" if flags.offload else ""
     head = 0 if flags.lora_rank else config.hidden_size * config.vocab_size
     if flags.gradient_checkpointing:  # the input of each layer, and one layer in full

@@ -118,7 +118,7 @@ def test_a_run_is_sampled_as_it_sampled_in_training():
     hot, cold = {"temperature": 1.5, "lr": 1}, {"temperature": 0.5, "lr": 2}
     assert sampling_of_runs({"a": hot, "b": hot}, 0) == Sampling(1.5)
     assert sampling_of_runs({"a": hot, "b": cold}, 1) == Sampling(1)
-    assert sampling_of_runs({}, 0) == Sampling(1)
+    assert sampling_of_runs({}, 0) == sampling_of_runs({"older than a field": {}}, 0) == Sampling(1)
     with pytest.raises(UserError, match="--temperature: the runs differ"):
         sampling_of_runs({"a": hot, "b": cold}, 0)
 

@@ -1,4 +1,5 @@
 import re
+from itertools import chain
 
 import pytest
 import tiny
@@ -32,15 +33,16 @@ def test_the_cache_is_as_large_as_said(load, architecture):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_optimizer_and_gradients_are_as_large_as_said(dtype):
     """Float32 parameters are their own masters. bfloat16 ones have masters and gradients in
-    float32."""
+    float32. Another optimizer may keep less for some of them, never more."""
     model = AutoModelForCausalLM.from_config(shape("tiny"), dtype=dtype)
     optimizer = Optimizer(model, 0.0)
     model(torch.zeros(1, 4, dtype=torch.long)).logits.sum().backward()
     parts = estimate(train.Config(), model, 0, 1)
     tensors = [master for _, master in optimizer.copies()]
-    for state in optimizer.optimizer.state.values():
-        tensors += [state["exp_avg"], state["exp_avg_sq"]]
-    assert parts["optimizer"] == sum(tensor.nbytes for tensor in tensors)
+    for state in chain(*[part.state.values() for part in optimizer.optimizers]):
+        tensors += [tensor for tensor in state.values() if tensor.dim() > 0]  # not the step
+    kept = sum(tensor.nbytes for tensor in tensors)
+    assert kept <= parts["optimizer"] < 2 * kept
     assert parts["update: gradients"] == sum(master.grad.nbytes for master in optimizer.masters)
 
 
