@@ -217,10 +217,11 @@ def main(config, models) -> dict:
 
     # a run is compared with its base model, any other model with the first
     bases = {name: runs[name]["model"] if name in runs else models[0] for name in models}
+    in_4_bits = [flags["model"] for flags in runs.values() if flags.get("load_in_4bit")]
     sampled = sampling_of_runs(runs, config.temperature)
     groups, results, rows = {}, {}, []
     for name in dict.fromkeys(chain(*zip(bases.values(), bases))):
-        policy, tokenizer = load_policy(name, device, config.dtype)
+        policy, tokenizer = load_policy(name, device, config.dtype, name in in_4_bits)
         prompts = longest_prompts(task, problems, tokenizer)
         forms = fast.choose(policy, prompts, stop_ids(policy, tokenizer), sampled, N, config.fast)
         ask = partial(

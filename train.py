@@ -264,8 +264,6 @@ def main(config) -> Path:
     torch.manual_seed(config.seed)  # for a new adapter and rewards; sampling has its own generators
     random.seed(config.seed)
     add_adapter(policy, config.lora_rank, run.checkpoint)
-    if config.gradient_checkpointing:
-        enable_gradient_checkpointing(policy)
     reference = None  # what the run started from, also after --resume
     if config.kl_beta or config.log_kl:
         reference = policy  # without its adapter, see below
@@ -277,6 +275,8 @@ def main(config) -> Path:
     ends = tokenizer.convert_ids_to_tokens(stop)
     print(describe_run(config, policy, task, evaluated, ends), end="")
     print(memory_table(config, policy, device_memory(device), len(longest[0])), end="")
+    if config.gradient_checkpointing:  # not before: the estimate counts what it would recompute
+        enable_gradient_checkpointing(policy)
     # generate, and token_logprobs for the update: the fast ones if they agree with the plain ones
     forms = fast.choose(policy, longest, stop, sampling, limit, config.fast)
     asked = forms, policy, tokenizer, task, held_out

@@ -1,6 +1,7 @@
 """Out of memory: what to do when it happens, and an estimate that says beforehand whether it
 will."""
 
+import math
 import os
 from collections import ChainMap
 from dataclasses import replace
@@ -29,7 +30,8 @@ def halve_on_oom(work, *arguments, sizes, name, least=1, undo=None, **options):
             if sizes[name] <= least:
                 raise UserError(
                     f"--{name} {sizes[name]}: out of memory, and less would not help; shorter "
-                    "responses, --gradient_checkpointing, --lora_rank 16 and --offload take less"
+                    "responses, --gradient_checkpointing, --offload, --lora_rank 16 and with it "
+                    "--load_in_4bit take less"
                 ) from None
         # outside the except block: the traceback no longer keeps tensors alive
         if undo:
@@ -61,15 +63,32 @@ TINY = dict(
     bos_token_id=None,
     eos_token_id=None,
 )
-QWEN = dict(model_type="qwen2", num_key_value_heads=2, tie_word_embeddings=True)
+QWEN = dict(model_type="qwen2", num_key_value_heads=2, tie_word_embeddings=True, vocab_size=151936)
+
+
+def qwen(layers, heads, hidden_size, intermediate_size, **more) -> dict:
+    return QWEN | dict(
+        num_hidden_layers=layers,
+        num_attention_heads=heads,
+        hidden_size=hidden_size,
+        intermediate_size=intermediate_size,
+        **more,
+    )
+
+
 SHAPES = {
     "tiny": TINY,
     "tiny-32k": TINY | {"vocab_size": 32000},
-    "qwen2.5-0.5b": QWEN
-    | dict(hidden_size=896, num_hidden_layers=24, num_attention_heads=14, intermediate_size=4864),
-    "qwen2.5-1.5b": QWEN
-    | dict(hidden_size=1536, num_hidden_layers=28, num_attention_heads=12, intermediate_size=8960),
+    "qwen2.5-0.5b": qwen(24, 14, 896, 4864),
+    "qwen2.5-1.5b": qwen(28, 12, 1536, 8960),
+    "qwen2.5-3b": qwen(36, 16, 2048, 11008),
+    "qwen2.5-7b": qwen(
+        28, 28, 3584, 18944, num_key_value_heads=4, tie_word_embeddings=False, vocab_size=152064
+    ),
 }
+# bytes of a weight in 4 bits, as lib/lora.py has it (double quantisation, arXiv 2305.14314): for
+# each 64 weights a scale of 8 bits, for each 256 scales one of 32 bits
+NF4 = 0.5 + 1 / 64 + 4 / (64 * 256)
 # what to suggest where it does not fit, in this order
 SUGGESTIONS = {
     "micro_batch_tokens": 2048,
@@ -97,16 +116,17 @@ def cache_bytes(config, bytes_each) -> int:
     return 2 * config.num_hidden_layers * kv_heads * head_size * bytes_each
 
 
-def trained_parameters(model, lora_rank) -> int:
-    """All, or rank * (inputs + outputs) of each linear layer except the head."""
-    if not lora_rank:
-        return model.num_parameters()
-    count = 0
+def linear_layers(model) -> list[tuple[int, int]]:
+    """(inputs, outputs) of each linear layer except the head: those that an adapter goes on."""
+    sizes = []
     for name, module in model.named_modules():
-        is_linear = isinstance(module, torch.nn.Linear | Conv1D) and "lora_" not in name
-        if is_linear and module is not model.get_output_embeddings():
-            count += lora_rank * sum(module.weight.shape)
-    return count
+        if "lora_" in name or module is model.get_output_embeddings():
+            continue
+        if isinstance(module, torch.nn.Linear):  # also one in 4 bits
+            sizes.append((module.in_features, module.out_features))
+        elif isinstance(module, Conv1D):
+            sizes.append(tuple(module.weight.shape))
+    return sizes
 
 
 def activation_bytes(model, tokens=64) -> float:
@@ -133,21 +153,32 @@ def estimate(flags, model, activations, longest_prompt) -> dict[str, float]:
     rows = flags.prompts_per_step * flags.group_size
     width = longest_prompt + flags.max_new_tokens
     rows_at_once = min(rows, flags.rows_at_once or rows)
+    columns = rows_at_once * width + flags.prompts_per_step * longest_prompt
     tokens = max(width, min(flags.micro_batch_tokens, rows * width))
-    trained = trained_parameters(model, flags.lora_rank)
+    adapter = sum(p.numel() for name, p in model.named_parameters() if "lora_" in name)
+    parameters = model.num_parameters() - adapter
+    linear = linear_layers(model)
+    adapter = flags.lora_rank * sum(map(sum, linear))
+    trained = adapter or parameters
     reference = 1 if (flags.kl_beta or flags.log_kl) and not flags.lora_rank else 0
     # the optimizer's moments, and float32 masters of bfloat16 parameters
     copies = MOMENTS if model.dtype == torch.float32 else MOMENTS + 1
     host = ", host" if flags.offload else ""
+    weights = (parameters * (1 + reference) + adapter) * bytes_each
+    if flags.load_in_4bit:  # one layer at a time is unpacked
+        sizes = [*map(math.prod, linear)]
+        weights -= sum(sizes) * (bytes_each - NF4) - max(sizes) * bytes_each
     head = 0 if flags.lora_rank else config.hidden_size * config.vocab_size
+    layers = config.num_hidden_layers
+    of_layer = activations / layers
     if flags.gradient_checkpointing:  # the input of each layer, and one layer in full
-        layers = config.num_hidden_layers
-        activations = layers * config.hidden_size * bytes_each + activations / layers
+        activations = layers * config.hidden_size * bytes_each + of_layer
+    activations += of_layer / 2  # and the gradients of some, measured in tests/test_memory.py
     logits = min(TILE["cuda"], tokens) * config.vocab_size * (8 + 2 * bytes_each)
     return {
-        "weights": model.num_parameters() * bytes_each * (1 + reference),
+        "weights": weights,
         f"optimizer{host}": 4 * copies * trained,
-        "keys and values": rows_at_once * width * cache_bytes(config, bytes_each),
+        "keys and values": columns * cache_bytes(config, bytes_each),
         "sampling: logits": rows_at_once * config.vocab_size * (4 + bytes_each),
         f"update: gradients{host}": 4 * trained,
         "update: activations": tokens * activations,
@@ -193,8 +224,9 @@ def memory_table(flags, model, available, longest_prompt) -> str:
     ]
     lines += [f"    {name:28}{size / 1e9:8.2f}" for name, size in rows.items()]
     limit = 0.9 * available  # a tenth for what is not counted
-    # each alone, then all of them: the first that fits is suggested
-    options = [{}, *({name: value} for name, value in SUGGESTIONS.items()), SUGGESTIONS]
+    # each alone, all of them, and in 4 bits: the first that fits is suggested
+    alone = [{name: value} for name, value in SUGGESTIONS.items()]
+    options = [{}, *alone, SUGGESTIONS, SUGGESTIONS | {"load_in_4bit": True}]
     for changes in options:
         changed = replace(flags, **changes)
         needed = peak(estimate(changed, model, activations, longest_prompt))

@@ -11,6 +11,7 @@ from conftest import CPU, parse_train
 from test_train import assert_equal, cut_and_resume, metrics_of, run
 from transformers import AutoModelForCausalLM
 
+import eval
 import lib.lora
 import train
 from lib.flags import UserError
@@ -120,6 +121,20 @@ def test_in_4_bits_the_adapter_has_the_dtype_of_the_model(folders):
     add_adapter(model, 4)
     dtypes = {parameter.dtype for parameter in model.parameters()}
     assert dtypes == {torch.uint8, torch.bfloat16}
+
+
+def test_a_run_in_4_bits_is_compared_with_its_base_model_in_4_bits(base):
+    skip_without_packages(in_4_bits=True)
+    folder = str(run(base, "--lora_rank 4 --load_in_4bit --steps 1"))
+    loaded = []
+
+    def load(*arguments):
+        loaded.append(load_policy(*arguments))
+        return loaded[-1]
+
+    with patch.object(eval, "load_policy", load):
+        eval.main(eval.Config(limit=5, device="cpu"), [folder])
+    assert [model.is_loaded_in_4bit for model, _ in loaded] == [True, True]
 
 
 def test_a_run_starts_from_a_whole_model(base):

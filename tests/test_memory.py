@@ -1,25 +1,44 @@
 import re
+import weakref
 from itertools import chain
+from unittest.mock import patch
 
 import pytest
 import tiny
 import torch
-from conftest import CPU
+from conftest import CPU, parse_train
+from tiny import make_folder
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 from transformers import AutoModelForCausalLM
 
 import train
 from fast.memory import activation_bytes, cache_bytes, estimate, memory_table, peak, shape
 from fast.optimizer import Optimizer
 from lib.flags import parse
+from lib.lora import add_adapter
+from policy import enable_gradient_checkpointing, load_policy
 from tools import memory
 
 
-def test_the_shape_is_that_of_the_published_model():
-    config = shape("qwen2.5-0.5b")
+@pytest.mark.parametrize(
+    ("name", "parameters"),
+    [
+        ("qwen2.5-0.5b", 494_032_768),
+        ("qwen2.5-1.5b", 1_543_714_304),
+        ("qwen2.5-3b", 3_085_938_688),
+        ("qwen2.5-7b", 7_615_616_512),
+    ],
+)
+def test_the_shapes_are_those_of_the_published_models(name, parameters):
     with FakeTensorMode():
-        assert AutoModelForCausalLM.from_config(config).num_parameters() == 494_032_768
-    assert cache_bytes(config, 2) == 12_288  # 2 * 24 layers * 2 KV heads * 64 * 2 bytes
+        assert AutoModelForCausalLM.from_config(shape(name)).num_parameters() == parameters
+
+
+def test_the_cache_by_hand():
+    # 2 * 24 layers * 2 KV heads * 64 * 2 bytes
+    assert cache_bytes(shape("qwen2.5-0.5b"), 2) == 12_288
 
 
 @pytest.mark.parametrize("architecture", tiny.ARCHITECTURES)
@@ -60,6 +79,91 @@ def test_what_a_forward_pass_keeps_is_counted():
     assert activation_bytes(model) == 8 * 4 + 4 * 4 + 8
 
 
+SMALL = dict(
+    hidden_size=256, intermediate_size=1024, num_attention_heads=4, head_dim=64, num_hidden_layers=4
+)
+
+
+class PeakOfStorages(TorchDispatchMode):
+    """The most bytes that tensors made within the block, and not freed, have at one time."""
+
+    def __init__(self, known):
+        super().__init__()
+        self.sizes = {tensor.untyped_storage()._cdata: 0 for tensor in known}
+        self.now = self.peak = 0
+
+    def __torch_dispatch__(self, function, types, arguments=(), options=None):
+        out = function(*arguments, **(options or {}))
+        for tensor in tree_leaves(out):
+            if isinstance(tensor, torch.Tensor):
+                self.add(tensor.untyped_storage())
+        return out
+
+    def add(self, storage):
+        key = storage._cdata
+        if key not in self.sizes:
+            self.sizes[key] = storage.nbytes()
+            self.now += storage.nbytes()
+            self.peak = max(self.peak, self.now)
+            weakref.finalize(storage, self.free, key)
+
+    def free(self, key):
+        self.now -= self.sizes.pop(key)
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize("flags", [{}, {"lora_rank": 8}, {"lora_rank": 8, "load_in_4bit": True}])
+def test_a_pass_and_its_gradients_take_what_is_estimated(tmp_path, flags, checkpointing):
+    """Measured with real tensors. Gradients of parameters go to the masters at once: other lines of
+    the estimate."""
+    pytest.importorskip("bitsandbytes" if "load_in_4bit" in flags else "peft")
+    make_folder(tmp_path, "qwen2", **SMALL)
+    model, _ = load_policy(str(tmp_path), CPU, "bfloat16", "load_in_4bit" in flags)
+    add_adapter(model, flags.get("lora_rank", 0))
+    activations = activation_bytes(model)
+    if checkpointing:
+        enable_gradient_checkpointing(model)
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            parameter.register_post_accumulate_grad_hook(lambda p: setattr(p, "grad", None))
+    with PeakOfStorages(model.parameters()) as used:
+        states = model.base_model(torch.zeros(4, 128, dtype=torch.long), use_cache=False)[0]
+        states.backward(torch.ones_like(states))
+    sizes = dict(micro_batch_tokens=512, max_new_tokens=96, gradient_checkpointing=checkpointing)
+    parts = estimate(train.Config(**sizes, **flags), model, activations, 32)
+    unpacked = 256 * 1024 * 2 if "load_in_4bit" in flags else 0  # stands under weights
+    estimated = parts["update: activations"] + unpacked
+    assert used.peak < estimated < 1.25 * used.peak
+
+
+def test_weights_in_4_bits_are_as_large_as_said(tmp_path):
+    pytest.importorskip("bitsandbytes")
+    pytest.importorskip("peft")
+    make_folder(tmp_path, "qwen2", **SMALL)
+    model, _ = load_policy(str(tmp_path), CPU, "bfloat16", in_4_bits=True)
+    add_adapter(model, 8)
+    tensors = [*model.parameters()]
+    for parameter in model.parameters():
+        if state := getattr(parameter, "quant_state", None):
+            tensors += [state.absmax, state.state2.absmax]
+    parts = estimate(train.Config(lora_rank=8, load_in_4bit=True), model, 0, 1)
+    unpacked = 256 * 1024 * 2
+    assert parts["weights"] - unpacked == pytest.approx(sum(t.nbytes for t in tensors), rel=1e-3)
+
+
+def test_activations_are_counted_before_they_are_recomputed(base):
+    counted = []
+    flags = f"--model {base} --steps 1 --eval_problems 0 --gradient_checkpointing"
+    with patch.object(
+        train,
+        "memory_table",
+        lambda flags, model, *_: counted.append(activation_bytes(model)) or "",
+    ):
+        train.main(parse_train(*flags.split()))
+    whole = activation_bytes(load_policy(base, CPU)[0])
+    assert counted == [whole]
+
+
 def test_estimate_by_hand():
     """The tiny shape in bfloat16: 829,568 parameters, 2 x 4 rows of 10 + 30 tokens, 1,000 bytes
     kept per token, micro-batches of 100 tokens."""
@@ -70,19 +174,25 @@ def test_estimate_by_hand():
         return peak(estimate(train.Config(**flags, **changes), model, 1000, 10))
 
     n = 829_568
-    cache = 2048 * 40  # of a row
+    cache = 2048 * 40  # of a row; and the prompts by themselves
     logits = 100 * 100 * 12 + 128 * 100 * 6  # of 100 tokens; the gradient of the head
     # weights, masters, moments and gradients; sampling needs less than the update
-    assert needed() == (2 + 12 + 4) * n + 8 * cache + 100 * 1000 + logits
+    half_a_layer = 100 * 1000 / 4 / 2  # its gradients
+    activations = 100 * 1000 + half_a_layer
+    prompts = 2048 * 2 * 10
+    assert needed() == (2 + 12 + 4) * n + 8 * cache + prompts + activations + logits
     assert needed(log_kl=True) == needed() + 2 * n
     assert needed(rows_at_once=5) == needed() - 3 * cache
     assert needed(offload=True) == needed() - 16 * n
     recomputed = 100 * (4 * 128 * 2 + 1000 / 4)
     assert needed(gradient_checkpointing=True) == needed() - 100 * 1000 + recomputed
     rank_1 = 4 * (4 * (128 + 128) + 3 * (128 + 352))  # without the head, which has no gradient
-    saved = 16 * (n - 8 * rank_1) + 128 * 100 * 6
+    saved = 16 * n - 18 * 8 * rank_1 + 128 * 100 * 6
     # without its adapter the policy is its own reference
     assert needed(lora_rank=8, log_kl=True) == needed() - saved
+    packed = 4 * (4 * 128 * 128 + 3 * 128 * 352)  # without head and embeddings
+    saved = packed * (2 - 0.515869140625) - 2 * 128 * 352  # one layer at a time is unpacked
+    assert needed(lora_rank=8, load_in_4bit=True) == needed(lora_rank=8) - saved
 
 
 def test_with_the_flags_that_are_suggested_it_fits(capsys):
