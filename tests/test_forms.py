@@ -18,12 +18,11 @@ import sample
 import train
 from fast.generate import DecodeState, generate
 from fast.logprobs import token_logprobs
-from fast.memory import memory_table
+from fast.memory import enable_gradient_checkpointing, memory_table
 from lib.checks import check_causal
 from lib.files import read_rows
 from lib.flags import UserError
 from loss import DENOMINATORS, LOSSES, NORMALISERS, RECIPES
-from policy import enable_gradient_checkpointing
 from sample import Sampling
 
 STOP = list(range(100, 200))
