@@ -47,7 +47,9 @@ def test_normalisers_worked_out_by_hand(line):
     name = name.strip()
     found = normalise(name, [PAIR, MIXED, ONE])
     # eps is 1e-4
-    torch.testing.assert_close(found, torch.stack(list(map(numbers, expected))), atol=1.5e-3, rtol=0)
+    torch.testing.assert_close(
+        found, torch.stack(list(map(numbers, expected))), atol=1.5e-3, rtol=0
+    )
     assert normalise(name, [[3.0]]).item() == {"best": 1, "positive": 3, "raw": 3}.get(name, 0)
 
 
