@@ -50,7 +50,7 @@ class Rollout:
 
     def rows(self, index) -> "Rollout":
         """A rollout of some of the rows."""
-        return Rollout(*(getattr(self, field.name)[index] for field in fields(self)))
+        return type(self)(*(getattr(self, field.name)[index] for field in fields(self)))
 
     def samples(self, problems, tokenizer, with_tokens=False) -> list[dict]:
         """A dict for each row: prompt, response, answer, length (tokens), finished, and if wanted
@@ -84,13 +84,13 @@ class Rollout:
 def join(rollouts) -> Rollout:
     """Concatenates rollouts, padded on the right to the longest."""
     columns = []
-    for field in fields(Rollout):
+    for field in fields(rollouts[0]):
         parts = [getattr(rollout, field.name) for rollout in rollouts]
         width = max(part.shape[-1] for part in parts)
         if parts[0].dim() == 2:
             parts = [pad(part, (0, width - part.shape[1])) for part in parts]
         columns.append(torch.cat(parts))
-    return Rollout(*columns)
+    return type(rollouts[0])(*columns)
 
 
 def policy_distribution(logits, sampling) -> Tensor:
