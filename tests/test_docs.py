@@ -89,7 +89,7 @@ def test_every_flag_that_is_named_exists():
     known = set()
     for script in [*ROOT.glob("*.py"), *ROOT.glob("tools/*.py"), ROOT / "docs" / "bench_trl.py"]:
         known |= set(re.findall(r"(?m)^    (\w+): .*= flag\(", script.read_text()))
-    known |= {"help", "collect"}  # of argparse, of pytest
+    known |= {"help", "collect", "exclude"}  # of argparse, pytest, hf
     for path, page in PAGES.items():
         named = set(re.findall(r"--([a-z]\w+)", without_comments(page)))
         assert named - known == set(), path

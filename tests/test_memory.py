@@ -1,6 +1,7 @@
 import re
 import weakref
 from itertools import chain
+from pathlib import Path
 from unittest.mock import patch
 
 import pytest
@@ -87,6 +88,7 @@ def test_what_a_forward_pass_keeps_is_counted():
     assert activation_bytes(model) == 8 * 4 + 4 * 4 + 8
 
 
+CELL = r"(`[^`]+`|\(default\)) \| ([\d.]+) \|"  # flags and GB
 SMALL = dict(
     hidden_size=256, intermediate_size=1024, num_attention_heads=4, head_dim=64, num_hidden_layers=4
 )
@@ -170,6 +172,22 @@ def test_activations_are_counted_before_they_are_recomputed(base):
         train.main(parse_train(*flags.split()))
     whole = activation_bytes(load_policy(base, CPU)[0])
     assert counted == [whole]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["0.5B", "1.5B", "3B", "7B"])
+def test_the_table_of_cards_is_what_the_estimate_says(name, capsys):
+    page = Path(__file__).parent.parent / "docs" / "memory.md"
+    rows = re.findall(rf"(?m)^\| (\d+) GB \| {name} \|(.*)$", page.read_text())
+    fits = [(card, *cell) for card, row in rows for cell in re.findall(CELL, row)]
+    assert len(rows) == 4 and len(fits) >= 3
+    for card, flags, gigabytes in fits:
+        words = [f"--memory_gb={card}", *flags.strip("`").replace("(default)", "").split()]
+        memory.main(parse(memory.Config, "", words)[0], f"qwen2.5-{name.lower()}")
+        table = capsys.readouterr().out
+        assert "This" not in table
+        needed = float(re.search("at one time +(.*)", table)[1])
+        assert needed == pytest.approx(float(gigabytes), abs=0.06)
 
 
 def test_estimate_by_hand():
