@@ -1,4 +1,6 @@
 import re
+from functools import partial
+from pathlib import Path
 
 import pytest
 import tiny
@@ -30,18 +32,12 @@ def test_the_cache_is_as_large_as_said(load, architecture):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_optimizer_and_gradients_are_as_large_as_said(dtype):
-    """Float32 parameters are their own masters. bfloat16 ones have masters and gradients in
-    float32."""
+def test_the_optimizer_is_as_large_as_said(dtype):
+    """Float32 parameters are their own masters, bfloat16 ones have masters in float32. As a file."""
     model = AutoModelForCausalLM.from_config(shape("tiny"), dtype=dtype)
-    optimizer = Optimizer(model, 0.0)
-    model(torch.zeros(1, 4, dtype=torch.long)).logits.sum().backward()
+    torch.save(Optimizer(model, 0.0).state_dict(), "optimizer.pt")
     parts = estimate(train.Config(), model, 0, 1)
-    tensors = [master for _, master in optimizer.copies()]
-    for state in optimizer.adam.state.values():
-        tensors += [state["exp_avg"], state["exp_avg_sq"]]
-    assert parts["optimizer"] == sum(tensor.nbytes for tensor in tensors)
-    assert parts["update: gradients"] == sum(master.grad.nbytes for master in optimizer.masters)
+    assert Path("optimizer.pt").stat().st_size == pytest.approx(parts["optimizer"], rel=0.02)
 
 
 def test_what_a_forward_pass_keeps_is_counted():
@@ -93,6 +89,5 @@ def test_with_the_flags_that_are_suggested_it_fits(capsys):
 
 
 def test_what_no_flag_can_mend_is_said_and_what_fits_easily_is_not(load):
-    model, _ = load("llama")
-    assert "take a smaller model" in memory_table(train.Config(), model, 1e6, 20)
-    assert memory_table(train.Config(), model, 1e12, 20) == ""
+    table = partial(memory_table, train.Config(), load("llama")[0], longest_prompt=20)
+    assert "take a smaller model" in table(1e6) and table(1e12) == ""
