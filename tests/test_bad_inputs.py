@@ -168,7 +168,9 @@ BAD_FILES = ["", " \n\t\n", LINES.encode("utf-16"), LINES.replace("=", "\xe9").e
 BAD_FILES += [LINES.encode() + b"\xff\n", b"PK\x03\x04\x14\x00" * 9, LINES + "\0", f"[{GOOD}]"]
 BAD_FILES += [LINES.replace("prompt", "question"), "1\n2\n", f"{GOOD} {GOOD}\n" * 9]
 BAD_FILES += [LINES.replace("}", "},"), "prompt,answer\n1,2\n", LINES[:-9], "[" * 100_000 + "\n"]
-BAD_FILES += [LINES + GOOD.replace(old, new) for old in ('"1 + 1 ="', '"2"') for new in FIELDS]
+BAD_FILES += [LINES + GOOD.replace('"1 + 1 ="', value) for value in FIELDS]
+# an answer may be missing
+BAD_FILES += [LINES + GOOD.replace('"2"', value.replace("null", "[1]")) for value in FIELDS]
 GOOD_FILES = ["\ufeff" + LINES, LINES.replace("\n", "\r\n"), LINES.replace("\n", "\n\n \n")]
 GOOD_FILES += [LINES.rstrip(), LINES.replace("1 =", "\\f ="), LINES.replace("1 =", "\u2028 =")]
 GOOD_FILES += [LINES + GOOD.replace("2", "2" * 10_000_000), LINES + GOOD.replace('"2"', "2")]

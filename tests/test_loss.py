@@ -3,7 +3,7 @@ import torch
 from conftest import parse_train
 
 from lib.flags import UserError
-from loss import DENOMINATORS, FILTERS, LOSSES, NORMALISERS, k2, k3
+from loss import DENOMINATORS, FILTERS, LOSSES, NORMALISERS, RECIPES, k2, k3
 
 PAIR, MIXED, ONE = [1.0, 0, 0, 1], [0.2, 0.4, 0.9, 0.9], [0.0, 0, 1, 0]
 CENTRED = ["mean", "zscore", "loo", "batch_std", "maxrl", "softmax", "rank"]
@@ -182,3 +182,5 @@ def test_a_recipe_fills_in_what_was_not_given():
     mine = parse_train("--recipe", "dapo", "--clip_high", 0.5, "--filter", "none")
     assert (mine.clip_high, mine.filter, mine.loss) == (0.5, "none", "clip")
     assert parse_train().loss == "logprob"
+    for name in RECIPES:
+        assert parse_train("--recipe", name).loss == RECIPES[name]["loss"]

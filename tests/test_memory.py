@@ -1,6 +1,6 @@
 import re
 import weakref
-from itertools import chain
+from functools import partial
 from pathlib import Path
 from unittest.mock import patch
 
@@ -59,19 +59,14 @@ def test_the_cache_is_as_large_as_said(load, architecture):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_optimizer_and_gradients_are_as_large_as_said(dtype):
-    """Float32 parameters are their own masters. bfloat16 ones have masters and gradients in
-    float32. Another optimizer may keep less for some of them, never more."""
+def test_the_optimizer_is_as_large_as_said(dtype):
+    """Float32 parameters are their own masters, bfloat16 ones have masters in float32. As a file.
+    Another optimizer may keep less for some of them, never more."""
     model = AutoModelForCausalLM.from_config(shape("tiny"), dtype=dtype)
-    optimizer = Optimizer(model, 0.0)
-    model(torch.zeros(1, 4, dtype=torch.long)).logits.sum().backward()
+    torch.save(Optimizer(model, 0.0).state_dict(), "optimizer.pt")
     parts = estimate(train.Config(), model, 0, 1)
-    tensors = [master for _, master in optimizer.copies()]
-    for state in chain(*[part.state.values() for part in optimizer.optimizers]):
-        tensors += [tensor for tensor in state.values() if tensor.dim() > 0]  # not the step
-    kept = sum(tensor.nbytes for tensor in tensors)
-    assert kept <= parts["optimizer"] < 2 * kept
-    assert parts["update: gradients"] == sum(master.grad.nbytes for master in optimizer.masters)
+    kept = Path("optimizer.pt").stat().st_size
+    assert 0.5 * parts["optimizer"] < kept < 1.02 * parts["optimizer"]
 
 
 def test_what_a_forward_pass_keeps_is_counted():
@@ -231,6 +226,5 @@ def test_with_the_flags_that_are_suggested_it_fits(capsys):
 
 
 def test_what_no_flag_can_mend_is_said_and_what_fits_easily_is_not(load):
-    model, _ = load("llama")
-    assert "take a smaller model" in memory_table(train.Config(), model, 1e6, 20)
-    assert memory_table(train.Config(), model, 1e12, 20) == ""
+    table = partial(memory_table, train.Config(), load("llama")[0], longest_prompt=20)
+    assert "take a smaller model" in table(1e6) and table(1e12) == ""

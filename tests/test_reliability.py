@@ -369,7 +369,7 @@ def test_two_processes_cannot_work_on_one_run_and_a_lock_dies_with_its_process()
 file = open(sys.argv[1], "a")
 fcntl.lockf(file, fcntl.LOCK_EX)
 print("held", flush=True)
-time.sleep(600)"""
+time.sleep(20)"""
     command = [sys.executable, "-c", program, folder / "lock"]
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as other:
         assert other.stdout.readline() == "held\n"
