@@ -160,8 +160,10 @@ def details(groups, measured) -> dict:
 
 def sampling_of_runs(runs, temperature) -> Sampling:
     """How the runs sampled, in which they must agree; with another temperature if it is not 0."""
-    names = [field.name for field in fields(Sampling)]
-    found = {Sampling(*map(flags.get, names)) for flags in runs.values()} or {Sampling()}
+    names = {field.name for field in fields(Sampling)}
+    # a run that is older than a field does not have it
+    known = [{name: flags[name] for name in names & flags.keys()} for flags in runs.values()]
+    found = {Sampling(**flags) for flags in known} or {Sampling()}
     if temperature:
         found = {replace(sampling, temperature=temperature) for sampling in found}
     if len(found) > 1:

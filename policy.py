@@ -4,7 +4,6 @@ A policy is any causal language model that transformers loads. It stays in eval 
 dropout would make the trained policy another one than the sampling policy."""
 
 import os
-import warnings
 from pathlib import Path
 
 import torch
@@ -125,23 +124,6 @@ def save_policy(model, tokenizer, folder) -> None:
         save_adapter(model, folder)
     else:
         model.save_pretrained(folder)
-
-
-def enable_gradient_checkpointing(model) -> None:
-    """Layers recompute their activations in the backward pass. transformers does that only in train
-    mode, which also drops the KV cache: so only the layers are put into it, for passes with a
-    gradient."""
-    with warnings.catch_warnings(action="ignore", category=FutureWarning):  # it gets another name
-        options = {"use_reentrant": False}
-        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs=options)
-    layers = [layer for layer in model.modules() if getattr(layer, "gradient_checkpointing", False)]
-
-    def set_mode(*args) -> None:
-        for layer in layers:
-            layer.training = torch.is_grad_enabled()
-
-    model.base_model.register_forward_pre_hook(set_mode)
-    model.recomputes_activations = True  # fast/logprobs.py: such a model cannot share prompts
 
 
 def default_learning_rate(model, lora_rank) -> float:

@@ -50,7 +50,7 @@ class Rollout:
 
     def rows(self, index) -> "Rollout":
         """A rollout of some of the rows."""
-        return Rollout(*(getattr(self, field.name)[index] for field in fields(self)))
+        return type(self)(*(getattr(self, field.name)[index] for field in fields(self)))
 
     def samples(self, problems, tokenizer, with_tokens=False) -> list[dict]:
         """A dict for each row: prompt, response, answer, length (tokens), finished, and if wanted
@@ -84,26 +84,26 @@ class Rollout:
 def join(rollouts) -> Rollout:
     """Concatenates rollouts, padded on the right to the longest."""
     columns = []
-    for field in fields(Rollout):
+    for field in fields(rollouts[0]):
         parts = [getattr(rollout, field.name) for rollout in rollouts]
         width = max(part.shape[-1] for part in parts)
         if parts[0].dim() == 2:
             parts = [pad(part, (0, width - part.shape[1])) for part in parts]
         columns.append(torch.cat(parts))
-    return Rollout(*columns)
+    return type(rollouts[0])(*columns)
 
 
 def policy_distribution(logits, sampling) -> Tensor:
     """(R, V) logits of the model -> (R, V) float32 logits of the distribution that is sampled from
     and learned.
 
-    There is no top-k and no top-p. To add one, do it here, with a large negative number rather
-    than -inf, so that the entropy stays finite. On CUDA this becomes part of a CUDA graph: do not
-    look at values (no .item(), no boolean index)."""
+    A cut such as top-p (docs/edits.md) goes here. Subtract a large number rather than set -inf, so
+    that the entropy stays finite. On CUDA this becomes part of a CUDA graph: do not look at values
+    (no .item(), no boolean index)."""
     logits = logits.float()
-    if sampling.temperature in (0, 1):
-        return logits
-    return logits / sampling.temperature
+    if sampling.temperature not in (0, 1):
+        logits = logits / sampling.temperature
+    return logits
 
 
 def sample_token(logits, uniforms, sampling) -> tuple[Tensor, Tensor]:

@@ -32,7 +32,13 @@ import torch
 
 import fast
 from eval import beside_greedy, evaluate, measures
-from fast.memory import device_memory, halve_on_oom, memory_table, remember_halved
+from fast.memory import (
+    device_memory,
+    enable_gradient_checkpointing,
+    halve_on_oom,
+    memory_table,
+    remember_halved,
+)
 from fast.optimizer import Optimizer
 from lib.batching import micro_batches
 from lib.checkpoint import new_checkpoint, restore_random_state, save_state
@@ -49,7 +55,6 @@ from policy import (
     DEVICES,
     DTYPES,
     default_learning_rate,
-    enable_gradient_checkpointing,
     learning_rate,
     load_policy,
     pick_device,

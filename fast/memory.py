@@ -1,8 +1,9 @@
-"""Out of memory: what to do when it happens, and an estimate that says beforehand whether it
-will."""
+"""Out of memory: what to do when it happens, gradient checkpointing to avoid it, and an estimate
+that says beforehand whether it will."""
 
 import math
 import os
+import warnings
 from collections import ChainMap
 from dataclasses import replace
 
@@ -12,6 +13,7 @@ from transformers import AutoConfig, PreTrainedConfig
 from transformers.pytorch_utils import Conv1D
 
 from fast.logprobs import TILE
+from fast.optimizer import MOMENTS
 from lib.flags import UserError, name_error
 
 
@@ -47,6 +49,23 @@ def remember_halved(sizes, halved) -> ChainMap:
     for name in halved:
         halved[name] = min(halved[name], sizes[name])
     return ChainMap(halved, sizes)
+
+
+def enable_gradient_checkpointing(model) -> None:
+    """Layers recompute their activations in the backward pass. transformers does that only in train
+    mode, which also drops the KV cache: so only the layers are put into it, for passes with a
+    gradient."""
+    with warnings.catch_warnings(action="ignore", category=FutureWarning):  # it gets another name
+        options = {"use_reentrant": False}
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs=options)
+    layers = [layer for layer in model.modules() if getattr(layer, "gradient_checkpointing", False)]
+
+    def set_mode(*args) -> None:
+        for layer in layers:
+            layer.training = torch.is_grad_enabled()
+
+    model.base_model.register_forward_pre_hook(set_mode)
+    model.recomputes_activations = True  # fast/logprobs.py: such a model cannot share prompts
 
 
 # -------------------------------------------------------------------------------------------------
@@ -160,8 +179,8 @@ def estimate(flags, model, activations, longest_prompt) -> dict[str, float]:
     adapter = flags.lora_rank * sum(map(sum, linear))
     trained = adapter or parameters
     reference = 1 if (flags.kl_beta or flags.log_kl) and not flags.lora_rank else 0
-    # Adam's two moments, and float32 masters of bfloat16 parameters
-    copies = 2 if model.dtype == torch.float32 else 3
+    # the optimizer's moments, and float32 masters of bfloat16 parameters
+    copies = MOMENTS if model.dtype == torch.float32 else MOMENTS + 1
     host = ", host" if flags.offload else ""
     weights = (parameters * (1 + reference) + adapter) * bytes_each
     if flags.load_in_4bit:  # one layer at a time is unpacked

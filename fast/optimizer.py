@@ -1,15 +1,17 @@
-"""AdamW on float32 master weights, which may live in the host's memory."""
+"""The optimizer, on float32 master weights, which may live in the host's memory."""
 
 import math
 
 import torch
 from torch import Tensor
 
+MOMENTS = 2  # float32 numbers per trained parameter that AdamW keeps, for the memory estimate
+
 
 class Optimizer:
-    """AdamW (arXiv 1711.05101). bfloat16 parameters keep 8 bits: nearly every update of an RL step
-    is too small to change one, so updates are made on float32 masters and copied back. Float32
-    parameters are their own masters.
+    """bfloat16 parameters keep 8 bits: nearly every update of an RL step is too small to change
+    one, so updates are made on float32 masters and copied back. Float32 parameters are their own
+    masters.
 
     offload: masters, gradients and moments live in the host's memory: 16 bytes a parameter less on
              the GPU
@@ -18,7 +20,8 @@ class Optimizer:
     def __init__(self, model, weight_decay, offload=False):
         self.parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
         self.masters = [make_master(parameter, offload) for parameter in self.parameters]
-        self.optimizer = torch.optim.AdamW(self.masters, weight_decay=weight_decay, fused=True)
+        # AdamW is arXiv 1711.05101. Several optimizers would each have their own masters
+        self.optimizers = [torch.optim.AdamW(self.masters, weight_decay=weight_decay, fused=True)]
         self.make_moments()
         for parameter, master in self.copies():
             parameter.register_post_accumulate_grad_hook(
@@ -29,12 +32,11 @@ class Optimizer:
         """They would be allocated in the first step: if they do not fit, that shows now."""
         for master in self.masters:
             master.grad = torch.zeros_like(master)
-        for group in self.optimizer.param_groups:
-            group["lr"] = 0.0
-        self.optimizer.step()  # of size 0
-        for state in self.optimizer.state.values():
-            for tensor in filter(torch.is_tensor, state.values()):
-                tensor.zero_()
+        self.update(lr=0.0)
+        for optimizer in self.optimizers:
+            for state in optimizer.state.values():
+                for tensor in filter(torch.is_tensor, state.values()):
+                    tensor.zero_()
         self.zero_grad()
 
     def copies(self) -> list[tuple[Tensor, Tensor]]:
@@ -49,6 +51,12 @@ class Optimizer:
         for tensor in (*self.parameters, *self.masters):
             tensor.grad = None
 
+    def update(self, lr) -> None:
+        for optimizer in self.optimizers:
+            for group in optimizer.param_groups:
+                group["lr"] = lr
+            optimizer.step()
+
     def step(self, lr, max_grad_norm, loss=0.0) -> float:
         """One update from the gradients of the micro-batches. Returns their norm before clipping.
         If that or the loss is not finite, the gradients are dropped, nothing changes, and nan is
@@ -57,9 +65,7 @@ class Optimizer:
         if not math.isfinite(norm + loss):
             self.zero_grad()
             return math.nan
-        for group in self.optimizer.param_groups:
-            group["lr"] = lr
-        self.optimizer.step()
+        self.update(lr)
         self.zero_grad()
         with torch.no_grad():
             for parameter, master in self.copies():
@@ -68,11 +74,13 @@ class Optimizer:
 
     def state_dict(self) -> dict:
         masters = [master.detach() for _, master in self.copies()]
-        return {"optimizer": self.optimizer.state_dict(), "masters": masters}
+        optimizers = [optimizer.state_dict() for optimizer in self.optimizers]
+        return {"optimizers": optimizers, "masters": masters}
 
     def load_state_dict(self, state) -> None:
-        self.optimizer.state.clear()  # room for what is loaded
-        self.optimizer.load_state_dict(state["optimizer"])
+        for optimizer, saved in zip(self.optimizers, state["optimizers"], strict=True):
+            optimizer.state.clear()  # room for what is loaded
+            optimizer.load_state_dict(saved)
         with torch.no_grad():
             for (_, master), saved in zip(self.copies(), state["masters"], strict=True):
                 master.copy_(saved)

@@ -35,65 +35,39 @@ SIZES = dict(
     vocab_size=600,
     initializer_range=0.2,
     init_std=0.2,
-    sliding_window=32,
-    window_size=32,
-    attention_window_size=32,
-    attention_chunk_size=32,
-    num_experts=4,
-    num_local_experts=4,
-    n_routed_experts=4,
-    num_experts_per_tok=2,
-    moe_intermediate_size=32,
-    shared_expert_intermediate_size=32,
     ffn_dim=128,
     rotary_dim=8,
     mamba_n_heads=4,
+    num_experts_per_tok=2,
     bos_token_id=None,
     eos_token_id=0,
     pad_token_id=1,
 )
+EXPERTS = "num_experts num_local_experts n_routed_experts"
+WIDTHS = """sliding_window window_size attention_window_size attention_chunk_size
+    moe_intermediate_size shared_expert_intermediate_size"""
+SIZES |= dict.fromkeys(EXPERTS.split(), 4) | dict.fromkeys(WIDTHS.split(), 32)
 MIXED = ["linear_attention", "full_attention"]
-# what else the config needs; a comma begins the name of a variant
-ARCHITECTURES = {
-    "gpt2": {},
+SLIDING = ["sliding_attention", "full_attention"]
+# a comma begins the name of a variant
+NAMES = """gpt2 gpt_neo gpt_neox gptj codegen opt bloom falcon falcon,alibi mpt llama llama4_text mistral
+    mixtral qwen2 qwen2_moe qwen3 qwen3_moe qwen3_next gemma gemma2 gemma3_text phi phi3 stablelm
+    starcoder2 olmo olmo2 granite granitemoe cohere cohere2 glm glm4 persimmon nemotron smollm3
+    deepseek_v2 deepseek_v3 dbrx jamba bamba falcon_h1 mamba mamba2 recurrent_gemma rwkv xlstm lfm2
+    minimax biogpt xglm bert roberta roberta,is_decoder"""
+ARCHITECTURES = {name.replace(",", ", "): {} for name in NAMES.split()}
+MOE = dict(num_key_value_heads=4, first_k_dense_replace=1)
+# what else the config needs
+ARCHITECTURES |= {
     "gpt_neo": dict(num_layers=2, attention_types=[[["global", "local"], 1]]),
-    "gpt_neox": {},
-    "gptj": {},
-    "codegen": {},
-    "opt": {},
-    "bloom": {},
-    "falcon": {},
     "falcon, alibi": dict(alibi=True),
-    "mpt": {},
-    "llama": {},
     "llama4_text": dict(layer_types=["chunked_attention", "full_attention"]),
-    "mistral": {},
-    "mixtral": {},
-    "qwen2": {},
-    "qwen2_moe": {},
-    "qwen3": {},
-    "qwen3_moe": {},
     "qwen3_next": dict(layer_types=MIXED),
-    "gemma": {},
-    "gemma2": {},
-    "gemma3_text": dict(layer_types=["sliding_attention", "full_attention"]),
-    "phi": {},
-    "phi3": {},
-    "stablelm": {},
-    "starcoder2": {},
-    "olmo": {},
-    "olmo2": {},
-    "granite": {},
-    "granitemoe": {},
+    "gemma3_text": dict(layer_types=SLIDING),
     "cohere": dict(logit_scale=1.0),
-    "cohere2": dict(logit_scale=1.0, layer_types=["sliding_attention", "full_attention"]),
-    "glm": {},
-    "glm4": {},
-    "persimmon": {},
-    "nemotron": {},
-    "smollm3": {},
-    "deepseek_v2": dict(num_key_value_heads=4, first_k_dense_replace=1),
-    "deepseek_v3": dict(num_key_value_heads=4, first_k_dense_replace=1, n_group=2, topk_group=1),
+    "cohere2": dict(logit_scale=1.0, layer_types=SLIDING),
+    "deepseek_v2": MOE,
+    "deepseek_v3": dict(MOE, n_group=2, topk_group=1),
     "dbrx": dict(
         d_model=64,
         attn_config=dict(kv_n_heads=2, rope_theta=1e4, clip_qkv=8),
@@ -102,17 +76,12 @@ ARCHITECTURES = {
     "jamba": dict(attn_layer_period=2, attn_layer_offset=1),
     "bamba": dict(attn_layer_indices=[1]),
     "falcon_h1": dict(mamba_d_ssm=128),
-    "mamba": {},
     "mamba2": dict(num_heads=8),
     "recurrent_gemma": dict(block_types=["recurrent", "attention"]),
     "rwkv": dict(rescale_every=1),
     "xlstm": dict(hidden_size=128, num_heads=4),
     "lfm2": dict(layer_types=["conv", "full_attention"]),
     "minimax": dict(layer_types=MIXED, block_size=16),
-    "biogpt": {},
-    "xglm": {},
-    "bert": {},
-    "roberta": {},
     "roberta, is_decoder": dict(is_decoder=True),
 }
 PROMPTS = [list(range(5, 25)), [8, 9], [9, 10, 11] * 4]

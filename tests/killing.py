@@ -1,12 +1,6 @@
-"""Runs train.py again and again, each time in a process that may kill itself at a chosen moment.
-
-test_reliability.py starts it: importing torch takes longer than a tiny run, and a fork of a process
-that has imported it takes none. Reads lines of JSON with the arguments of `run`, and answers each
-with a line: {"status": as from os.waitpid, "events": see `run`, null if it was killed}.
-"""
+"""Runs train.py in a process that may kill itself at a chosen moment, for test_reliability.py."""
 
 import inspect
-import json
 import os
 import signal
 import sys
@@ -35,12 +29,10 @@ PHASE_OF = {
 }
 
 
-def run(folder, flags, phase, event, answer):
-    """Runs train.py in a folder, and dies by SIGKILL at the event-th call, of Python or of C,
-    inside of a phase. Phase "": lives, and writes {phase: calls inside of it} into the pipe. None: lives,
-    and is several times faster.
-    """
-    os.chdir(folder)
+def run(flags, phase, event, pipe):
+    """Runs train.py, and dies by SIGKILL at the event-th call, of Python or of C, inside of a
+    phase. Phase "": lives, and sends {phase: calls inside of it} through the pipe. None: lives, and
+    is several times faster."""
     phases = []  # that the program is in at the moment, the innermost last
     events = dict.fromkeys(PHASES, 0)
 
@@ -60,23 +52,4 @@ def run(folder, flags, phase, event, answer):
         sys.setprofile(listen)
     run_script(train.main, train.Config, train.__doc__, train.fill, train.HELP)
     sys.setprofile(None)
-    os.write(answer, json.dumps(events).encode())
-
-
-print("ready", flush=True)
-for line in sys.stdin:
-    order = json.loads(line)
-    read, write = os.pipe()
-    child = os.fork()
-    if child == 0:
-        try:
-            run(**order, answer=write)
-            os._exit(0)
-        except BaseException as error:
-            os.write(write, json.dumps(repr(error)).encode())
-            os._exit(1)
-    os.close(write)
-    with os.fdopen(read) as pipe:
-        events = json.loads(pipe.read() or "null")
-    status = os.waitpid(child, 0)[1]
-    print(json.dumps({"status": status, "events": events}), flush=True)
+    pipe.send(events)

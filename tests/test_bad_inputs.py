@@ -8,11 +8,13 @@ The quick set has some cases of each kind; `-m slow` has the others.
 
 import json
 import math
+import re
 import runpy
 import shutil
 import sys
 from dataclasses import fields
 from importlib import import_module
+from itertools import product
 from pathlib import Path
 from typing import get_args
 
@@ -164,15 +166,11 @@ FIELDS = ['""', "null", "{}", "[]", '"\\ud83d"', '"2', "NaN", "9" * 5000, "1e999
 FIELDS += ['[{"content": "1"}]', '[{"role": "user", "content": null}]']
 BAD_FILES = ["", " \n\t\n", LINES.encode("utf-16"), LINES.replace("=", "\xe9").encode("latin-1")]
 BAD_FILES += [LINES.encode() + b"\xff\n", b"PK\x03\x04\x14\x00" * 9, LINES + "\0", f"[{GOOD}]"]
-BAD_FILES += [
-    LINES.replace("prompt", "question"),
-    "1\n2\n",
-    f"{GOOD} {GOOD}\n" * 9,
-    LINES.replace("}", "},"),
-]
-BAD_FILES += ["prompt,answer\n1,2\n", LINES[:-9], "[" * 100_000 + "\n"]
+BAD_FILES += [LINES.replace("prompt", "question"), "1\n2\n", f"{GOOD} {GOOD}\n" * 9]
+BAD_FILES += [LINES.replace("}", "},"), "prompt,answer\n1,2\n", LINES[:-9], "[" * 100_000 + "\n"]
 BAD_FILES += [LINES + GOOD.replace('"1 + 1 ="', value) for value in FIELDS]
-BAD_FILES += [LINES + GOOD.replace('"2"', value) for value in FIELDS]
+# an answer may be missing
+BAD_FILES += [LINES + GOOD.replace('"2"', value.replace("null", "[1]")) for value in FIELDS]
 GOOD_FILES = ["\ufeff" + LINES, LINES.replace("\n", "\r\n"), LINES.replace("\n", "\n\n \n")]
 GOOD_FILES += [LINES.rstrip(), LINES.replace("1 =", "\\f ="), LINES.replace("1 =", "\u2028 =")]
 GOOD_FILES += [LINES + GOOD.replace("2", "2" * 10_000_000), LINES + GOOD.replace('"2"', "2")]
@@ -229,14 +227,11 @@ USES = {
     "reward model": ["train", '--reward=model("given")'],
     "base of a reward model": ["tools.train_reward", "--model=given"],
 }
-MODEL_FILES = "config.json", "generation_config.json", "model.safetensors", "tokenizer.json"
+MODEL_FILES = "config.json generation_config.json model.safetensors tokenizer.json"
 
 
 @pytest.mark.parametrize(
-    ("use", "file", "damage"),
-    mostly_slow(
-        [(use, file, damage) for use in USES for file in MODEL_FILES for damage in DAMAGES]
-    ),
+    ("use", "file", "damage"), mostly_slow(product(USES, MODEL_FILES.split(), DAMAGES))
 )
 def test_model_folder(outcome, use, file, damage):
     """Generation settings may be missing, and are not needed by a reward model."""
@@ -248,30 +243,31 @@ def test_model_folder(outcome, use, file, damage):
     assert works or "given" in sentence
 
 
-SETTINGS = [  # what is changed in the settings, what the sentence says
-    ({"eos_token": None}, "eos_token"),
-    ({"vocab_size": 10}, "cannot be loaded"),
-    ({"model_type": "own", "auto_map": {"AutoConfig": "own.A"}}, "cannot be loaded"),
-    ({"model_type": "vit"}, "cannot be loaded"),
-    ({"num_hidden_layers": 3}, "parameters are not in"),
-    ({"num_attention_heads": 7}, "cannot be"),
-    ({"hidden_size": "wide"}, "cannot be loaded"),
-    ({"max_position_embeddings": 1}, "context of 1"),
-    ({"chat_template": "{% for %}"}, "template"),
-    ({"chat_template": "{{ raise_exception('no') }}"}, "refuses the prompt: no"),
-    ({"chat_template": "{{ messages.__class__.__mro__ }}"}, "refuses the prompt"),
-    ({"chat_template": "{{ '' }}"}, "a prompt is empty"),
-    ({"chat_template": "{{ messages[0].content + 1 }}"}, "refuses the prompt"),
-    ({"chat_template": "{{ 1 // 0 }}"}, "refuses the prompt"),
-]
+# what is changed in the settings -> what the sentence says
+SETTINGS = """
+{"eos_token": null} -> eos_token
+{"vocab_size": 10} -> cannot be loaded
+{"model_type": "own", "auto_map": {"AutoConfig": "own.A"}} -> cannot be loaded
+{"model_type": "vit"} -> cannot be loaded
+{"num_hidden_layers": 3} -> parameters are not in
+{"num_attention_heads": 7} -> cannot be
+{"hidden_size": "wide"} -> cannot be loaded
+{"max_position_embeddings": 1} -> context of 1
+{"chat_template": "{% for %}"} -> template
+{"chat_template": "{{ raise_exception('no') }}"} -> refuses the prompt: no
+{"chat_template": "{{ messages.__class__.__mro__ }}"} -> refuses the prompt
+{"chat_template": "{{ '' }}"} -> a prompt is empty
+{"chat_template": "{{ messages[0].content + 1 }}"} -> refuses the prompt
+{"chat_template": "{{ 1 // 0 }}"} -> refuses the prompt"""
 
 
 @pytest.mark.parametrize("use", ["policy", "evaluated"])
-@pytest.mark.parametrize(("changes", "expected"), mostly_slow(SETTINGS, 6))
-def test_model_settings(outcome, use, changes, expected):
+@pytest.mark.parametrize(("line",), mostly_slow(zip(SETTINGS.strip().splitlines()), 4))
+def test_model_settings(outcome, use, line):
+    changes, expected = line.split(" -> ")
     make_damaged("model", "generation_config.json", "missing")
     for path in Path("given").glob("*config.json"):
-        path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+        path.write_text(json.dumps(json.loads(path.read_text()) | json.loads(changes)))
     assert expected in outcome(*USES[use])
 
 
@@ -293,19 +289,11 @@ def test_a_model_whose_parameters_are_nan(outcome, use):
     assert "log-probs are nan" in outcome(*USES[use])
 
 
-RUN_FILES = [
-    "config.json",
-    "metrics.jsonl",
-    "samples.jsonl",
-    "before.json",
-    "checkpoint/config.json",
-]
-RUN_FILES += ["checkpoint/model.safetensors", "checkpoint/state.pt", "checkpoint/tokenizer.json"]
+RUN_FILES = """config.json metrics.jsonl samples.jsonl before.json checkpoint/config.json
+checkpoint/model.safetensors checkpoint/state.pt checkpoint/tokenizer.json"""
 
 
-@pytest.mark.parametrize(
-    ("file", "damage"), mostly_slow([(file, damage) for file in RUN_FILES for damage in DAMAGES])
-)
+@pytest.mark.parametrize(("file", "damage"), mostly_slow(product(RUN_FILES.split(), DAMAGES)))
 def test_run_folder(outcome, file, damage):
     """--resume of a run of one step, with one checkpoint. Samples are not needed, and without
     before.json there is no table at the end."""
@@ -319,14 +307,13 @@ def test_run_folder(outcome, file, damage):
     assert sentence == "" or "given" in sentence
 
 
-EXPRESSIONS = [" ", "exakt", "1", "number +", "number ** 2", ")"]
-EXPRESSIONS += ["number; number", "lambda: 1", "os.system", "number.__class__"]
-EXPRESSIONS += ["not number", "number == 1", "1e999*number"]
-EXPRESSIONS += ["number(1)", "model('')", "model('no/such')", "model('model')"]
-EXPRESSIONS += ["model(number)", "no_such_file.function", "sys.exit", "'number'", "number\x00"]
+EXPRESSIONS = r"""
+exakt | 1 | number + | number ** 2 | ) | number; number | lambda: 1 | os.system | number.__class__
+not number | number == 1 | 1e999*number | number(1) | model('') | model('no/such') | model('model')
+model(number) | no_such_file.function | sys.exit | 'number' | length*1e308*1e308
+1e39*length - 1e39 | True*number | ... | number := 1 | number, | exec('1')"""
+EXPRESSIONS = [*re.split(r" \| |\n", EXPRESSIONS.strip()), " ", "number\0"]
 EXPRESSIONS += ["-" * 5000 + "number", "(" * 5000 + "number", "number" + "+number" * 20000]
-EXPRESSIONS += ["length*1e308*1e308", "1e39*length - 1e39", "True*number", "..."]
-EXPRESSIONS += ["number := 1", "number,", "exec('1')"]
 
 
 OWN = """import sys
@@ -354,9 +341,7 @@ def test_a_reward_of_the_users(outcome, reward):
     assert OWN_REWARDS[reward] in outcome("train", *words)
 
 
-@pytest.mark.parametrize(
-    ("expression",), mostly_slow([(text,) for text in EXPRESSIONS]), ids=short_id
-)
+@pytest.mark.parametrize(("expression",), mostly_slow(zip(EXPRESSIONS)), ids=short_id)
 def test_reward_expression(outcome, expression):
     sentence = outcome("train", f"--reward={expression}")
     assert "--reward" in sentence or "model(" in sentence

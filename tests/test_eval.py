@@ -17,20 +17,17 @@ from reward import REWARDS, final_answer, load_reward
 from sample import Sampling
 from tasks import Problem, load_task
 
+ROW = {"prompt": "?", "response": "7", "difficulty": "", "finished": True, "length": 2, "parts": {}}
 
-def answers_to(answer, *groups, difficulty="", rule="exact"):
-    """Groups of rows, of responses to problems with one answer."""
-    shared = {"prompt": "?", "answer": answer, "difficulty": difficulty}
-    shared |= {"finished": True, "length": 2, "parts": {}}
+
+def details_by(rule, answer, *groups):
+    """What `details` finds for groups of responses to problems with one answer."""
 
     def row(text):
-        return {**shared, "response": text, "accuracy": REWARDS[rule]("?", text, answer)}
+        return ROW | {"response": text, "accuracy": REWARDS[rule]("?", text, answer)}
 
-    return [list(map(row, texts)) for texts in groups]
-
-
-def details_by(rule, groups):
-    return details(groups, {"accuracy": load_reward(rule)})
+    rows = [list(map(row, texts)) for texts in groups]
+    return details(rows, {"accuracy": load_reward(rule)})
 
 
 def test_responses_depend_on_neither_the_batch_nor_the_other_problems(base):
@@ -62,8 +59,7 @@ def test_responses_depend_on_neither_the_batch_nor_the_other_problems(base):
 def test_pass_and_maj_at_k_of_two_problems():
     """7 7 8 8: pass@1 1/2, pass@2 1 - 1/6, majorities by twos 7 and 8, of all four a tie that the
     first wins. 9 9 9 7: 1/4, 1/2; never the majority."""
-    groups = answers_to("7", "7788", "9997")
-    found = details_by("exact", groups)
+    found = details_by("exact", "7", "7788", "9997")
     passed, majority = found["pass_at"], found["maj_at"]
     assert list(passed) == list(majority) == [1, 2, 4]
     shares = [share["mean"] for share in chain(passed.values(), majority.values())]
@@ -74,42 +70,43 @@ def test_votes_are_counted_after_answers_are_normalised():
     """By `number`, '7.0' and 'so 7' are one answer, with two votes."""
     texts = ["8", "7.0", "so 7"]
     for rule, right in (("number", 0), ("exact", 1)):
-        found = details_by(rule, answers_to("8", texts, rule=rule))
+        found = details_by(rule, "8", texts)
         assert found["maj_at"][3]["mean"] == right
 
 
-def task_of_a_file(*answers):
-    path = Path("my.jsonl")
-    rows = [{"prompt": f"{i}?", "answer": answer} for i, answer in enumerate(answers)]
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return load_task(str(path))
+def task_of_a_file():
+    rows = [json.dumps({"prompt": f"{i}?", "answer": i}) for i in range(20)]
+    Path("my.jsonl").write_text("\n".join(rows))
+    return load_task("my.jsonl")
 
 
-@pytest.mark.parametrize(
-    ("task", "reward", "true_reward", "expected"),
-    [
-        ("add", "", "", {"accuracy": "exact"}),
-        ("add", "exact", "", {"accuracy": "exact"}),
-        ("add", "number", "", {"mean_reward": "number", "accuracy": "exact"}),
-        ("add", "number", "exact", {"accuracy": "exact"}),
-        ("file", "", "", {"accuracy": "number"}),
-        ("file", "stated", "", {"accuracy": "stated"}),
-        ("file", "length", "", {"mean_reward": "length"}),
-        ("file", "exact + format", "", {"mean_reward": "exact + format"}),
-        ("file", "exact + format", "exact", {"accuracy": "exact"}),
-    ],
-)
-def test_what_is_measured_is_what_was_asked_for(task, reward, true_reward, expected):
+# task, --reward, --true_reward -> what is measured
+MEASURED = """
+add | | -> accuracy exact
+add | exact | -> accuracy exact
+add | number | -> mean_reward number accuracy exact
+add | number | exact -> accuracy exact
+file | | -> accuracy number
+file | stated | -> accuracy stated
+file | length | -> mean_reward length
+file | exact+format | -> mean_reward exact+format
+file | exact+format | exact -> accuracy exact"""
+
+
+@pytest.mark.parametrize("line", MEASURED.strip().splitlines())
+def test_what_is_measured_is_what_was_asked_for(line):
     """The guessed rule of a file counts only if no reward was named. A task with a rule of its own
     keeps its accuracy beside another reward."""
-    task = task_of_a_file(*range(20)) if task == "file" else load_task("add")
-    assert measures(task, reward, true_reward) == expected
+    flags, expected = line.split("->")
+    task, *rewards = map(str.strip, flags.split("|"))
+    task = task_of_a_file() if task == "file" else load_task("add")
+    assert " ".join(chain(*measures(task, *rewards).items())) == expected.strip()
 
 
 def test_accuracy_by_difficulty():
-    groups = answers_to("7", "7", difficulty="steps 10")
-    groups += answers_to("7", "7", "8", difficulty="steps 2")
-    found = details_by("exact", groups)["by_difficulty"]
+    rows = [("steps 10", 1.0), ("steps 2", 1.0), ("steps 2", 0.0)]
+    groups = [[{**ROW, "difficulty": label, "accuracy": right}] for label, right in rows]
+    found = details(groups, {"accuracy": load_reward("exact")})["by_difficulty"]
     assert list(found) == ["steps 2", "steps 10"]
     assert [share["mean"] for share in found.values()] == [0.5, 1]
 
@@ -118,7 +115,7 @@ def test_a_run_is_sampled_as_it_sampled_in_training():
     hot, cold = {"temperature": 1.5, "lr": 1}, {"temperature": 0.5, "lr": 2}
     assert sampling_of_runs({"a": hot, "b": hot}, 0) == Sampling(1.5)
     assert sampling_of_runs({"a": hot, "b": cold}, 1) == Sampling(1)
-    assert sampling_of_runs({}, 0) == Sampling(1)
+    assert sampling_of_runs({}, 0) == sampling_of_runs({"older than a field": {}}, 0) == Sampling(1)
     with pytest.raises(UserError, match="--temperature: the runs differ"):
         sampling_of_runs({"a": hot, "b": cold}, 0)
 
@@ -150,29 +147,30 @@ def test_a_run_is_measured_beside_its_base(base, capsys, monkeypatch):
     config = other / "config.json"
     config.write_text(config.read_text().replace('"max_new_tokens": 8', '"max_new_tokens": 6'))
     for flags, models, message in [
-        ({}, [run, str(other)], r"--max_new_tokens: the runs differ in it \(8, 6\), give one"),
+        ({}, [run, "runs/other"], r"--max_new_tokens: the runs differ in it \(8, 6\), give one"),
         ({}, [base], "--task: none of the models is a run"),
         ({"output": config}, [run], "--output .* cannot be written to"),
     ]:
         with pytest.raises(UserError, match=message):
             main(Config(**flags), models)
-    several = main(Config(max_new_tokens=8, limit=8, samples=2, rows_at_once=5), [run, str(other)])
+    sizes = {"limit": 8, "samples": 2}
+    several = main(Config(max_new_tokens=8, rows_at_once=5, **sizes), [run, "runs/other"])
     assert Path("runs/eval/eval.json").exists() and not (folder / "eval.json").exists()
-
-    def no_fast_form(*arguments, **options):
-        raise AssertionError("the fast form ran")
 
     # in float32 the plain form gives the same responses
     with monkeypatch.context() as patch:
-        patch.setattr(fast.generate, "generate", no_fast_form)
-        found = main(Config(limit=8, samples=2, fast="off"), [run])
+        patch.setattr(fast.generate, "generate", None)
+        found = main(Config(fast="off", **sizes), [run])
     shown = capsys.readouterr().out
     assert results_table(found["models"]) in shown and f"{run} against {base}" in shown
     assert found["models"].items() <= several["models"].items()
     assert found["reward"] == "number + 0.1*length"
-    assert (folder / "eval.json").exists() and (folder / "eval.png").exists()
-    # 2 models, 8 problems, 1 greedy and 2 sampled responses
-    assert len((folder / "responses.jsonl").read_text().splitlines()) == 48
+    assert (folder / "eval.png").exists()
+    assert found["n"] == 8 and json.loads((folder / "eval.json").read_text())["n"] == 8
+    # 2 models, 8 test problems, 1 greedy and 2 sampled responses
+    rows = [json.loads(line) for line in (folder / "responses.jsonl").open()]
+    assert len(rows) == 48
+    assert {row["prompt"] for row in rows} == {p.prompt for p in load_task("add").test[:8]}
     [pair] = found["comparisons"]
     assert (pair["before"], pair["after"], pair["measured"]) == (base, run, "mean_reward")
     gained = [found["models"][name]["mean_reward"]["sampled"]["mean"] for name in (base, run)]

@@ -1,5 +1,6 @@
 import re
 import weakref
+from functools import partial
 from pathlib import Path
 from unittest.mock import patch
 
@@ -14,11 +15,19 @@ from torch.utils._pytree import tree_leaves
 from transformers import AutoModelForCausalLM
 
 import train
-from fast.memory import activation_bytes, cache_bytes, estimate, memory_table, peak, shape
+from fast.memory import (
+    activation_bytes,
+    cache_bytes,
+    enable_gradient_checkpointing,
+    estimate,
+    memory_table,
+    peak,
+    shape,
+)
 from fast.optimizer import Optimizer
 from lib.flags import parse
 from lib.lora import add_adapter
-from policy import enable_gradient_checkpointing, load_policy
+from policy import load_policy
 from tools import memory
 
 
@@ -50,18 +59,14 @@ def test_the_cache_is_as_large_as_said(load, architecture):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_optimizer_and_gradients_are_as_large_as_said(dtype):
-    """Float32 parameters are their own masters. bfloat16 ones have masters and gradients in
-    float32."""
+def test_the_optimizer_is_as_large_as_said(dtype):
+    """Float32 parameters are their own masters, bfloat16 ones have masters in float32. As a file.
+    Another optimizer may keep less for some of them, never more."""
     model = AutoModelForCausalLM.from_config(shape("tiny"), dtype=dtype)
-    optimizer = Optimizer(model, 0.0)
-    model(torch.zeros(1, 4, dtype=torch.long)).logits.sum().backward()
+    torch.save(Optimizer(model, 0.0).state_dict(), "optimizer.pt")
     parts = estimate(train.Config(), model, 0, 1)
-    tensors = [master for _, master in optimizer.copies()]
-    for state in optimizer.optimizer.state.values():
-        tensors += [state["exp_avg"], state["exp_avg_sq"]]
-    assert parts["optimizer"] == sum(tensor.nbytes for tensor in tensors)
-    assert parts["update: gradients"] == sum(master.grad.nbytes for master in optimizer.masters)
+    kept = Path("optimizer.pt").stat().st_size
+    assert 0.5 * parts["optimizer"] < kept < 1.02 * parts["optimizer"]
 
 
 def test_what_a_forward_pass_keeps_is_counted():
@@ -221,6 +226,5 @@ def test_with_the_flags_that_are_suggested_it_fits(capsys):
 
 
 def test_what_no_flag_can_mend_is_said_and_what_fits_easily_is_not(load):
-    model, _ = load("llama")
-    assert "take a smaller model" in memory_table(train.Config(), model, 1e6, 20)
-    assert memory_table(train.Config(), model, 1e12, 20) == ""
+    table = partial(memory_table, train.Config(), load("llama")[0], longest_prompt=20)
+    assert "take a smaller model" in table(1e6) and table(1e12) == ""

@@ -11,16 +11,15 @@ from sample import Rollout, Sampling
 
 
 def test_micro_batches_hold_every_row_once_and_keep_to_the_limit():
-    lengths = torch.tensor([5, 30, 7, 7, 12, 1])
-    batches = micro_batches(lengths, 21)
-    assert sorted(row for batch in batches for row in batch.tolist()) == [0, 1, 2, 3, 4, 5]
-    assert [batch.tolist() for batch in batches] == [[1], [4], [2, 3], [0, 5]]
-    lengths = torch.tensor([10, 9, 8, 7, 6])  # 7 < 0.75 * 10: padding would cost as much as tokens
-    assert [batch.tolist() for batch in micro_batches(lengths, 100)] == [[0, 1, 2], [3, 4]]
-    assert [batch.tolist() for batch in micro_batches(lengths, 200)] == [
-        [0, 1, 2, 3, 4]
-    ]  # too little for two
-    assert micro_batches(torch.tensor([], dtype=torch.long), 21) == []
+    for limit, lengths, expected in [
+        (21, [5, 30, 7, 7, 12, 1], [[1], [4], [2, 3], [0, 5]]),
+        # 7 < 0.75 * 10: padding would cost as much as tokens
+        (100, [10, 9, 8, 7, 6], [[0, 1, 2], [3, 4]]),
+        (200, [10, 9, 8, 7, 6], [[0, 1, 2, 3, 4]]),  # too little for two
+        (21, [], []),
+    ]:
+        lengths = torch.tensor(lengths, dtype=torch.long)
+        assert [batch.tolist() for batch in micro_batches(lengths, limit)] == expected
 
 
 def test_the_stop_token_is_trained_on_even_where_pad_equals_eos(load):
@@ -28,46 +27,44 @@ def test_the_stop_token_is_trained_on_even_where_pad_equals_eos(load):
     model, tokenizer = load("gpt2")
     eos = tokenizer.eos_token_id
     assert tokenizer.pad_token_id == eos and stop_ids(model, tokenizer) == [eos]
-    ids = torch.tensor([[40, 41, 42, eos, eos, eos], [40, 41, 42, 43, 44, eos]])
-    prompt_lengths, lengths = torch.tensor([2, 2]), torch.tensor([4, 6])
-    mask = torch.arange(4) < (lengths - prompt_lengths)[:, None]
-    rollout = Rollout(
-        ids, prompt_lengths, lengths, mask, torch.zeros(2, 4), torch.ones(2, dtype=torch.bool)
-    )
-    logprobs, _ = token_logprobs(model, rollout, torch.arange(2), Sampling())
+    ids = torch.tensor([[40, 41, 42, eos, eos, eos]])
+    mask = torch.tensor([[True, True, False, False]])
+    zeros = torch.zeros(1, 4)
+    rollout = Rollout(ids, torch.tensor([2]), torch.tensor([4]), mask, zeros, mask[:, 0])
+    logprobs, _ = token_logprobs(model, rollout, torch.arange(1), Sampling())
     assert torch.equal(logprobs != 0, mask)
-    model.zero_grad()
-    logprobs[0].sum().backward()
-    assert model.get_output_embeddings().weight.grad[eos].abs().max() > 0.01
-    model.zero_grad()
+    head = model.get_output_embeddings().weight
+    [gradient] = torch.autograd.grad(logprobs.sum(), head)
+    assert gradient[eos].abs().max() > 0.01
 
 
-def test_bfloat16_weights_follow_their_float32_masters(folders):
-    """One AdamW step of 1e-6 is far below bfloat16's resolution of these weights; 2,000 of them are not."""
+@pytest.fixture
+def bfloat16_model(folders):
+    """With its optimizer."""
     model, _ = load_policy(folders("llama"), CPU, "bfloat16")
-    weight = model.model.layers[0].mlp.up_proj.weight
-    before = weight.detach().clone()
-    optimizer = Optimizer(model, weight_decay=0.0)
-    for _ in range(2000):
-        weight.grad = None
-        for master in optimizer.masters:
-            master.grad = torch.ones_like(master)
-        optimizer.step(1e-6, max_grad_norm=1e9)
-    master = next(m for w, m in zip(optimizer.parameters, optimizer.masters) if w is weight)
-    moved = before.float() - master
-    torch.testing.assert_close(moved, torch.full_like(moved, 2e-3), rtol=0.02, atol=0)
-    assert torch.equal(weight, master.bfloat16())
+    return model, Optimizer(model, weight_decay=0.0)
 
 
-def test_bfloat16_gradients_of_micro_batches_add_up_in_float32(folders):
-    """1 + 2**-9 is 1 in bfloat16: adding up there would lose every later micro-batch."""
-    model, _ = load_policy(folders("llama"), CPU, "bfloat16")
-    optimizer = Optimizer(model, weight_decay=0.0)
+def test_bfloat16_weights_follow_their_float32_masters(bfloat16_model):
+    """Weights of 1: an AdamW step of 1e-6 is far below bfloat16's resolution; 2,000 of them are not."""
+    model, optimizer = bfloat16_model
     weight = model.model.norm.weight
+    before = weight.detach().float()
+    for _ in range(2000):
+        weight.sum().backward()
+        optimizer.step(1e-6, max_grad_norm=1e9)
+    assert weight.dtype == torch.bfloat16
+    torch.testing.assert_close(before - weight, torch.full_like(before, 2e-3), rtol=0, atol=2e-3)
+    assert (weight != before).all()
+
+
+def test_bfloat16_gradients_of_micro_batches_add_up_in_float32(bfloat16_model):
+    """1 + 2**-9 is 1 in bfloat16: adding up there would lose every later micro-batch."""
+    model, optimizer = bfloat16_model
     for scale in (1.0, 2.0**-9):
-        (weight.sum() * scale).backward()
-    master = next(m for w, m in zip(optimizer.parameters, optimizer.masters) if w is weight)
-    assert weight.grad is None and (master.grad == 1 + 2.0**-9).all()
+        (model.model.norm.weight.sum() * scale).backward()
+    assert model.model.norm.weight.grad is None
+    assert optimizer.step(0.0, max_grad_norm=1e9) == pytest.approx(8 * (1 + 2.0**-9), abs=1e-5)
 
 
 def test_folders_that_cannot_be_loaded_get_one_sentence(folders, tmp_path):

@@ -88,7 +88,6 @@ so <think>hm</think>75 | 75 -> 0
 <think></think>75 | 75 -> 0
 <think>hm</think>75<think> | 75 -> 0""",
 }
-MINUS, EN_DASH, UNSEEN = "\u2212", "\u2013", "\u200b"
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -99,20 +98,21 @@ def test_the_examples_in_the_docstrings_and_more(name):
     assert examples(REWARDS["number"].__doc__)  # the pattern finds them
 
 
-@pytest.mark.parametrize(
-    ("rule", "response", "answer", "reward"),
-    [
-        ("number", f"{MINUS}7", "7", 0),
-        ("number", f"{MINUS}7", "-7", 1),
-        ("number", f"{EN_DASH}$7", "-7", 1),
-        ("exact", "</think>\n75\n", "75", 1),
-        ("format", f"<think>{UNSEEN}\n</think>75", "75", 0),
-        ("format", f"<think>hm</think>{UNSEEN} \u2060", "75", 0),
-        ("format", "\n<think>\nhm\n</think>\n75", "75", 1),
-    ],
-)
-def test_characters_that_are_hard_to_see(rule, response, answer, reward):
-    assert REWARDS[rule]("", response, answer) == reward
+HARD_TO_SEE = """
+number \u22127 | 7 -> 0
+number \u22127 | -7 -> 1
+number \u2013$7 | -7 -> 1
+exact </think>\f75\f | 75 -> 1
+format <think>\u200b\f</think>75 | 75 -> 0
+format <think>hm</think>\u200b \u2060 | 75 -> 0
+format \f<think>\fhm\f</think>\f75 | 75 -> 1"""
+
+
+@pytest.mark.parametrize(("response", "answer", "reward"), examples(HARD_TO_SEE))
+def test_characters_that_are_hard_to_see(response, answer, reward):
+    """\f stands for a line break."""
+    rule, response = response.replace("\f", "\n").split(" ", 1)
+    assert REWARDS[rule]("", response, answer) == float(reward)
 
 
 LAST_NUMBERS = r"""
@@ -215,24 +215,9 @@ def test_countdown_is_neither_fooled_nor_hung(expression, answer, reward):
     assert time.perf_counter() - started < 1
 
 
-PIECES = re.split(
-    "( )", "<think> </think> <answer> </answer> A (B) 3*8 1,012 $ . - ** ( ) ٣ é 0x1F 1_0"
-)
-PIECES += ["\n", "\0", "\ud800", "a a a a a", "9" * 300]
-LONG = [
-    "1,",
-    "<think>",
-    "A",
-    "1",
-    "<answer>",
-    "</answer>",
-    "111,",
-    "-$",
-    "a b c ",
-    "1/1 [1",
-    "B. A ",
-]
-LONG += ["1e1", "boxed{", "{,", " ", "think>", "1.\n"]
+PIECES = "<think> </think> <answer> </answer> A (B) 3*8 1,012 $ . - ** ( ) ٣ é 0x1F 1_0"
+PIECES = [*PIECES.split(), " ", "\n", "\0", "\ud800", "a a a a a", "9" * 300]
+LONG = "1,|<think>|A|1|<answer>|</answer>|111,|-$|a b c |1/1 [1|B. A |1e1|boxed{|{,| |think>|1.\n"
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -240,10 +225,9 @@ def test_a_rule_takes_any_text_and_is_quick(name):
     """`score` refuses what is not a finite number. Time that grows with the square of the length
     would be minutes for a hundred thousand characters."""
     rng = random.Random(name)
-    rewards(
-        load_reward(name), ["".join(rng.choices(PIECES, k=rng.randrange(20))) for _ in range(500)]
-    )
-    for piece in LONG:
+    texts = ["".join(rng.choices(PIECES, k=rng.randrange(20))) for _ in range(500)]
+    rewards(load_reward(name), texts)
+    for piece in LONG.split("|"):
         started = time.perf_counter()
         rewards(load_reward(name), [piece * (100_000 // len(piece)) + "1111"])
         assert time.perf_counter() - started < 2, piece

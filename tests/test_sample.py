@@ -1,4 +1,6 @@
+import copy
 import io
+import json
 import runpy
 import sys
 
@@ -14,44 +16,42 @@ from loss import token_logprobs
 from policy import stop_ids
 from sample import Sampling, join, sample_token
 
-PROMPTS = [
-    [5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15, 16, 17],
-    [300],
-    [40, 41, 42],
-    [77, 78, 79, 80, 81],
-]
+PROMPTS = [list(range(5, 18)), [300], [40, 41, 42], [77, 78, 79, 80, 81]]
+SEEDS = [1, 2, 3, 4]
+SOME = list(range(300, 400))  # a sixth of the tokens: rows end at different times
+
+
+def rows_of(rollout):
+    """The tokens of each row, without padding."""
+    return [ids[:length] for ids, length in zip(rollout.ids.tolist(), rollout.lengths.tolist())]
+
+
+def assert_same(found, expected):
+    for name, value in vars(expected).items():
+        if name != "old_logprobs":
+            assert torch.equal(getattr(found, name), value), name
+    torch.testing.assert_close(found.old_logprobs, expected.old_logprobs, atol=1e-5, rtol=0)
 
 
 @pytest.mark.parametrize("architecture", tiny.ARCHITECTURES)
 def test_greedy_is_that_of_model_generate_on_prompts_of_mixed_length(load, architecture):
-    """Prompts of 13, 1, 3 and 5 tokens in one batch, against each of them alone in transformers' own generate: token
-    for token, with a sliding window of 8 in two of the architectures."""
+    """Prompts of 13, 1, 3 and 5 tokens in one batch, against each of them alone in transformers'
+    own generate: token for token, with a sliding window of 8 in two of the architectures."""
     model, tokenizer = load(architecture)
-    stop = [
-        *stop_ids(model, tokenizer),
-        *range(400, 420),
-    ]  # some more, so that rows end at different times
-    rollout = generate(model, PROMPTS, 1, 24, stop, [0] * 4, sampling=Sampling(0))
-    for row, prompt in enumerate(PROMPTS):
-        expected = model.generate(
-            torch.tensor([prompt]),
-            attention_mask=torch.ones(1, len(prompt)),
-            do_sample=False,
-            max_new_tokens=24,
-            eos_token_id=stop,
-            pad_token_id=0,
-        )[0].tolist()
-        assert rollout.ids[row, : rollout.lengths[row]].tolist() == expected
-        assert rollout.finished[row].item() == (expected[-1] in stop)
+    stop = [*stop_ids(model, tokenizer), *range(400, 420)]
+    rollout = generate(model, PROMPTS, 1, 24, stop, SEEDS, Sampling(0))
+    options = {"do_sample": False, "max_new_tokens": 24, "eos_token_id": stop, "pad_token_id": 0}
+    for prompt, found in zip(PROMPTS, rows_of(rollout)):
+        ids = torch.tensor([prompt])
+        expected = model.generate(ids, attention_mask=torch.ones_like(ids), **options)[0].tolist()
+        assert found == expected
     assert len(set(rollout.response_lengths.tolist())) > 1 or architecture == "gemma2"
 
 
 @pytest.mark.parametrize("architecture", tiny.ARCHITECTURES)
 def test_the_samplers_logprobs_are_the_learners(load, architecture):
     model, _ = load(architecture)
-    rollout = generate(
-        model, PROMPTS, 3, 20, list(range(400, 440)), [1, 2, 3, 4], sampling=Sampling(0.8)
-    )
+    rollout = generate(model, PROMPTS, 3, 20, SOME, SEEDS, Sampling(0.8))
     with torch.no_grad():
         learned, _ = token_logprobs(model, rollout, torch.arange(12), Sampling(0.8))
     torch.testing.assert_close(rollout.old_logprobs, learned, atol=1e-5, rtol=0)
@@ -60,17 +60,13 @@ def test_the_samplers_logprobs_are_the_learners(load, architecture):
 
 @pytest.mark.parametrize("architecture", ["llama", "gemma2"])
 def test_a_response_does_not_depend_on_its_neighbours(load, architecture):
-    """Alone, among longer prompts, in another place: the same tokens, sampled from the prompt's own seed."""
+    """Alone, among longer prompts, in another place: the same tokens, from the prompt's own seed."""
     model, _ = load(architecture)
-    stop = list(range(400, 420))
-    together = generate(model, PROMPTS, 3, 20, stop, [1, 2, 3, 4])
-    backwards = generate(model, PROMPTS[::-1], 3, 20, stop, [4, 3, 2, 1])
+    together = rows_of(generate(model, PROMPTS, 3, 20, SOME, SEEDS))
+    backwards = rows_of(generate(model, PROMPTS[::-1], 3, 20, SOME, SEEDS[::-1]))
     for p, prompt in enumerate(PROMPTS):
-        alone = generate(model, [prompt], 3, 20, stop, [p + 1])
-        for g in range(3):
-            expected = alone.ids[g, : alone.lengths[g]].tolist()
-            for rollout, row in ((together, 3 * p + g), (backwards, 3 * (3 - p) + g)):
-                assert rollout.ids[row, : rollout.lengths[row]].tolist() == expected
+        alone = rows_of(generate(model, [prompt], 3, 20, SOME, [p + 1]))
+        assert together[3 * p :][:3] == backwards[9 - 3 * p :][:3] == alone
 
 
 def test_responses_of_a_group_differ_and_seeds_matter(load):
@@ -88,7 +84,7 @@ def test_a_prompt_is_run_once_for_its_group(load):
     hook = model.model.embed_tokens.register_forward_hook(
         lambda module, args, out: shapes.append(tuple(args[0].shape))
     )
-    rollout = generate(model, PROMPTS, 6, 30, list(range(100, 160)), [1, 2, 3, 4])
+    rollout = generate(model, PROMPTS, 6, 30, list(range(100, 160)), SEEDS)
     hook.remove()
     assert shapes[0] == (4, 12)  # without the last token
     assert shapes[1] == (24, 1) and all(width == 1 for _, width in shapes[1:])
@@ -98,19 +94,16 @@ def test_a_prompt_is_run_once_for_its_group(load):
 
 def test_the_stop_token_ends_a_response_and_belongs_to_it(load):
     model, _ = load("llama")
-    stop = list(range(100, 160))
-    rollout = generate(model, PROMPTS, 8, 12, stop, [1, 2, 3, 4])
+    stop = set(range(100, 160))
+    rollout = generate(model, PROMPTS, 8, 12, list(stop), SEEDS)
     assert 0 < rollout.finished.sum() < 32
-    for row in range(32):
-        start, end = rollout.prompt_lengths[row], rollout.lengths[row]
-        response = rollout.ids[row, start:end].tolist()
-        assert (response[-1] in stop) == rollout.finished[row].item()
-        assert not set(response[:-1]) & set(stop)
-        assert rollout.finished[row] or len(response) == 12
-        assert (
-            not rollout.ids[row, end:].any()
-            and not rollout.old_logprobs[row, len(response) :].any()
-        )
+    for row, ids in enumerate(rows_of(rollout)):
+        *before, last = ids[rollout.prompt_lengths[row] :]
+        assert (last in stop) == rollout.finished[row]
+        assert not stop & set(before)
+        assert last in stop or len(before) == 11
+        assert not rollout.ids[row, len(ids) :].any()
+        assert not rollout.old_logprobs[row, len(before) + 1 :].any()
 
 
 def test_draws_follow_the_distribution_and_never_have_probability_zero():
@@ -129,56 +122,39 @@ def test_draws_follow_the_distribution_and_never_have_probability_zero():
 
 
 @pytest.mark.parametrize("V", [700, 512])
-def test_draws_over_several_blocks_are_those_of_multinomial(V):
-    """200,000 draws of 700 tokens, which are two blocks of 256 and a rest, every third of probability 0, against
-    torch.multinomial's by a chi-square of two samples: its mean is V' - 1 and its deviation sqrt(2 (V' - 1))."""
+def test_draws_over_several_blocks_follow_the_distribution(V):
+    """200,000 draws of 700 tokens, which are 26 blocks of 26 and a rest, every third of probability
+    0, by a chi-square: its mean is the number of the others - 1, its deviation sqrt(2 mean)."""
     generator = torch.Generator().manual_seed(0)
     logits = torch.randn(V, generator=generator)
     logits[::3] = -float("inf")
 
-    def draw():
-        uniforms = torch.rand(5000, dtype=torch.float64, generator=generator)
-        return sample_token(logits.repeat(5000, 1), uniforms, Sampling())[0]
-
-    ours = torch.cat([draw() for _ in range(40)]).bincount(minlength=V).double()
-    theirs = (
-        logits.softmax(0)
-        .multinomial(200_000, True, generator=generator)
-        .bincount(minlength=V)
-        .double()
-    )
-    assert ours[::3].sum() == 0
-    both = (ours + theirs) > 0
-    statistic = ((ours - theirs) ** 2 / (ours + theirs))[both].sum()
-    freedom = both.sum().item() - 1
+    uniforms = torch.rand(40, 5000, dtype=torch.float64, generator=generator)
+    draws = [sample_token(logits.repeat(5000, 1), part, Sampling())[0] for part in uniforms]
+    counts = torch.cat(draws).bincount(minlength=V)
+    assert counts[::3].sum() == 0
+    expected = 200_000 * logits.softmax(0)
+    statistic = ((counts - expected) ** 2 / expected)[expected > 0].sum()
+    freedom = (expected > 0).sum().item() - 1
     assert statistic < freedom + 4 * (2 * freedom) ** 0.5
 
 
 @pytest.mark.parametrize("architecture", ["llama", "gemma2", "gpt2"])
-def test_rows_that_wait_for_a_slot_get_the_same_responses(load, architecture):
-    """24 rows in 5 slots: each slot takes several rows in turn, over what the one before left in the cache."""
+@pytest.mark.parametrize("often", [True, False])
+def test_rows_that_wait_for_a_slot_get_the_same_responses(load, monkeypatch, architecture, often):
+    """24 rows in 5 slots: each slot takes several rows in turn, over what the one before left in
+    the cache. On a GPU rows that have ended go on for up to 15 steps before anyone looks."""
     model, _ = load(architecture)
-    stop, seeds = list(range(300, 400)), [1, 2, 3, 4]
-    together = generate(model, PROMPTS, 6, 20, stop, seeds)
+    together = generate(model, PROMPTS, 6, 20, SOME, SEEDS)
+    if not often:
+        monkeypatch.setitem(fast.generate.CHECK_EVERY, "cpu", 16)
+        monkeypatch.setitem(fast.generate.LENGTH_MULTIPLE, "cpu", 64)
     batches = []
     hook = model.register_forward_hook(lambda module, args, out: batches.append(len(out.logits)))
-    waited = generate(model, PROMPTS, 6, 20, stop, seeds, rows_at_once=5)
+    waited = generate(model, PROMPTS, 6, 20, SOME, SEEDS, rows_at_once=5)
     hook.remove()
     assert max(batches[1:]) == 5 and sum(batches[1:]) < 24 * 20
-    assert torch.equal(waited.ids, together.ids) and torch.equal(waited.finished, together.finished)
-    torch.testing.assert_close(waited.old_logprobs, together.old_logprobs, atol=1e-5, rtol=0)
-
-
-def test_looking_seldom_at_what_has_ended_changes_nothing(load, monkeypatch):
-    """On a GPU rows that have ended go on for up to 15 steps before anyone looks: what they do must leave no trace."""
-    model, _ = load("llama")
-    stop, seeds = list(range(300, 400)), [1, 2, 3, 4]
-    often = generate(model, PROMPTS, 6, 20, stop, seeds, rows_at_once=9)
-    monkeypatch.setitem(fast.generate.CHECK_EVERY, "cpu", 16)
-    monkeypatch.setitem(fast.generate.LENGTH_MULTIPLE, "cpu", 64)
-    seldom = generate(model, PROMPTS, 6, 20, stop, seeds, rows_at_once=9)
-    assert torch.equal(seldom.ids, often.ids) and torch.equal(seldom.lengths, often.lengths)
-    torch.testing.assert_close(seldom.old_logprobs, often.old_logprobs, atol=1e-5, rtol=0)
+    assert_same(waited, together)
 
 
 def test_prompts_that_do_not_fit_are_refused(load):
@@ -195,53 +171,46 @@ def test_prompts_that_do_not_fit_are_refused(load):
 def test_the_plain_and_the_fast_form_sample_the_same(load, architecture):
     """Token for token, from prompts of 13, 1, 3 and 5 tokens; with fewer rows at once too."""
     model, _ = load(architecture)
-    arguments = (model, PROMPTS, 5, 20, list(range(400, 440)), [1, 2, 3, 4], Sampling(0.8))
+    arguments = model, PROMPTS, 5, 20, list(range(400, 440)), SEEDS, Sampling(0.8)
     expected = generate(*arguments)
-    for found in (sample.generate(*arguments), sample.generate(*arguments, rows_at_once=2)):
-        for name in ("ids", "prompt_lengths", "lengths", "response_mask", "finished"):
-            assert torch.equal(getattr(found, name), getattr(expected, name)), name
-        torch.testing.assert_close(found.old_logprobs, expected.old_logprobs, atol=1e-5, rtol=0)
+    assert_same(sample.generate(*arguments), expected)
+    assert_same(sample.generate(*arguments, rows_at_once=2), expected)
 
 
 def test_nothing_is_taken_from_generation_config_but_stop_tokens(load):
     """These settings once took part in sampling, and changed accuracies without a word."""
     model, tokenizer = load("llama")
-    arguments = (model, PROMPTS, 4, 20, list(range(400, 440)), [1, 2, 3, 4])
+    model = copy.deepcopy(model)
+    arguments = model, PROMPTS, 4, 20, SOME, SEEDS
     before = [form(*arguments).ids for form in (generate, sample.generate)]
-    settings = dict(
-        num_beams=4,
-        min_p=0.5,
-        repetition_penalty=5.0,
-        epsilon_cutoff=0.5,
-        min_new_tokens=20,
-        top_k=1,
-        temperature=0.01,
-        suppress_tokens=list(range(300)),
-    )
-    try:
-        for name, value in settings.items():
-            setattr(model.generation_config, name, value)
-        model.generation_config.eos_token_id = [7, 8]
-        assert stop_ids(model, tokenizer) == [0, 7, 8]
-        after = [form(*arguments).ids for form in (generate, sample.generate)]
-    finally:
-        model.generation_config = type(model.generation_config)()
-    assert all(torch.equal(one, other) for one, other in zip(before, after))
+    settings = json.loads("""{"num_beams": 4, "min_p": 0.5, "repetition_penalty": 5.0, "top_k": 1,
+        "epsilon_cutoff": 0.5, "min_new_tokens": 20, "temperature": 0.01, "eos_token_id": [7, 8]}""")
+    model.generation_config.update(**settings, suppress_tokens=list(range(300)))
+    assert stop_ids(model, tokenizer) == [0, 7, 8]
+    after = [form(*arguments).ids for form in (generate, sample.generate)]
+    assert all(map(torch.equal, before, after))
 
 
 def test_rows_of_a_rollout_and_a_mask_with_holes(load):
     """Tokens that an environment wrote are in the row and out of the mask: nothing counts them."""
     model, tokenizer = load("llama")
-    rollout = sample.generate(model, PROMPTS, 2, 6, [], [1, 2, 3, 4])
+    rollout = sample.generate(model, PROMPTS, 2, 6, [], SEEDS)
     rollout.response_mask[3, 1:3] = False
     assert rollout.response_lengths.tolist() == [6, 6, 6, 4, 6, 6, 6, 6]
     part = rollout.rows(torch.tensor([3, 0]))
     assert part.response_lengths.tolist() == [4, 6] and part.prompt_lengths.tolist() == [1, 13]
-    assert part.responses(tokenizer) == [rollout.responses(tokenizer)[i] for i in (3, 0)]
-    parts = join([part, rollout.rows(torch.arange(2))])
-    assert torch.equal(
-        parts.response_mask, torch.cat([part.response_mask, rollout.response_mask[:2]])
+    texts = rollout.responses(tokenizer)
+    assert part.responses(tokenizer) == [texts[3], texts[0]]
+    assert tokenizer.decode(rollout.ids[3, 1:]).startswith(texts[3])
+
+
+def test_joined_rollouts_are_the_rollout_of_all_prompts(load):
+    model, _ = load("llama")
+    arguments = [PROMPTS, SEEDS], [PROMPTS[1:2], [2]], [PROMPTS[2:], [3, 4]], [PROMPTS[:1], [1]]
+    expected, *parts = (
+        sample.generate(model, prompts, 4, 12, SOME, seeds) for prompts, seeds in arguments
     )
+    assert_same(join([parts[2], parts[0], parts[1]]), expected)
 
 
 def test_the_script_prints_responses_to_a_prompt(folders, load, monkeypatch, capsys):

@@ -6,26 +6,18 @@ from pathlib import Path
 
 import pytest
 from conftest import parse_train
-from matplotlib.figure import Figure
 
 import eval
 import train
 from lib.files import read_rows
-from lib.plots import CURVES, read_metrics
+from lib.plots import read_metrics
 
 FLAGS = """--task story.jsonl --reward my_rewards.short_sentences --steps 12 --prompts_per_step 16 --group_size 8
     --max_new_tokens 24 --eval_every 6 --eval_problems 30 --lr 1e-3 --device cpu"""
 
 
 @pytest.mark.slow
-def test_a_story_run_tells_one_story(base, capsys, monkeypatch):
-    titles = []
-
-    def savefig(figure, path, **options):
-        titles.append([panel.get_title() for panel in figure.axes])
-        Path(path).touch()
-
-    monkeypatch.setattr(Figure, "savefig", savefig)
+def test_a_story_run_tells_one_story(base, capsys):
     Path("my_rewards.py").write_text("""
 def short_sentences(prompt, response, answer):
     return max(0.0, 1 - len(response) / 20)
@@ -44,18 +36,15 @@ def short_sentences(prompt, response, answer):
         pattern = rf"mean_reward {kind} +{means[0]:.3f} .* {means[1]:.3f} "
         assert re.search(pattern, shown)
         assert re.search(pattern, (run / "checkpoint" / "README.md").read_text())
-    rows = read_rows(run / "metrics.jsonl")
-    assert rows[-1]["eval_mean_reward"] == means[1]
-    assert not {"eval_accuracy", "accuracy", "all_wrong"} & set(rows[-1])
+    last = read_rows(run / "metrics.jsonl")[-1]
+    assert not {"eval_accuracy", "accuracy", "all_wrong"} & set(last)
     curve = [row["eval_mean_reward"] for row in read_metrics(run) if "eval_mean_reward" in row]
-    assert curve == [means[0], rows[5]["eval_mean_reward"], means[1]]
-    assert CURVES["eval_mean_reward"] in titles[-1] and CURVES["eval_accuracy"] not in titles[-1]
+    assert [curve[0], curve[-1]] == means and len(curve) == 3
 
     found = eval.main(eval.Config(samples=2), [str(run)])
     shown = capsys.readouterr().out
-    assert "accuracy" not in shown and titles[-1] == ["mean reward"]
+    assert "accuracy" not in shown
     [pair] = found["comparisons"]
-    assert pair["measured"] == "mean_reward"
     for kind in ("greedy", "sampled"):
         assert (pair[kind]["difference"] > 0.1, pair[kind]["verdict"]) == (True, "better")
         assert f"{kind:7}  {pair[kind]['difference']:+.3f}" in shown

@@ -92,18 +92,16 @@ def test_jsonl_of_the_users_own():
 
 
 @pytest.mark.parametrize(
-    ("answer", "rule"),
-    [(1e-7, "number"), (1e20, "number"), ("-1,012.50", "number")]
-    + [(text, "exact") for text in ("yes", "\u0667", "7,5", "1.2.3", "12abc")],
+    "answer", [1e-7, 1e20, "-1,012.50", "yes", "\u0667", "7,5", "1.2.3", "12abc"]
 )
-def test_the_rule_of_a_file_is_guessed_from_its_answers(answer, rule):
+def test_the_rule_of_a_file_is_guessed_from_its_answers(answer):
     """`number` where each answer is one that the rule `number` can read."""
     rows = [{"prompt": f"p{i}", "answer": answer if i == 7 else i / 2} for i in range(20)]
     task = load_task(write_lines("my.jsonl", *rows))
-    count = {"number": 20, "exact": 19}[rule]
+    readable = REWARDS["number"]("", f"It is {answer}.", str(answer)) == 1
+    rule, count = ("number", 20) if answer in (1e-7, 1e20, "-1,012.50") else ("exact", 19)
     assert (task.reward, task.rule_guess) == (rule, f"{count} of 20 answers are plain numbers")
-    if rule == "number":
-        assert REWARDS[rule]("", f"It is {answer}.", str(answer)) == 1
+    assert readable or rule == "exact"
 
 
 def test_an_answer_may_be_missing_where_no_rule_wants_one():

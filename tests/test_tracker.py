@@ -41,13 +41,13 @@ def test_each_tracker_is_told_in_its_own_words(package, monkeypatch, kind):
     tracker.send(Path("a"), {}, {"step": 2, "reward": 0.6})
     if kind == "tensorboard":
         package.SummaryWriter.assert_called_once_with(Path("a/tensorboard"))
-        both = [call("reward", 0.5, 1), call("reward", 0.6, 2)]
-        assert package.SummaryWriter().add_scalar.mock_calls == both
-    else:
-        package.init.assert_called_once()
-        assert (package.init.call_args.kwargs.get("mode") == "online") == (kind == "wandb")
-        both = [call({"reward": 0.5}, step=1), call({"reward": 0.6}, step=2)]
-        assert package.init().log.mock_calls == both
+        calls = package.SummaryWriter().add_scalar.mock_calls
+        assert calls == [call("reward", 0.5, 1), call("reward", 0.6, 2)]
+        return
+    package.init.assert_called_once()
+    assert (package.init.call_args.kwargs.get("mode") == "online") == (kind == "wandb")
+    calls = package.init().log.mock_calls
+    assert calls == [call({"reward": 0.5}, step=1), call({"reward": 0.6}, step=2)]
 
 
 def test_a_missing_package_is_said_before_anything_is_made(base, monkeypatch):

@@ -2,7 +2,6 @@
 
 import json
 import random
-import re
 import subprocess
 import sys
 from pathlib import Path
@@ -23,17 +22,18 @@ from lib.run import Run, read_config
 from policy import load_policy
 
 ROOT = Path(__file__).parent.parent
+WHEN = "before", "after"
 SMALL = "--device cpu --lr 1e-3 --prompts_per_step 4 --group_size 8 --max_new_tokens 8 --eval_problems 0 --eval_every 50"
 RULES = {
-    "sevens": lambda prompt, response, answer: response.count("7") / 8,
-    "others": lambda prompt, response, answer: 1 - response.count("7") / 8,
+    "sevens": lambda p, response, a: response.count("7") / 8,
+    "others": lambda p, response, a: 1 - response.count("7") / 8,
     # rare: many groups of 8 have none
-    "seven": lambda prompt, response, answer: float(response[:1] == "7"),
+    "seven": lambda p, response, a: float(response[:1] == "7"),
     # about half of the responses
-    "low": lambda prompt, response, answer: float(response[:1] in list("01234")),
-    "same": lambda prompt, response, answer: 0.7,
-    "coin": lambda prompt, response, answer: float(random.random() < 0.5),
-    "noisy": lambda prompt, response, answer: random.random() + torch.rand(1).item(),
+    "low": lambda p, response, a: float(response[:1] in list("01234")),
+    "same": lambda p, response, a: 0.7,
+    "coin": lambda p, response, a: float(random.random() < 0.5),
+    "noisy": lambda p, response, a: random.random() + torch.rand(1).item(),
 }
 
 
@@ -83,30 +83,28 @@ def assert_equal(one, other):
 
 
 def test_a_run_leaves_what_it_should(base):
-    flags = f"--model {base} {SMALL} --name demo --steps 3 --eval_every 2 --eval_problems 20 --reward length"
-    folder = train.main(parse_train(*flags.split()))
-    config = json.loads((folder / "config.json").read_text())["config"]
+    flags = "--name demo --steps 3 --eval_every 2 --eval_problems 20 --reward length"
+    folder = train.main(parse_train("--model", base, *SMALL.split(), *flags.split()))
+    config = read_config(folder)
     assert (config["group_size"], config["name"], config["reward"]) == (8, "demo", "length")
     rows = metrics_of(folder)
-    assert [row["step"] for row in rows] == [1, 2, 3]
     assert ["eval_accuracy" in row for row in rows] == [False, True, True]
     assert [row["prompts_seen"] for row in rows] == [4, 8, 12]
     assert all(0 < row["sampler_gap"] < 1e-5 and row["grad_norm"] > 0 for row in rows)
     samples = read_rows(folder / "samples.jsonl")
     assert [sample["step"] for sample in samples] == [1] * 4 + [2] * 4 + [3] * 4
-    for name in ("before.json", "after.json"):
-        assert len(json.loads((folder / name).read_text())["responses"]) == 20
+    before, after = (json.loads((folder / f"{when}.json").read_text()) for when in WHEN)
+    assert len(before["responses"]) == len(after["responses"]) == 20
+    measured = after["mean_reward"]
+    assert rows[-1]["eval_mean_reward"] == measured["sampled"]["mean"] != measured["greedy"]["mean"]
     card = (folder / "checkpoint" / "README.md").read_text()
     for text in (f"{base}, trained by GRPO: 3 steps", "the reward `length`", "accuracy sampled"):
         assert text in card
     for script in ("train.py", "lib/run.py", "fast/generate.py"):
         assert (folder / "code" / script).read_text() == (ROOT / script).read_text()
     assert (folder / "curves.png").read_bytes().startswith(b"\x89PNG")
-    policy, tokenizer = load_policy(str(folder), CPU)
-    before, _ = load_policy(base, CPU)
-    assert tokenizer("48+27=").input_ids and not torch.equal(
-        policy.lm_head.weight, before.lm_head.weight
-    )
+    load_policy(str(folder), CPU)
+    assert not torch.equal(weights_of(base), weights_of(folder / "checkpoint"))
 
 
 def test_resumed_equals_straight_to_the_last_bit(base):
@@ -128,10 +126,12 @@ def test_with_everything_on_resumed_equals_straight(base):
     assert read_config(resumed)["clip_high"] == 0.28
 
 
-def test_the_reward_rises_on_something_learnable(base):
-    rows = metrics_of(run(base, "--reward sevens --steps 25"))
+def test_the_reward_rises_on_something_learnable_without_hints(base, capsys):
+    rows = metrics_of(run(base, "--reward sevens --steps 20"))
     assert rows[0]["reward"] < 0.15
-    assert fmean(row["reward"] for row in rows[-3:]) > rows[0]["reward"] + 0.3
+    assert fmean(row["reward"] for row in rows[-3:]) > rows[0]["reward"] + 0.25
+    shown = capsys.readouterr().out
+    assert "nothing to learn" not in shown and "by itself" not in shown
 
 
 def test_each_part_of_a_mixture_is_recorded(base):
@@ -149,12 +149,11 @@ def test_each_part_of_a_mixture_is_recorded(base):
 
 def test_a_reward_that_fails_stops_the_run_and_the_checkpoint_stays(base):
     """It returns nan once, in step 3."""
-    Path("mine.py").write_text(
-        "seen = []\n"
-        "def broken(prompt, response, answer):\n"
-        "    seen.append(response)\n"
-        "    return float('nan') if len(seen) == 2 * 32 + 5 else len(response)\n"
-    )
+    Path("mine.py").write_text("""seen = []
+def broken(prompt, response, answer):
+    seen.append(response)
+    return float('nan') if len(seen) == 2 * 32 + 5 else len(response)
+""")
     flags = "--name broken --reward mine.broken --steps 4 --save_every 1"
     with pytest.raises(UserError, match=r"--reward mine.broken: returned nan, not a finite number"):
         run(base, flags)
@@ -200,30 +199,23 @@ def test_random_rewards_move_nothing_and_real_ones_do(base):
     assert abs(moved["coin"]) < 0.15
 
 
-def test_groups_without_a_signal_change_nothing(base):
-    folder = run(base, "--reward same --steps 2")
-    for row in metrics_of(folder):
-        assert row["trained"] == row["grad_norm"] == row["informative"] == row["updates"] == 0
-    assert torch.equal(weights_of(base), weights_of(folder / "checkpoint"))
+MISTAKES = """
+--task gms8k -> --task gms8k: not one of add, countdown, gsm8k, nor a .jsonl file
+--reward exakt -> --reward exakt: not one of exact, number
+--group_size 1 -> --group_size 1: --normaliser zscore needs at least 2
+--temperature nan -> --temperature nan: must be at least 0.0001
+--filter top --top_share 1.5 -> --top_share 1.5: must be at most 1
+--recipe grop -> argument --recipe: invalid choice: 'grop'
+--model no/such/folder -> model no/such/folder: cannot be loaded
+--max_new_tokens 200 -> do not fit into the model's context of 128
+--resume -> --resume: say which run
+--resume --name gone -> runs/gone: no run there
+--no_such_flag -> unrecognized arguments: --no_such_flag"""
 
 
-@pytest.mark.parametrize(
-    ("flags", "message"),
-    [
-        ("--task gms8k", "--task gms8k: not one of add, countdown, gsm8k, nor a .jsonl file"),
-        ("--reward exakt", "--reward exakt: not one of exact, number"),
-        ("--group_size 1", "--group_size 1: --normaliser zscore needs at least 2"),
-        ("--temperature nan", "--temperature nan: must be at least 0.0001"),
-        ("--filter top --top_share 1.5", "--top_share 1.5: must be at most 1"),
-        ("--recipe grop", "argument --recipe: invalid choice: 'grop'"),
-        ("--model no/such/folder", "model no/such/folder: cannot be loaded"),
-        ("--max_new_tokens 200", "do not fit into the model's context of 128"),
-        ("--resume", "--resume: say which run"),
-        ("--resume --name gone", "runs/gone: no run there"),
-        ("--no_such_flag", "unrecognized arguments: --no_such_flag"),
-    ],
-)
-def test_a_mistake_gets_one_sentence_and_status_2(base, capsys, monkeypatch, flags, message):
+@pytest.mark.parametrize("line", MISTAKES.strip().splitlines())
+def test_a_mistake_gets_one_sentence_and_status_2(base, capsys, monkeypatch, line):
+    flags, message = line.split(" -> ")
     monkeypatch.setattr(sys, "argv", ["train.py", "--model", base, *flags.split()])
     with pytest.raises(SystemExit) as exit:
         run_script(train.main, train.Config, train.__doc__, train.fill, train.HELP)
@@ -235,14 +227,11 @@ def test_a_mistake_gets_one_sentence_and_status_2(base, capsys, monkeypatch, fla
 
 def test_a_taken_name_is_refused_and_nothing_there_changes(base):
     folder = run(base, "--name demo --steps 1")
-
-    def contents():
-        return {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
-
-    before = contents()
+    files = [path for path in folder.rglob("*") if path.is_file()]
+    before = [path.read_bytes() for path in files]
     with pytest.raises(UserError, match="--name demo: runs/demo is there already"):
         run(base, "--name demo --steps 1")
-    assert contents() == before
+    assert [path.read_bytes() for path in files] == before
     assert [run(base, "--steps 1").name for _ in range(2)] == ["add", "add-2"]
 
 
@@ -280,15 +269,11 @@ def test_cheap_checks_come_before_the_model_is_loaded(monkeypatch):
     taken = Path("runs", "taken")
     taken.mkdir(parents=True)
     (taken / "config.json").touch()
-    for flags, message in {
-        "--name taken": "--name taken: runs/taken is there already",
-        "--task nope": "--task nope",
-        "--reward nope": "--reward nope",
-        "--true_reward 2*nope": "--reward nope",
-        "--temperature 0": "--temperature 0",
-    }.items():
-        with pytest.raises(UserError, match=re.escape(message)):
+    for flags in ("--name taken", "--task nope", "--reward nope", "--temperature 0"):
+        with pytest.raises(UserError, match=flags):
             train.main(parse_train(*flags.split()))
+    with pytest.raises(UserError, match="--reward nope"):
+        train.main(parse_train("--true_reward", "2*nope"))
 
 
 def test_a_run_that_goes_nowhere_says_so_once_and_stops_sampling_more(base, capsys):
@@ -303,9 +288,3 @@ def test_a_run_that_goes_nowhere_says_so_once_and_stops_sampling_more(base, caps
     assert shown.count("no response has ended by itself in three steps") == 1
     start("--name add --resume --steps 14")
     assert metrics_of(folder)[-1]["batches_drawn"] == 1
-
-
-def test_a_run_that_learns_gets_no_hints(base, capsys):
-    run(base, "--reward sevens --steps 12")
-    shown = capsys.readouterr().out
-    assert "nothing to learn" not in shown and "by itself" not in shown

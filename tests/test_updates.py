@@ -1,7 +1,7 @@
 """What train.py does with weights, losses and sizes: reused rollouts, filters, KL and entropy, lack of memory, metrics."""
 
+import json
 import math
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -16,6 +16,7 @@ import train
 from lib.files import read_rows
 from lib.flags import UserError
 from lib.metrics import UpdateStatistics, rollout_metrics, update_metrics
+from loss import NORMALISERS
 from policy import load_policy
 from reward import token_credit
 from sample import Rollout, Sampling
@@ -25,14 +26,25 @@ def use_forms(monkeypatch, generate=sample.generate, token_logprobs=loss.token_l
     monkeypatch.setattr(fast, "choose", lambda *arguments: fast.Forms(generate, token_logprobs))
 
 
+def changed_sampler(change):
+    """-> a plain sampler with a change of each of its rollouts, a list that gets the rollouts"""
+    rollouts = []
+
+    def generate(*arguments, **options):
+        rollouts.append(sample.generate(*arguments, **options))
+        change(rollouts[-1])
+        return rollouts[-1]
+
+    return generate, rollouts
+
+
 def sampler_off_by(gap):
     """A sampler whose log-probs are that much too low."""
 
-    def generate(*arguments, **options):
-        rollout = sample.generate(*arguments, **options)
-        return replace(rollout, old_logprobs=rollout.old_logprobs - gap * rollout.response_mask)
+    def lower(rollout):
+        rollout.old_logprobs -= gap * rollout.response_mask
 
-    return generate
+    return changed_sampler(lower)[0]
 
 
 def test_a_reused_rollout_has_ratios_and_clips(base):
@@ -65,16 +77,13 @@ def test_a_minibatch_has_a_part_of_every_group_and_is_divided_by_its_own_tokens(
 @pytest.mark.parametrize("denominator", ["token", "sequence"])
 def test_tokens_that_the_policy_did_not_write_are_not_counted(base, monkeypatch, denominator):
     """Holes in the mask, as the tokens of a tool would leave: every row has as many as its number modulo 3."""
-    rollouts = []
 
-    def generate(*arguments, **options):
-        rollout = sample.generate(*arguments, **options)
+    def make_holes(rollout):
         for row, mask in enumerate(rollout.response_mask):
             mask[1 : 1 + row % 3] = False
         rollout.old_logprobs *= rollout.response_mask
-        rollouts.append(rollout)
-        return rollout
 
+    generate, rollouts = changed_sampler(make_holes)
     use_forms(monkeypatch, generate)
     flags = f"--normaliser raw --reward same --denominator {denominator} --steps 1"
     [row] = metrics_of(run(base, flags))
@@ -92,18 +101,15 @@ def test_tokens_that_the_policy_did_not_write_are_not_counted(base, monkeypatch,
 def test_weights_are_normalised_over_the_whole_group_before_the_filter(base, name):
     flags = f"--filter {name} --top_share 0.25 --reward noisy --steps 1 --log_samples 32"
     samples = read_rows(run(base, flags) / "samples.jsonl")
-    groups = {}
-    for row in samples:
-        groups.setdefault(row["prompt"], []).append(row)
-    dropped = 0
-    for group in groups.values():
-        rewards = torch.tensor([row["reward"] for row in group])
-        weights = (rewards - rewards.mean()) / (rewards.std(correction=0) + 1e-4)
-        for row, reward, weight in zip(group, rewards, weights.tolist()):
-            kept = row["finished"] if name == "finished" else (rewards > reward).sum() < 2
-            assert row["weight"] == pytest.approx(weight * bool(kept), abs=1e-4)
-            dropped += not kept
-    assert len(groups) == 4 and 0 < dropped < 32
+    samples.sort(key=lambda row: row["prompt"])
+    rewards = torch.tensor([row["reward"] for row in samples]).view(4, 8)
+    expected = NORMALISERS["zscore"](rewards)
+    kept = rewards >= rewards.topk(2).values[:, -1:]
+    if name == "finished":
+        kept = torch.tensor([row["finished"] for row in samples]).view(4, 8)
+    weights = torch.tensor([row["weight"] for row in samples]).view(4, 8)
+    torch.testing.assert_close(weights, expected * kept, atol=1e-4, rtol=0)
+    assert 0 < kept.sum() < 32
 
 
 @pytest.mark.parametrize(("name", "skipped"), [("logprob", 0), ("clip", 2)])
@@ -132,8 +138,7 @@ def test_bfloat16_ratios_are_to_the_learners_own_logprobs(base, monkeypatch, dty
 @pytest.mark.parametrize(
     ("flags", "trained"),
     [
-        ("--filter informative --reward same", 0),
-        ("--filter resample --reward same", 0),
+        ("--reward same", 0),
         ("--filter finished --reward noisy --max_new_tokens 1 --seed 1", 0),
         ("--filter informative --reward same --kl_beta 0.1", 0),
         ("--reward same --kl_beta 0.1", 1),
@@ -144,6 +149,7 @@ def test_a_filter_that_leaves_nothing_makes_no_update(base, capfd, flags, traine
     folder = run(base, flags, "--steps 2")
     for row in metrics_of(folder):
         assert row["trained"] == row["updates"] == trained
+        assert trained or row["grad_norm"] == 0
         assert "effective_samples" not in row  # no weight at all
     assert capfd.readouterr().out.count("no update") == (0 if trained else 2)
     if not trained:
@@ -162,16 +168,6 @@ def test_resampling_goes_on_until_enough_groups_have_a_signal(base):
     assert len({row["batches_drawn"] for row in rows}) > 1
 
 
-def test_joined_rollouts_are_the_rollout_of_all_prompts(load):
-    model, _ = load("llama")
-    prompts, stop = [[5, 6, 7, 8], [9], [10] * 6], list(range(100, 160))
-    expected = sample.generate(model, prompts, 4, 12, stop, [1, 2, 3])
-    first = sample.generate(model, prompts[:1], 4, 12, stop, [1])
-    joined = sample.join([first, sample.generate(model, prompts[1:], 4, 12, stop, [2, 3])])
-    for name, value in vars(expected).items():
-        assert torch.equal(getattr(joined, name), value), name
-
-
 def test_the_kl_term_holds_the_policy_where_it_was(base):
     """To log the KL changes nothing that is learnt."""
     flags = "--reward seven --steps 9"
@@ -187,22 +183,18 @@ def test_the_kl_term_holds_the_policy_where_it_was(base):
 def test_an_entropy_term_trains_on_every_row_and_raises_the_entropy(base, monkeypatch):
     """With a constant reward all weights are 0: the entropy is all that is left of the loss, and its metric is exact,
     where -log pi of the sampled tokens is an estimate."""
-    rollouts = []
-
-    def generate(*arguments, **options):
-        rollouts.append(sample.generate(*arguments, **options))
-        return rollouts[-1]
-
+    generate, rollouts = changed_sampler(id)
     use_forms(monkeypatch, generate)
     rows = metrics_of(run(base, "--reward same --entropy_coef 0.5 --steps 8"))
     policy, _ = load_policy(base, CPU)
     first = rollouts[0]
     with torch.no_grad():
         _, entropy = loss.token_logprobs(policy, first, torch.arange(32), Sampling())
-    exact = entropy.sum().item() / first.response_lengths.sum().item()
+    tokens = first.response_lengths.sum().item()
+    exact = entropy.sum().item() / tokens
     assert rows[0]["entropy"] == pytest.approx(exact, abs=1e-5)
     assert rows[0]["loss"] == pytest.approx(-0.5 * exact, abs=1e-5)
-    assert abs(exact + first.old_logprobs.sum().item() / first.response_mask.sum().item()) > 0.01
+    assert abs(exact + first.old_logprobs.sum().item() / tokens) > 0.01
     assert all(row["trained"] == 1 for row in rows)
     assert rows[-1]["entropy"] > exact + 0.3
 
@@ -229,8 +221,9 @@ def test_a_row_of_weight_0_gets_no_forward_pass_without_such_a_term(
 
 
 def starve(monkeypatch, place):
-    """Memory runs out once, in the first sampling or in the second pass of another kind, when work is done."""
-    policies, calls = [], []
+    """Memory runs out once, when work is done: in the first sampling or in the second pass of
+    another kind."""
+    calls = []
     fatal = 1 if place == "sampling" else 2
 
     def work(kind):
@@ -238,22 +231,15 @@ def starve(monkeypatch, place):
         if kind == place and calls.count(kind) == fatal:
             raise torch.OutOfMemoryError("CUDA out of memory")
 
-    def generate(policy, *rest, **options):
-        policies.append(policy)
-        rollout = sample.generate(policy, *rest, **options)
-        work("sampling")
-        return rollout
-
-    def token_logprobs(policy, rollout, rows, *rest):
-        found = loss.token_logprobs(policy, rollout, rows, *rest)
+    def token_logprobs(policy, rollout, *rest):
+        found = loss.token_logprobs(policy, rollout, *rest)
         if torch.is_grad_enabled():
             work("update")
-        elif policy is not policies[0]:
-            work("reference")
-        elif len(rollout.ids) > 2:
-            work("old")
+        elif len(rollout.ids) > 2:  # a forward pass of two rows is the check of the sampler
+            work("no gradient")
         return found
 
+    generate, _ = changed_sampler(lambda rollout: work("sampling"))
     use_forms(monkeypatch, generate, token_logprobs)
 
 
@@ -262,8 +248,12 @@ def starve(monkeypatch, place):
     [
         ("sampling", "--rows_at_once 8", "--rows_at_once 4"),
         ("update", "--micro_batch_tokens 128", "--micro_batch_tokens 64"),
-        ("reference", "--micro_batch_tokens 128 --kl_beta 0.1", "--micro_batch_tokens 64"),
-        ("old", "--micro_batch_tokens 128 --dtype bfloat16 --loss clip", "--micro_batch_tokens 64"),
+        ("no gradient", "--micro_batch_tokens 128 --kl_beta 0.1", "--micro_batch_tokens 64"),
+        (
+            "no gradient",
+            "--micro_batch_tokens 128 --dtype bfloat16 --loss clip",
+            "--micro_batch_tokens 64",
+        ),
     ],
 )
 def test_out_of_memory_halves_the_size_and_counts_nothing_twice(
@@ -279,17 +269,15 @@ def test_out_of_memory_halves_the_size_and_counts_nothing_twice(
 
 
 def test_halving_stops_at_the_longest_row(base, monkeypatch):
-    lengths = []
-
     def backward(forms, policy, rollout, *rest, micro_batch_tokens):
         lengths.append(rollout.lengths.max().item())
         raise torch.OutOfMemoryError("CUDA out of memory")
 
+    lengths = []
     monkeypatch.setattr(train, "backward", backward)
-    with pytest.raises(UserError) as error:
+    with pytest.raises(UserError, match="out of memory, and less would not help") as error:
         run(base, "--reward noisy --steps 1 --micro_batch_tokens 100")
-    message = f"--micro_batch_tokens {lengths[0]}: out of memory, and less would not help"
-    assert message in str(error.value) and 2 < len(lengths) < 5
+    assert f"--micro_batch_tokens {lengths[0]}:" in str(error.value) and 2 < len(lengths) < 5
 
 
 def test_offload_changes_no_number(base):
@@ -308,37 +296,32 @@ def test_the_numbers_of_a_step_by_hand():
     mask = torch.arange(8) < lengths[:, None]
     finished = torch.tensor([True, True, True, False])
     rollout = Rollout(mask.long(), lengths, lengths, mask, -0.5 * mask, finished)
-    texts, true, parts = ["a</think>b", "", "a", ""], [1.0, 0.5, 1.0, 1.0], [2.0, 0.0, 0.0, 1.0]
-    rewards = torch.tensor([[1.0, 0.0], [1.0, 1.0]])
+    rows = (
+        ("a</think>b", 1.0, 1.0, 2.0),
+        ("", 0.0, 0.5, 0.0),
+        ("a", 1.0, 1.0, 0.0),
+        ("", 1.0, 1.0, 1.0),
+    )
     samples = [
-        {"response": text, "reward": reward, "true_reward": value, "parts": {"number": part}}
-        for text, reward, value, part in zip(texts, rewards.flatten().tolist(), true, parts)
+        {"response": text, "reward": reward, "true_reward": true, "parts": {"number": part}}
+        for text, reward, true, part in rows
     ]
-    expected = {
-        "reward": 0.75,
-        "reward_std": 0.25,
-        "reward_std_between": 0.25,
-        "reward/number": 0.75,
-        "informative": 0.5,
-        "true_reward": 0.875,
-        "accuracy": 0.75,
-        "thinking": 0.25,
-        "all_right": 0.5,
-        "all_wrong": 0.0,
-        "response_length": 5.0,
-        "response_length_finished": 4.0,
-        "response_length_truncated": 8.0,
-        "finished": 0.75,
-        "entropy": 0.5,
-        "effective_samples": 16 / 6,
-    }
-    found = rollout_metrics(rollout, samples, rewards, torch.tensor([[2.0], [-1], [1], [0]]))
+    expected = json.loads("""{"reward": 0.75, "reward_std": 0.25, "reward_std_between": 0.25,
+        "reward/number": 0.75, "informative": 0.5, "true_reward": 0.875, "accuracy": 0.75,
+        "thinking": 0.25, "all_right": 0.5, "all_wrong": 0.0, "response_length": 5.0,
+        "response_length_finished": 4.0, "response_length_truncated": 8.0, "finished": 0.75,
+        "entropy": 0.5, "effective_samples": 2.6666667}""")
+
+    def numbers(weights, **options):
+        rewards = torch.tensor([[1.0, 0.0], [1.0, 1.0]])
+        return rollout_metrics(rollout, samples, rewards, torch.tensor(weights), **options)
+
+    found = numbers([[2.0], [-1], [1], [0]])
     assert {name: found[name] for name in expected} == pytest.approx(expected)
     rollout.finished[:] = True
-    found = rollout_metrics(rollout, samples, rewards, torch.zeros(4, 1))
-    assert not {"response_length_truncated", "effective_samples"} & set(found)
-    found = rollout_metrics(rollout, samples, rewards, torch.ones(4, 1), right_or_wrong=False)
-    assert not {"accuracy", "all_right", "all_wrong"} & set(found)
+    found = numbers([[0.0]] * 4, right_or_wrong=False)
+    absent = "response_length_truncated effective_samples accuracy all_right all_wrong"
+    assert not {*absent.split()} & {*found}
 
 
 def test_the_numbers_of_the_updates_by_hand():
@@ -357,14 +340,12 @@ def test_the_numbers_of_the_updates_by_hand():
     two = statistics(1.0, (0.0, [1.0, 1, 1, 9], mask))
     bad = statistics(math.nan, (7.0, [7.0, 7, 7, 7], mask))
     first = {"updates": 1, "skipped": 1, "loss": 1.0, "grad_norm": 2.0, "entropy": 2.0}
-    found = update_metrics([one, bad])
-    assert {name: found[name] for name in first} == pytest.approx(first)
-    assert "ratio_max" not in found
     both = {"updates": 2, "skipped": 0, "loss": 0.5, "grad_norm": 1.5, "entropy": 2.0}
     both |= {"ratio_mean": 1.0, "ratio_max": 1.5, "clip_share": 0.125}
-    found = update_metrics([one, two])
-    assert {name: found[name] for name in both} == pytest.approx(both)
-    assert update_metrics([])["updates"] == 0
+    for updates, expected in (([one, bad], first), ([one, two], both), ([], {"updates": 0})):
+        found = update_metrics(updates)
+        assert {name: found[name] for name in expected} == pytest.approx(expected)
+        assert ("ratio_max" in found) == (updates == [one, two])  # a single step has no ratios
 
 
 def test_credit_is_where_the_numbers_are():

@@ -1,4 +1,4 @@
-"""Make the tiny base model of the default run, by imitation of written examples.
+"""Make a tiny base model, such as that of the default run, by imitation of written examples.
 
     python -m tools.pretrain --output models/add --seed 0    # how models/add was made, 40 seconds
     python -m tools.pretrain --output models/other --seed 1
@@ -11,6 +11,8 @@ mix in which only 30 % are worked. The others answer straight away, and 60 % of 
 one in one digit. So the model can do the sum when it thinks, mostly does not think, and is then
 mostly wrong. Nothing tells it to think: the reward for the answer alone must bring that out. (A
 model that is shown the mix from the start takes twice as long to learn the working out.)
+
+For another task, write a function that writes an example, and add it to EXAMPLES.
 """
 
 import os
@@ -33,8 +35,31 @@ THINKING = 0.3  # share of worked examples in the mix
 MISTAKES = 0.6  # share of the other examples that are wrong in one digit
 
 
+def add(problem, think, rng) -> str:
+    """A response to "48+27=". With `think` the sum digit by digit, always right, else the bare sum,
+    or more often one with a digit off by one.
+
+    think: '<think>8+7=15;4+2+1=7;</think>75'; else '75', '74', '85' ...
+    """
+    a, b = map(int, problem.prompt.rstrip("=").split("+"))
+    if think:
+        units = a % 10 + b % 10
+        carry = "+1" if units > 9 else ""
+        tens = (a + b) // 10
+        return f"<think>{a % 10}+{b % 10}={units};{a // 10}+{b // 10}{carry}={tens};</think>{a + b}"
+    digits = list(map(int, problem.answer))
+    if rng.random() < MISTAKES:
+        place = rng.randrange(len(digits))
+        digits[place] = (digits[place] + rng.choice((-1, 1))) % 10
+    return "".join(map(str, digits))
+
+
+EXAMPLES = {"add": add}  # task -> function that writes a response to one of its problems
+
+
 @dataclass(frozen=True)
 class Config:
+    task: Literal[tuple(EXAMPLES)] = flag("add", "task to write examples of")
     output: str = flag("models/add", "folder to write")
     steps: int = flag(400, "optimizer steps")
     worked_steps: int = flag(280, "first steps, which show worked examples only")
@@ -82,38 +107,16 @@ def make_model(tokenizer) -> LlamaForCausalLM:
     return LlamaForCausalLM(config)
 
 
-def worked(a, b) -> str:
-    """The sum digit by digit, always right.
-
-    48, 27 -> '<think>8+7=15;4+2+1=7;</think>75'
-    50, 72 -> '<think>0+2=2;5+7=12;</think>122'
-    """
-    units = a % 10 + b % 10
-    carry = "+1" if units > 9 else ""
-    tens = (a + b) // 10
-    return f"<think>{a % 10}+{b % 10}={units};{a // 10}+{b // 10}{carry}={tens};</think>{a + b}"
-
-
-def hasty(a, b, rng) -> str:
-    """48, 27 -> '75', or more often with one digit off by one: '74', '85' ..."""
-    digits = [int(digit) for digit in str(a + b)]
-    if rng.random() < MISTAKES:
-        place = rng.randrange(len(digits))
-        digits[place] = (digits[place] + rng.choice((-1, 1))) % 10
-    return "".join(map(str, digits))
-
-
-def response_loss(model, ids, mask, start) -> Tensor:
-    """(B, T) ids padded on the right -> cross entropy, mean over all response tokens.
-
-    mask: (B, T) no padding; start: where all responses start
-    """
+def response_loss(model, batch) -> Tensor:
+    """The cross entropy of prompts and responses, mean over the tokens of responses."""
+    ids = batch["input_ids"]  # (B, T)
+    mask = batch["token_type_ids"]  # (B, T) 1: responses, end of text too; 0: prompts, padding
+    start = mask.argmax(1).min()  # of the earliest response
     # the logits at a position predict the token at the next
     positions = torch.arange(start - 1, ids.shape[1] - 1)
     logits = model(ids, use_cache=False, logits_to_keep=positions).logits  # (B, N, V)
     logprobs = logits.gather(2, ids[:, start:, None])[:, :, 0] - logits.logsumexp(-1)
-    mask = mask[:, start:]  # (B, N) the end of text is learned too
-    return -(logprobs * mask).sum() / mask.sum()
+    return -(logprobs * mask[:, start:]).sum() / mask.sum()
 
 
 def main(config) -> None:
@@ -133,22 +136,18 @@ def main(config) -> None:
     schedule = torch.optim.lr_scheduler.OneCycleLR(
         optimizer, config.lr, max(11, config.steps), pct_start=0.1, cycle_momentum=False
     )  # with 10 steps torch divides by zero
-    problems = load_task("add").train  # its held-out problems stay unseen here too
-    start = len(problems[0].prompt)  # all prompts are as long as "48+27=", one token per character
+    problems = load_task(config.task).train  # the held-out problems stay unseen here too
 
-    bar = trange(config.steps, desc=f"making {output}", dynamic_ncols=True)
+    bar = trange(config.steps, desc=f"making {output}")
     for step in bar:
-        texts = []
+        pairs = []
         for problem in rng.choices(problems, k=config.batch_size):
-            a, b = map(int, problem.prompt.rstrip("=").split("+"))
-            if step < config.worked_steps or rng.random() < THINKING:
-                response = worked(a, b)
-            else:
-                response = hasty(a, b, rng)
-            texts.append(problem.prompt + response + tokenizer.eos_token)
+            think = step < config.worked_steps or rng.random() < THINKING
+            response = EXAMPLES[config.task](problem, think, rng)
+            pairs.append((problem.prompt, response + tokenizer.eos_token))
 
-        batch = tokenizer(texts, padding=True, return_tensors="pt").to(device)
-        loss = response_loss(model, batch["input_ids"], batch["attention_mask"], start)
+        batch = tokenizer(pairs, padding=True, return_token_type_ids=True, return_tensors="pt")
+        loss = response_loss(model, batch.to(device))
         if not loss.isfinite():
             raise UserError(f"--lr {config.lr}: the loss is not finite at step {step}, lower it")
 
@@ -157,7 +156,7 @@ def main(config) -> None:
         optimizer.step()
         schedule.step()
         optimizer.zero_grad()
-        bar.set_postfix(loss=f"{loss.item():.3f}")
+        bar.set_postfix(loss=f"{loss:.3f}")
 
     # written aside first: a folder that has its final name is whole
     aside = output.with_name(f"{output.name}.{os.getpid()}.part")
