@@ -50,7 +50,7 @@ from lib.metrics import UpdateStatistics, is_idle, rollout_metrics, update_metri
 from lib.plots import plot_run
 from lib.report import before_and_after, describe_run, model_card
 from lib.run import TRACKERS, Run, Tracker, resumed_flags
-from loss import BASELINED, DENOMINATORS, FILTERS, LOSSES, NORMALISERS, RECIPES, informative, k2, k3
+from loss import BASELINED, DENOMINATORS, FILTERS, LOSSES, NORMALISERS, RECIPES, k2, k3
 from policy import (
     DEVICES,
     DTYPES,
@@ -343,7 +343,7 @@ def main(config) -> Path:
                 sample.pop("tokens", None)
                 samples.append({**sample, **scored, "true_reward": true["reward"]})
             rewards = torch.tensor([sample["reward"] for sample in samples]).view(-1, G)  # (P, G)
-            if informative(rewards, None)[:, 0].sum() >= P:
+            if FILTERS["informative"](rewards, None)[:, 0].sum() >= P:
                 break
         rollout = join(rollouts)  # B = P * G rows: row b answers prompt b // G (resample: more)
 

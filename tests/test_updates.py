@@ -269,7 +269,7 @@ def test_out_of_memory_halves_the_size_and_counts_nothing_twice(
 
 
 def test_halving_stops_at_the_longest_row(base, monkeypatch):
-    def backward(forms, policy, rollout, *rest, micro_batch_tokens):
+    def backward(forms, policy, rollout, *rest, **sizes):
         lengths.append(rollout.lengths.max().item())
         raise torch.OutOfMemoryError("CUDA out of memory")
 

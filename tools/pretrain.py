@@ -54,7 +54,8 @@ def add(problem, think, rng) -> str:
     return "".join(map(str, digits))
 
 
-EXAMPLES = {"add": add}  # task -> function that writes a response to one of its problems
+# task -> function that writes a response to one of its problems
+EXAMPLES = {"add": add}
 
 
 @dataclass(frozen=True)
