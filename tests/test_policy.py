@@ -1,6 +1,6 @@
 import pytest
 import torch
-from conftest import CPU, parse_train
+from conftest import CPU
 
 from fast.optimizer import Optimizer
 from lib.batching import micro_batches
@@ -81,9 +81,3 @@ def test_folders_that_cannot_be_loaded_get_one_sentence(folders, tmp_path):
 def test_the_learning_rate_rises_and_then_falls_to_a_tenth():
     rates = [learning_rate(step, 1.0, warmup_steps=10, steps=20) for step in (1, 5, 10, 15, 20)]
     assert rates == pytest.approx([0.1, 0.5, 1.0, 0.55, 0.1])
-
-
-def test_flags_not_given_suit_the_task_and_given_ones_stay():
-    assert parse_train("--task", "add").max_new_tokens == 32
-    assert parse_train("--task", "add", "--max_new_tokens", 50).max_new_tokens == 50
-    assert parse_train("--task", "gsm8k").max_new_tokens == 512

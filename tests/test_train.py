@@ -101,7 +101,7 @@ def test_a_run_leaves_what_it_should(base):
     card = (folder / "checkpoint" / "README.md").read_text()
     for text in (f"{base}, trained by GRPO: 3 steps", "the reward `length`", "accuracy sampled"):
         assert text in card
-    for script in ("train.py", "lib/run.py", "fast/generate.py"):
+    for script in ("train.py", "fast/generate.py"):
         assert (folder / "code" / script).read_text() == (ROOT / script).read_text()
     assert (folder / "curves.png").read_bytes().startswith(b"\x89PNG")
     load_policy(str(folder), CPU)
@@ -168,16 +168,13 @@ def test_the_run_warns_when_reward_and_true_reward_diverge(capsys):
     run = Run(parse_train("--name=x"))
     run.folder.mkdir(parents=True)
     (run.folder / "metrics.jsonl").touch()
-    said = []
-    for step, (found, true) in enumerate([(0.1, 0.3), (0.3, 0.5), (0.2, 0.4), (0.4, 0.4)], 1):
-        row = {"step": step, "reward": found, "true_reward": true}
+    for step, value, true in (1, 0.1, 0.3), (2, 0.3, 0.5), (3, 0.2, 0.4), (4, 0.4, 0.4):
+        assert capsys.readouterr().out == ""
+        row = {"step": step, "reward": value, "true_reward": true}
         append_rows(run.folder / "metrics.jsonl", [row])
         assert run.track_true_reward(1) == (step <= 2)
-        said.append(capsys.readouterr().out)
-    assert said[:3] == ["", "", ""]
-    assert (
-        "risen from 0.300 to 0.400, but the true reward has fallen from 0.500 to 0.400" in said[3]
-    )
+    warning = "risen from 0.300 to 0.400, but the true reward has fallen from 0.500 to 0.400"
+    assert warning in capsys.readouterr().out
 
 
 def test_the_best_policy_by_the_true_reward_is_kept(base):

@@ -133,17 +133,18 @@ def test_bfloat16_ratios_are_to_the_learners_own_logprobs(base, monkeypatch, dty
     assert row["sampler_gap"] == pytest.approx(0.1, abs=0.05)
 
 
-@pytest.mark.parametrize(
-    ("flags", "trained"),
-    [
-        ("--reward same", 0),
-        ("--filter finished --reward noisy --max_new_tokens 1 --seed 1", 0),
-        ("--filter informative --reward same --kl_beta 0.1", 0),
-        ("--reward same --kl_beta 0.1", 1),
-    ],
-)
-def test_a_filter_that_leaves_nothing_makes_no_update(base, capfd, flags, trained):
+FILTERED = """
+--reward same -> 0
+--filter finished --reward noisy --max_new_tokens 1 --seed 1 -> 0
+--filter informative --reward same --kl_beta 0.1 -> 0
+--reward same --kl_beta 0.1 -> 1"""
+
+
+@pytest.mark.parametrize("line", FILTERED.strip().splitlines())
+def test_a_filter_that_leaves_nothing_makes_no_update(base, capfd, line):
     """With a KL term rows of weight 0 have a gradient, but not rows that were filtered out."""
+    flags, trained = line.split(" -> ")
+    trained = int(trained)
     folder = run(base, flags, "--steps 2")
     for row in metrics_of(folder):
         assert row["trained"] == row["updates"] == trained
@@ -241,24 +242,18 @@ def starve(monkeypatch, place):
     use_forms(monkeypatch, generate, token_logprobs)
 
 
-@pytest.mark.parametrize(
-    ("place", "flags", "size"),
-    [
-        ("sampling", "--rows_at_once 8", "--rows_at_once 4"),
-        ("update", "--micro_batch_tokens 128", "--micro_batch_tokens 64"),
-        ("no gradient", "--micro_batch_tokens 128 --kl_beta 0.1", "--micro_batch_tokens 64"),
-        (
-            "no gradient",
-            "--micro_batch_tokens 128 --dtype bfloat16 --loss clip",
-            "--micro_batch_tokens 64",
-        ),
-    ],
-)
-def test_out_of_memory_halves_the_size_and_counts_nothing_twice(
-    base, monkeypatch, place, flags, size
-):
+OUT_OF_MEMORY = """
+sampling | --rows_at_once 8 | --rows_at_once 4
+update | --micro_batch_tokens 128 | --micro_batch_tokens 64
+no gradient | --micro_batch_tokens 128 --kl_beta 0.1 | --micro_batch_tokens 64
+no gradient | --micro_batch_tokens 128 --dtype bfloat16 --loss clip | --micro_batch_tokens 64"""
+
+
+@pytest.mark.parametrize("line", OUT_OF_MEMORY.strip().splitlines())
+def test_out_of_memory_halves_the_size_and_counts_nothing_twice(base, monkeypatch, line):
     """The end is that of a run with half the size from the start, also after a resume, which once forgot the size."""
-    flags = f"{flags} --reward noisy --steps 2 --save_every 1"
+    place, flags, size = line.split(" | ")
+    flags += " --reward noisy --steps 2 --save_every 1"
     use_forms(monkeypatch)
     expected = run(base, flags, size)
     starve(monkeypatch, place)
