@@ -40,7 +40,8 @@ SCRIPTS = {
     "tools.train_reward": "samples.jsonl --model=model --label=length --output=made --epochs=1"
     " --device=cpu",
     "tools.compare": "",
-    "tools.bench": "--prompts_per_step=1 --group_size=2 --max_new_tokens=2 --repeats=1 --device=cpu",
+    "tools.bench": "--prompts_per_step=1 --group_size=2 --max_new_tokens=2 --repeats=1"
+    " --device=cpu",
     "tools.memory": "tiny --memory_gb=1",
     "tools.plot": "run",
 }

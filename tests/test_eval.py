@@ -135,7 +135,8 @@ def test_the_table_has_every_number():
 
 
 def test_a_run_is_measured_beside_its_base(base, capsys, monkeypatch):
-    sizes = "--steps 1 --lr 1e-2 --prompts_per_step 2 --group_size 4 --max_new_tokens 8 --eval_problems 5"
+    sizes = """--steps 1 --lr 1e-2 --prompts_per_step 2 --group_size 4 --max_new_tokens 8
+        --eval_problems 5"""
     flags = ["--name", "one", "--reward", "number + 0.1*length", "--warmup_steps", "1"]
     folder = train.main(parse_train("--model", base, *flags, *sizes.split()))
     run = str(folder)

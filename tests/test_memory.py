@@ -33,7 +33,8 @@ def test_the_cache_is_as_large_as_said(load, architecture):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_the_optimizer_is_as_large_as_said(dtype):
-    """Float32 parameters are their own masters, bfloat16 ones have masters in float32. As a file."""
+    """Float32 parameters are their own masters, bfloat16 ones have masters in float32. As a
+    file."""
     model = AutoModelForCausalLM.from_config(shape("tiny"), dtype=dtype)
     torch.save(Optimizer(model, 0.0).state_dict(), "optimizer.pt")
     parts = estimate(train.Config(), model, 0, 1)

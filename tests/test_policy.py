@@ -23,7 +23,8 @@ def test_micro_batches_hold_every_row_once_and_keep_to_the_limit():
 
 
 def test_the_stop_token_is_trained_on_even_where_pad_equals_eos(load):
-    """gpt2 here pads with its end-of-text token: masks made from token ids would leave it out of the loss."""
+    """gpt2 here pads with its end-of-text token: masks made from token ids would leave it out of
+    the loss."""
     model, tokenizer = load("gpt2")
     eos = tokenizer.eos_token_id
     assert tokenizer.pad_token_id == eos and stop_ids(model, tokenizer) == [eos]
@@ -46,7 +47,8 @@ def bfloat16_model(folders):
 
 
 def test_bfloat16_weights_follow_their_float32_masters(bfloat16_model):
-    """Weights of 1: an AdamW step of 1e-6 is far below bfloat16's resolution; 2,000 of them are not."""
+    """Weights of 1: an AdamW step of 1e-6 is far below bfloat16's resolution; 2,000 of them are
+    not."""
     model, optimizer = bfloat16_model
     weight = model.model.norm.weight
     before = weight.detach().float()

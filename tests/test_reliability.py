@@ -33,7 +33,8 @@ from tools import pretrain
 
 ROOT = Path(__file__).parent.parent
 FLAGS = shlex.split("""--model=untaught --device=cpu --lr=1e-3 --prompts_per_step=2 --group_size=4
-    --steps=6 --max_new_tokens=6 --save_every=2 --eval_every=6 --eval_problems=8 --reward=mine.noisy""")
+    --steps=6 --max_new_tokens=6 --save_every=2 --eval_every=6 --eval_problems=8
+    --reward=mine.noisy""")
 NOISY = """import os, random, signal
 calls = []
 def noisy(prompt, response, answer):
@@ -393,7 +394,8 @@ def test_what_is_learned_from_cannot_change_on_resume(run, line):
 
 
 def test_other_flags_may_change_on_resume_and_the_folder_may_move(run, straight):
-    """The learning rate follows the number of steps. Sizes that save memory only change rounding."""
+    """The learning rate follows the number of steps. Sizes that save memory only change
+    rounding."""
     run_train(*FLAGS, "--name=short", "--steps=2")
     Path("elsewhere").mkdir()
     Path("runs/short").rename("elsewhere/short")

@@ -1,4 +1,5 @@
-"""What train.py does with weights, losses and sizes: reused rollouts, filters, KL and entropy, lack of memory, metrics."""
+"""What train.py does with weights, losses and sizes: reused rollouts, filters, KL and entropy, lack
+of memory, metrics."""
 
 import json
 import math
@@ -46,7 +47,8 @@ def sampler_off_by(gap):
 
 
 def test_a_reused_rollout_has_ratios_and_clips(base):
-    """3 epochs of 2 optimizer steps. A single step has no ratios: its policy is the one that sampled."""
+    """3 epochs of 2 optimizer steps. A single step has no ratios: its policy is the one that
+    sampled."""
     flags = "--reward noisy --loss clip --clip_low 0.01 --clip_high 0.01 --steps 2"
     rows = metrics_of(run(base, flags, "--updates_per_rollout 3 --minibatches 2"))
     for row in rows:
@@ -74,7 +76,8 @@ def test_a_minibatch_has_a_part_of_every_group_and_is_divided_by_its_own_tokens(
 
 @pytest.mark.parametrize("denominator", ["token", "sequence"])
 def test_tokens_that_the_policy_did_not_write_are_not_counted(base, monkeypatch, denominator):
-    """Holes in the mask, as the tokens of a tool would leave: every row has as many as its number modulo 3."""
+    """Holes in the mask, as the tokens of a tool would leave: every row has as many as its number
+    modulo 3."""
 
     def make_holes(rollout):
         for row, mask in enumerate(rollout.response_mask):
@@ -124,8 +127,8 @@ def test_an_infinite_ratio_skips_only_updates_of_losses_that_use_it(
 
 @pytest.mark.parametrize(("dtype", "ratio"), [("bfloat16", 1), ("float32", math.exp(0.1))])
 def test_bfloat16_ratios_are_to_the_learners_own_logprobs(base, monkeypatch, dtype, ratio):
-    """A bfloat16 sampler rounds otherwise than a forward pass: here it is 0.1 off. With this learning rate nothing
-    moves, so both ratios are those before the update."""
+    """A bfloat16 sampler rounds otherwise than a forward pass: here it is 0.1 off. With this
+    learning rate nothing moves, so both ratios are those before the update."""
     use_forms(monkeypatch, sampler_off_by(0.1))
     flags = "--loss clip --reward noisy --steps 1 --updates_per_rollout 2 --lr 1e-12"
     [row] = metrics_of(run(base, flags, "--dtype", dtype))
@@ -180,8 +183,8 @@ def test_the_kl_term_holds_the_policy_where_it_was(base):
 
 
 def test_an_entropy_term_trains_on_every_row_and_raises_the_entropy(base, monkeypatch):
-    """With a constant reward all weights are 0: the entropy is all that is left of the loss, and its metric is exact,
-    where -log pi of the sampled tokens is an estimate."""
+    """With a constant reward all weights are 0: the entropy is all that is left of the loss, and
+    its metric is exact, where -log pi of the sampled tokens is an estimate."""
     generate, rollouts = changed_sampler(id)
     use_forms(monkeypatch, generate)
     rows = metrics_of(run(base, "--reward same --entropy_coef 0.5 --steps 8"))
@@ -251,7 +254,8 @@ no gradient | --micro_batch_tokens 128 --dtype bfloat16 --loss clip | --micro_ba
 
 @pytest.mark.parametrize("line", OUT_OF_MEMORY.strip().splitlines())
 def test_out_of_memory_halves_the_size_and_counts_nothing_twice(base, monkeypatch, line):
-    """The end is that of a run with half the size from the start, also after a resume, which once forgot the size."""
+    """The end is that of a run with half the size from the start, also after a resume, which once
+    forgot the size."""
     place, flags, size = line.split(" | ")
     flags += " --reward noisy --steps 2 --save_every 1"
     use_forms(monkeypatch)
@@ -284,7 +288,8 @@ def test_offload_changes_no_number(base):
 
 
 def test_the_numbers_of_a_step_by_hand():
-    """Two groups of two. Deviations are 0.5 and 0; means are 0.5 and 1, 0.25 from their mean. Weights: 4^2 / 6."""
+    """Two groups of two. Deviations are 0.5 and 0; means are 0.5 and 1, 0.25 from their mean.
+    Weights: 4^2 / 6."""
     lengths = torch.tensor([3, 5, 4, 8])
     mask = torch.arange(8) < lengths[:, None]
     finished = torch.tensor([True, True, True, False])
@@ -318,7 +323,8 @@ def test_the_numbers_of_a_step_by_hand():
 
 
 def test_the_numbers_of_the_updates_by_hand():
-    """The first in two micro-batches, of 3 tokens and of 1: ratios 1, 1, 1.5 and 0.5, one of them clipped."""
+    """The first in two micro-batches, of 3 tokens and of 1: ratios 1, 1, 1.5 and 0.5, one of them
+    clipped."""
     mask = torch.tensor([[True, True, True, False]])
 
     def statistics(grad_norm, *micro_batches):
