@@ -50,11 +50,11 @@ SIZES |= dict.fromkeys(EXPERTS.split(), 4) | dict.fromkeys(WIDTHS.split(), 32)
 MIXED = ["linear_attention", "full_attention"]
 SLIDING = ["sliding_attention", "full_attention"]
 # a comma begins the name of a variant
-NAMES = """gpt2 gpt_neo gpt_neox gptj codegen opt bloom falcon falcon,alibi mpt llama llama4_text mistral
-    mixtral qwen2 qwen2_moe qwen3 qwen3_moe qwen3_next gemma gemma2 gemma3_text phi phi3 stablelm
-    starcoder2 olmo olmo2 granite granitemoe cohere cohere2 glm glm4 persimmon nemotron smollm3
-    deepseek_v2 deepseek_v3 dbrx jamba bamba falcon_h1 mamba mamba2 recurrent_gemma rwkv xlstm lfm2
-    minimax biogpt xglm bert roberta roberta,is_decoder"""
+NAMES = """gpt2 gpt_neo gpt_neox gptj codegen opt bloom falcon falcon,alibi mpt llama
+    llama4_text mistral mixtral qwen2 qwen2_moe qwen3 qwen3_moe qwen3_next gemma gemma2
+    gemma3_text phi phi3 stablelm starcoder2 olmo olmo2 granite granitemoe cohere cohere2 glm
+    glm4 persimmon nemotron smollm3 deepseek_v2 deepseek_v3 dbrx jamba bamba falcon_h1 mamba
+    mamba2 recurrent_gemma rwkv xlstm lfm2 minimax biogpt xglm bert roberta roberta,is_decoder"""
 ARCHITECTURES = {name.replace(",", ", "): {} for name in NAMES.split()}
 MOE = dict(num_key_value_heads=4, first_k_dense_replace=1)
 # what else the config needs

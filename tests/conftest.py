@@ -53,7 +53,8 @@ def load(folders):
 
 @pytest.fixture(scope="session")
 def base(tmp_path_factory):
-    """The built-in base model after a short schooling: it answers in digits, and is mostly wrong."""
+    """The built-in base model after a short schooling: it answers in digits, and is mostly
+    wrong."""
     folder = tmp_path_factory.mktemp("models") / "base"
     pretrain.main(
         pretrain.Config(output=str(folder), steps=60, worked_steps=10, batch_size=64, device="cpu")

@@ -40,7 +40,8 @@ SCRIPTS = {
     "tools.train_reward": "samples.jsonl --model=model --label=length --output=made --epochs=1"
     " --device=cpu",
     "tools.compare": "",
-    "tools.bench": "--prompts_per_step=1 --group_size=2 --max_new_tokens=2 --repeats=1 --device=cpu",
+    "tools.bench": "--prompts_per_step=1 --group_size=2 --max_new_tokens=2 --repeats=1"
+    " --device=cpu",
     "tools.memory": "tiny --memory_gb=1",
     "tools.plot": "run",
 }
@@ -322,23 +323,26 @@ def stop(prompt, response, answer): raise GeneratorExit
 def huge(prompt, response, answer): return 10**5000
 def empty(prompts, responses, answers): prompts.clear()
 """
-OWN_REWARDS = {
-    "leaves.anything": "leaves.py raised SystemExit: 0",
-    "own.leave": "own.leave: raised SystemExit: 0",
-    "own.stop": "own.stop: raised GeneratorExit",
-    "own.huge": "own.huge: raised ValueError: Exceeds the limit",
-    "own.empty": "own.empty: raised TypeError",
-    "-length*2": "one that begins with - needs an =",
-}
+OWN_REWARDS = """
+leaves.anything -> leaves.py raised SystemExit: 0
+own.leave -> own.leave: raised SystemExit: 0
+own.stop -> own.stop: raised GeneratorExit
+own.huge -> own.huge: raised ValueError: Exceeds the limit
+own.empty -> own.empty: raised TypeError"""
 
 
-@pytest.mark.parametrize("reward", OWN_REWARDS)
-def test_a_reward_of_the_users(outcome, reward):
+@pytest.mark.parametrize("line", OWN_REWARDS.strip().splitlines())
+def test_a_reward_of_the_users(outcome, line):
     """sys.exit(0) in it once ended the program without a word, and with status 0."""
     Path("own.py").write_text(OWN)
     Path("leaves.py").write_text("import sys\nsys.exit(0)")
-    words = ["--reward", reward, "--reward=number"] if reward[0] == "-" else [f"--reward={reward}"]
-    assert OWN_REWARDS[reward] in outcome("train", *words)
+    reward, expected = line.split(" -> ")
+    assert expected in outcome("train", f"--reward={reward}")
+
+
+def test_a_value_that_looks_like_a_flag(outcome):
+    sentence = outcome("train", "--reward", "-length*2", "--reward=number")
+    assert "one that begins with - needs an =" in sentence
 
 
 @pytest.mark.parametrize(("expression",), mostly_slow(zip(EXPRESSIONS)), ids=short_id)

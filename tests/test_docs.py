@@ -110,7 +110,8 @@ def test_links_and_pictures_are_there():
 
 
 def test_every_key_of_a_run_is_documented():
-    """A run with all optional terms, so that every key is there but those of truncated responses."""
+    """A run with all optional terms, so that every key is there but those of truncated
+    responses."""
     flags = "--steps=2 --prompts_per_step=2 --group_size=8 --max_new_tokens=8 --eval_problems=2"
     terms = "--updates_per_rollout=2 --loss=clip --log_kl=True --entropy_coef=0.01"
     reward = ["--reward", "exact + 0.1*format"]

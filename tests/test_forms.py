@@ -1,4 +1,5 @@
-"""The fast forms are the plain forms: log-probs, entropies and gradients; `choose` notices where they are not."""
+"""The fast forms are the plain forms: log-probs, entropies and gradients; `choose` notices where
+they are not."""
 
 import copy
 import types
@@ -32,7 +33,8 @@ FAST = fast.Forms(generate, token_logprobs)
 
 
 def sample_12(model, sampling=Sampling()):
-    """3 prompts of 20, 1 and 12 tokens, 4 responses each of at most 12 tokens, of several lengths."""
+    """3 prompts of 20, 1 and 12 tokens, 4 responses each of at most 12 tokens, of several
+    lengths."""
     return generate(model, PROMPTS, 4, 12, STOP, [1, 2, 3], sampling)
 
 
@@ -47,10 +49,8 @@ def assert_close_gradients(found, expected):
 
 
 @pytest.mark.parametrize("architecture", tiny.ARCHITECTURES)
-def test_plain_logprobs_and_entropies_are_those_of_a_forward_pass_for_each_token(
-    load, architecture
-):
-    """In float64, from the row so far and nothing else."""
+def test_plain_logprobs_and_entropies_are_those_of_each_row_by_itself(load, architecture):
+    """In float64, without padding."""
     model, _ = load(architecture)
     rollout = sample_12(model, Sampling(0.7))
     model = copy.deepcopy(model).double()
@@ -60,11 +60,11 @@ def test_plain_logprobs_and_entropies_are_those_of_a_forward_pass_for_each_token
         expected = torch.zeros(2, *found[0].shape)
         for r, row in enumerate(rows):
             start, end = rollout.prompt_lengths[row], rollout.lengths[row]
-            for n, place in enumerate(range(start, end)):
-                logits = model(rollout.ids[row : row + 1, :place]).logits[0, -1] / 0.7
-                logprobs = logits - logits.exp().sum().log()
-                expected[0, r, n] = logprobs[rollout.ids[row, place]]
-                expected[1, r, n] = -(logprobs.exp() * logprobs).sum()
+            ids = rollout.ids[row, :end]
+            logits = model(ids[None]).logits[0, start - 1 : end - 1]
+            distribution = torch.distributions.Categorical(logits=logits / 0.7)
+            expected[0, r, : end - start] = distribution.log_prob(ids[start:])
+            expected[1, r, : end - start] = distribution.entropy()
     torch.testing.assert_close(torch.stack(found), expected, atol=1e-5, rtol=0)
 
 
@@ -143,8 +143,8 @@ def test_backward_equals_plain_autograd(load, name):
 
 @pytest.mark.parametrize("architecture", ["llama", "gpt2"])
 def test_gradient_checkpointing_changes_no_gradient_and_no_sample(load, architecture):
-    """GPT-2 has dropout, which train mode would turn on: only the layers that recompute may be in it, and not while
-    sampling, where train mode drops the KV cache."""
+    """GPT-2 has dropout, which train mode would turn on: only the layers that recompute may be in
+    it, and not while sampling, where train mode drops the KV cache."""
     model = copy.deepcopy(load(architecture)[0])
     rollout = sample_12(model)
     arguments = model, rollout, torch.arange(12), Sampling()
@@ -162,7 +162,7 @@ def test_gradient_checkpointing_changes_no_gradient_and_no_sample(load, architec
         assert torch.equal(again.ids, rollout.ids)
 
 
-# ------------------------------------------------------------------------------------------------------------ choose
+# ---------------------------------------------------------------------------------------- choose
 
 
 def choose(model):
@@ -187,7 +187,8 @@ def test_the_fast_forms_are_chosen_for_the_usual_architectures(load, architectur
 
 
 def test_an_edit_of_a_shared_function_is_fast_at_once(load, monkeypatch):
-    """policy_distribution cut to the two best tokens: sampler and learner follow, and the forms still agree."""
+    """policy_distribution cut to the two best tokens: sampler and learner follow, and the forms
+    still agree."""
 
     def two_best(logits, sampling):
         second = logits.float().topk(2, -1).values[..., -1:]
@@ -204,8 +205,8 @@ def test_an_edit_of_a_shared_function_is_fast_at_once(load, monkeypatch):
 
 
 def test_an_edit_of_token_stats_is_differentiated_by_autograd(load, monkeypatch):
-    """Log-probs of twice the logits in the learner alone: the gradient written by hand no longer fits, autograd in
-    tiles does."""
+    """Log-probs of twice the logits in the learner alone: the gradient written by hand no longer
+    fits, autograd in tiles does."""
 
     def doubled(logits, tokens, sampling):
         logp = (2 * logits.float()).log_softmax(-1)
@@ -241,7 +242,8 @@ def test_an_edit_of_a_plain_form_takes_effect_and_is_said(load, monkeypatch, cap
 
 @pytest.mark.parametrize("more", ["halved", "bias"])
 def test_a_head_that_is_more_than_a_product_gets_the_right_gradient(load, more):
-    """A bias is differentiated in tiles; logits halved behind the head's back are left to the plain form."""
+    """A bias is differentiated in tiles; logits halved behind the head's back are left to the plain
+    form."""
     model = copy.deepcopy(load("llama")[0])
     if more == "halved":
         model.register_forward_hook(
@@ -272,8 +274,9 @@ QUICK = ["gpt_neo", "mpt", "mamba", "minimax", "bert"]
 
 @pytest.mark.parametrize("name", of_each_kind(architectures.ARCHITECTURES, QUICK))
 def test_each_architecture_samples_and_learns_what_a_forward_pass_gives_or_is_refused(name):
-    """Each once went wrong: a window that short rows do not reach (gpt_neo), alibi (mpt), no KV cache (mamba), a cache
-    that counts positions wrongly (minimax), a model that looks at later tokens (bert). The page says the same."""
+    """Each once went wrong: a window that short rows do not reach (gpt_neo), alibi (mpt), no KV
+    cache (mamba), a cache that counts positions wrongly (minimax), a model that looks at later
+    tokens (bert). The page says the same."""
     found = architectures.examine(name)
     page = (Path(__file__).parent.parent / "docs" / "reliability.md").read_text()
     if "refused" in found:
@@ -286,7 +289,8 @@ def test_each_architecture_samples_and_learns_what_a_forward_pass_gives_or_is_re
 
 
 def test_rwkv_keeps_its_parameters():
-    """In eval mode its forward pass divides some of them, in place: they would be saved so, and divided again."""
+    """In eval mode its forward pass divides some of them, in place: they would be saved so, and
+    divided again."""
     model = architectures.make_model("rwkv")
     before = copy.deepcopy(model.state_dict())
     check_causal("rwkv", model)
@@ -297,7 +301,8 @@ def test_rwkv_keeps_its_parameters():
 
 @pytest.mark.parametrize(("limit", "fits"), [(60, True), (59, False)])
 def test_rows_end_where_longrope_changes_the_positions(monkeypatch, limit, fits):
-    """Phi-3's rope: beyond the limit a row has other angles from its first token on, and cached keys do not fit."""
+    """Phi-3's rope: beyond the limit a row has other angles from its first token on, and cached
+    keys do not fit."""
     factors = dict(short_factor=[1.0] * 8, long_factor=[4.0] * 8)
     rope = dict(rope_type="longrope", rope_theta=1e4, partial_rotary_factor=1.0, **factors)
     changes = dict(original_max_position_embeddings=limit, rope_parameters=rope)
@@ -347,7 +352,7 @@ def test_steps_with_plain_and_with_fast_forms_agree(base):
             assert one.get(key) == pytest.approx(other.get(key), abs=1e-4), (one["step"], key)
 
 
-# ------------------------------------------------------------------------------------- CUDA graphs, without a GPU
+# ------------------------------------------------------------------- CUDA graphs, without a GPU
 
 META = "gemma3_text olmo2 mixtral starcoder2 granite"
 
@@ -409,8 +414,8 @@ def test_a_captured_step_is_replayed_and_does_the_same(load, monkeypatch):
 
 
 def test_steps_are_captured_again_only_where_something_has_changed(load, monkeypatch):
-    """They were once captured again for each batch with another longest prompt, and never when parameters had moved.
-    Another sampling needs other graphs."""
+    """They were once captured again for each batch with another longest prompt, and never when
+    parameters had moved. Another sampling needs other graphs."""
     capture_by_stand_in(monkeypatch)
     model, buffers = copy.deepcopy(load("llama")[0]), {}
 

@@ -1,9 +1,10 @@
 """The first ten steps of the built-in task, pinned: an accidental change of behaviour shows here.
 
-    python tests/test_pinned.py          # after a change that is meant: writes tests/pinned.json anew
+    python tests/test_pinned.py    # after a change that is meant: writes tests/pinned.json anew
 
-The model has learnt nothing yet, and its numbers are small: what it samples must not depend on the last bits of its
-weights, which differ between processors and versions of torch. Metrics are compared to 1 part in 1,000.
+The model has learnt nothing yet, and its numbers are small: what it samples must not depend on the
+last bits of its weights, which differ between processors and versions of torch. Metrics are
+compared to 1 part in 1,000.
 """
 
 import json
@@ -18,8 +19,8 @@ import torch
 
 TESTS = Path(__file__).parent
 PINNED = TESTS / "pinned.json"
-FLAGS = """--model untaught --device cpu --steps 10 --prompts_per_step 4 --group_size 8 --max_new_tokens 12
---eval_every 5 --eval_problems 20 --lr 1e-3 --reward"""
+FLAGS = """--model untaught --device cpu --steps 10 --prompts_per_step 4 --group_size 8
+--max_new_tokens 12 --eval_every 5 --eval_problems 20 --lr 1e-3 --reward"""
 REWARD = "exact + 0.1*length + my_rewards.ones"
 ONES = "def ones(prompt, response, answer):\n    return float('1' in response)\n"
 

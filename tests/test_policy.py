@@ -1,6 +1,6 @@
 import pytest
 import torch
-from conftest import CPU, parse_train
+from conftest import CPU
 
 from fast.optimizer import Optimizer
 from lib.batching import micro_batches
@@ -23,7 +23,8 @@ def test_micro_batches_hold_every_row_once_and_keep_to_the_limit():
 
 
 def test_the_stop_token_is_trained_on_even_where_pad_equals_eos(load):
-    """gpt2 here pads with its end-of-text token: masks made from token ids would leave it out of the loss."""
+    """gpt2 here pads with its end-of-text token: masks made from token ids would leave it out of
+    the loss."""
     model, tokenizer = load("gpt2")
     eos = tokenizer.eos_token_id
     assert tokenizer.pad_token_id == eos and stop_ids(model, tokenizer) == [eos]
@@ -46,7 +47,8 @@ def bfloat16_model(folders):
 
 
 def test_bfloat16_weights_follow_their_float32_masters(bfloat16_model):
-    """Weights of 1: an AdamW step of 1e-6 is far below bfloat16's resolution; 2,000 of them are not."""
+    """Weights of 1: an AdamW step of 1e-6 is far below bfloat16's resolution; 2,000 of them are
+    not."""
     model, optimizer = bfloat16_model
     weight = model.model.norm.weight
     before = weight.detach().float()
@@ -81,9 +83,3 @@ def test_folders_that_cannot_be_loaded_get_one_sentence(folders, tmp_path):
 def test_the_learning_rate_rises_and_then_falls_to_a_tenth():
     rates = [learning_rate(step, 1.0, warmup_steps=10, steps=20) for step in (1, 5, 10, 15, 20)]
     assert rates == pytest.approx([0.1, 0.5, 1.0, 0.55, 0.1])
-
-
-def test_flags_not_given_suit_the_task_and_given_ones_stay():
-    assert parse_train("--task", "add").max_new_tokens == 32
-    assert parse_train("--task", "add", "--max_new_tokens", 50).max_new_tokens == 50
-    assert parse_train("--task", "gsm8k").max_new_tokens == 512

@@ -60,7 +60,8 @@ def test_the_samplers_logprobs_are_the_learners(load, architecture):
 
 @pytest.mark.parametrize("architecture", ["llama", "gemma2"])
 def test_a_response_does_not_depend_on_its_neighbours(load, architecture):
-    """Alone, among longer prompts, in another place: the same tokens, from the prompt's own seed."""
+    """Alone, among longer prompts, in another place: the same tokens, from the prompt's own
+    seed."""
     model, _ = load(architecture)
     together = rows_of(generate(model, PROMPTS, 3, 20, SOME, SEEDS))
     backwards = rows_of(generate(model, PROMPTS[::-1], 3, 20, SOME, SEEDS[::-1]))
@@ -78,7 +79,8 @@ def test_responses_of_a_group_differ_and_seeds_matter(load):
 
 
 def test_a_prompt_is_run_once_for_its_group(load):
-    """One prefill of P rows, whatever G; then a step of the rows still going for each token, fewer as they end."""
+    """One prefill of P rows, whatever G; then a step of the rows still going for each token, fewer
+    as they end."""
     model, _ = load("llama")
     shapes = []
     hook = model.model.embed_tokens.register_forward_hook(
@@ -107,8 +109,9 @@ def test_the_stop_token_ends_a_response_and_belongs_to_it(load):
 
 
 def test_draws_follow_the_distribution_and_never_have_probability_zero():
-    """20,000 draws of 6 tokens against their probabilities: chi-square of 3 degrees under 16.3 (p 0.001); the draws
-    0 and just under 1 must not fall on the tokens of probability 0 at either end."""
+    """20,000 draws of 6 tokens against their probabilities: chi-square of 3 degrees under 16.3 (p
+    0.001); the draws 0 and just under 1 must not fall on the tokens of probability 0 at either
+    end."""
     logits = torch.tensor([-float("inf"), 0.0, 1.0, -1.0, 2.0, -float("inf")])
     uniform = torch.rand(20_000, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
     uniform[0], uniform[1] = 0.0, 1 - 2**-53
@@ -184,7 +187,8 @@ def test_nothing_is_taken_from_generation_config_but_stop_tokens(load):
     arguments = model, PROMPTS, 4, 20, SOME, SEEDS
     before = [form(*arguments).ids for form in (generate, sample.generate)]
     settings = json.loads("""{"num_beams": 4, "min_p": 0.5, "repetition_penalty": 5.0, "top_k": 1,
-        "epsilon_cutoff": 0.5, "min_new_tokens": 20, "temperature": 0.01, "eos_token_id": [7, 8]}""")
+        "epsilon_cutoff": 0.5, "min_new_tokens": 20, "temperature": 0.01,
+        "eos_token_id": [7, 8]}""")
     model.generation_config.update(**settings, suppress_tokens=list(range(300)))
     assert stop_ids(model, tokenizer) == [0, 7, 8]
     after = [form(*arguments).ids for form in (generate, sample.generate)]

@@ -16,17 +16,12 @@ from lib.stats import (
 
 
 @pytest.mark.parametrize(
-    ("successes", "n", "interval"),
-    [
-        (8, 10, (0.4902, 0.9433)),  # 0.71674 -+ 0.22659
-        (0, 0, (0.0, 1.0)),
-        (81, 263, (0.2553, 0.3662)),
-        (0, 20, (0.0, 0.1611)),
-    ],
+    "line", ["8 10 .4902 .9433", "0 0 0 1", "81 263 .2553 .3662", "0 20 0 .1611"]
 )
-def test_wilson_intervals_by_hand_and_of_a_published_table(successes, n, interval):
-    """8 of 10: (0.8 + z2 / 20) / (1 + z2 / 10) is the middle, with z2 = 3.84146. The last two:
-    Newcombe, Statistics in Medicine 17 (1998) 857-872, table I, method 3."""
+def test_wilson_intervals_by_hand_and_of_a_published_table(line):
+    """8 of 10: (0.8 + z2 / 20) / (1 + z2 / 10) is the middle, 0.71674, with z2 = 3.84146. The last
+    two: Newcombe, Statistics in Medicine 17 (1998) 857-872, table I, method 3."""
+    successes, n, *interval = map(float, line.split())
     assert wilson(successes, n) == pytest.approx(interval, abs=5e-5)
 
 

@@ -1,4 +1,5 @@
-"""A user's own problems and reward: whatever shows the run tells of the same rise, of the same quantity."""
+"""A user's own problems and reward: whatever shows the run tells of the same rise, of the same
+quantity."""
 
 import json
 import re
@@ -12,8 +13,8 @@ import train
 from lib.files import read_rows
 from lib.plots import read_metrics
 
-FLAGS = """--task story.jsonl --reward my_rewards.short_sentences --steps 12 --prompts_per_step 16 --group_size 8
-    --max_new_tokens 24 --eval_every 6 --eval_problems 30 --lr 1e-3 --device cpu"""
+FLAGS = """--task story.jsonl --reward my_rewards.short_sentences --steps 12 --prompts_per_step 16
+    --group_size 8 --max_new_tokens 24 --eval_every 6 --eval_problems 30 --lr 1e-3 --device cpu"""
 
 
 @pytest.mark.slow

@@ -1,4 +1,5 @@
-"""What train.py does with weights, losses and sizes: reused rollouts, filters, KL and entropy, lack of memory, metrics."""
+"""What train.py does with weights, losses and sizes: reused rollouts, filters, KL and entropy, lack
+of memory, metrics."""
 
 import json
 import math
@@ -48,7 +49,8 @@ def sampler_off_by(gap):
 
 
 def test_a_reused_rollout_has_ratios_and_clips(base):
-    """3 epochs of 2 optimizer steps. A single step has no ratios: its policy is the one that sampled."""
+    """3 epochs of 2 optimizer steps. A single step has no ratios: its policy is the one that
+    sampled."""
     flags = "--reward noisy --loss clip --clip_low 0.01 --clip_high 0.01 --steps 2"
     rows = metrics_of(run(base, flags, "--updates_per_rollout 3 --minibatches 2"))
     for row in rows:
@@ -76,7 +78,8 @@ def test_a_minibatch_has_a_part_of_every_group_and_is_divided_by_its_own_tokens(
 
 @pytest.mark.parametrize("denominator", ["token", "sequence"])
 def test_tokens_that_the_policy_did_not_write_are_not_counted(base, monkeypatch, denominator):
-    """Holes in the mask, as the tokens of a tool would leave: every row has as many as its number modulo 3."""
+    """Holes in the mask, as the tokens of a tool would leave: every row has as many as its number
+    modulo 3."""
 
     def make_holes(rollout):
         for row, mask in enumerate(rollout.response_mask):
@@ -126,8 +129,8 @@ def test_an_infinite_ratio_skips_only_updates_of_losses_that_use_it(
 
 @pytest.mark.parametrize(("dtype", "ratio"), [("bfloat16", 1), ("float32", math.exp(0.1))])
 def test_bfloat16_ratios_are_to_the_learners_own_logprobs(base, monkeypatch, dtype, ratio):
-    """A bfloat16 sampler rounds otherwise than a forward pass: here it is 0.1 off. With this learning rate nothing
-    moves, so both ratios are those before the update."""
+    """A bfloat16 sampler rounds otherwise than a forward pass: here it is 0.1 off. With this
+    learning rate nothing moves, so both ratios are those before the update."""
     use_forms(monkeypatch, sampler_off_by(0.1))
     flags = "--loss clip --reward noisy --steps 1 --updates_per_rollout 2 --lr 1e-12"
     [row] = metrics_of(run(base, flags, "--dtype", dtype))
@@ -135,17 +138,18 @@ def test_bfloat16_ratios_are_to_the_learners_own_logprobs(base, monkeypatch, dty
     assert row["sampler_gap"] == pytest.approx(0.1, abs=0.05)
 
 
-@pytest.mark.parametrize(
-    ("flags", "trained"),
-    [
-        ("--reward same", 0),
-        ("--filter finished --reward noisy --max_new_tokens 1 --seed 1", 0),
-        ("--filter informative --reward same --kl_beta 0.1", 0),
-        ("--reward same --kl_beta 0.1", 1),
-    ],
-)
-def test_a_filter_that_leaves_nothing_makes_no_update(base, capfd, flags, trained):
+FILTERED = """
+--reward same -> 0
+--filter finished --reward noisy --max_new_tokens 1 --seed 1 -> 0
+--filter informative --reward same --kl_beta 0.1 -> 0
+--reward same --kl_beta 0.1 -> 1"""
+
+
+@pytest.mark.parametrize("line", FILTERED.strip().splitlines())
+def test_a_filter_that_leaves_nothing_makes_no_update(base, capfd, line):
     """With a KL term rows of weight 0 have a gradient, but not rows that were filtered out."""
+    flags, trained = line.split(" -> ")
+    trained = int(trained)
     folder = run(base, flags, "--steps 2")
     for row in metrics_of(folder):
         assert row["trained"] == row["updates"] == trained
@@ -181,8 +185,8 @@ def test_the_kl_term_holds_the_policy_where_it_was(base):
 
 
 def test_an_entropy_term_trains_on_every_row_and_raises_the_entropy(base, monkeypatch):
-    """With a constant reward all weights are 0: the entropy is all that is left of the loss, and its metric is exact,
-    where -log pi of the sampled tokens is an estimate."""
+    """With a constant reward all weights are 0: the entropy is all that is left of the loss, and
+    its metric is exact, where -log pi of the sampled tokens is an estimate."""
     generate, rollouts = changed_sampler(id)
     use_forms(monkeypatch, generate)
     rows = metrics_of(run(base, "--reward same --entropy_coef 0.5 --steps 8"))
@@ -243,24 +247,19 @@ def starve(monkeypatch, place):
     use_forms(monkeypatch, generate, token_logprobs)
 
 
-@pytest.mark.parametrize(
-    ("place", "flags", "size"),
-    [
-        ("sampling", "--rows_at_once 8", "--rows_at_once 4"),
-        ("update", "--micro_batch_tokens 128", "--micro_batch_tokens 64"),
-        ("no gradient", "--micro_batch_tokens 128 --kl_beta 0.1", "--micro_batch_tokens 64"),
-        (
-            "no gradient",
-            "--micro_batch_tokens 128 --dtype bfloat16 --loss clip",
-            "--micro_batch_tokens 64",
-        ),
-    ],
-)
-def test_out_of_memory_halves_the_size_and_counts_nothing_twice(
-    base, monkeypatch, place, flags, size
-):
-    """The end is that of a run with half the size from the start, also after a resume, which once forgot the size."""
-    flags = f"{flags} --reward noisy --steps 2 --save_every 1"
+OUT_OF_MEMORY = """
+sampling | --rows_at_once 8 | --rows_at_once 4
+update | --micro_batch_tokens 128 | --micro_batch_tokens 64
+no gradient | --micro_batch_tokens 128 --kl_beta 0.1 | --micro_batch_tokens 64
+no gradient | --micro_batch_tokens 128 --dtype bfloat16 --loss clip | --micro_batch_tokens 64"""
+
+
+@pytest.mark.parametrize("line", OUT_OF_MEMORY.strip().splitlines())
+def test_out_of_memory_halves_the_size_and_counts_nothing_twice(base, monkeypatch, line):
+    """The end is that of a run with half the size from the start, also after a resume, which once
+    forgot the size."""
+    place, flags, size = line.split(" | ")
+    flags += " --reward noisy --steps 2 --save_every 1"
     use_forms(monkeypatch)
     expected = run(base, flags, size)
     starve(monkeypatch, place)
@@ -291,7 +290,8 @@ def test_offload_changes_no_number(base):
 
 
 def test_the_numbers_of_a_step_by_hand():
-    """Two groups of two. Deviations are 0.5 and 0; means are 0.5 and 1, 0.25 from their mean. Weights: 4^2 / 6."""
+    """Two groups of two. Deviations are 0.5 and 0; means are 0.5 and 1, 0.25 from their mean.
+    Weights: 4^2 / 6."""
     lengths = torch.tensor([3, 5, 4, 8])
     mask = torch.arange(8) < lengths[:, None]
     finished = torch.tensor([True, True, True, False])
@@ -325,7 +325,8 @@ def test_the_numbers_of_a_step_by_hand():
 
 
 def test_the_numbers_of_the_updates_by_hand():
-    """The first in two micro-batches, of 3 tokens and of 1: ratios 1, 1, 1.5 and 0.5, one of them clipped."""
+    """The first in two micro-batches, of 3 tokens and of 1: ratios 1, 1, 1.5 and 0.5, one of them
+    clipped."""
     mask = torch.tensor([[True, True, True, False]])
 
     def statistics(grad_norm, *micro_batches):

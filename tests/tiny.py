@@ -1,9 +1,10 @@
-"""Folders of tiny models with random weights, as Hugging Face writes them: what the tests load instead of a download.
+"""Folders of tiny models with random weights, as Hugging Face writes them: what the tests load
+instead of a download.
 
-    python tests/tiny.py FOLDER TEXT_FILE        # one folder for each architecture, tokenizers trained on the text
+    python tests/tiny.py FOLDER TEXT_FILE   # one for each architecture, tokenizers trained on it
 
-Between them they have grouped heads, a sliding window, soft-capping, a chat template, one that refuses a system
-turn, pad = eos, and no pad token.
+Between them they have grouped heads, a sliding window, soft-capping, a chat template, one that
+refuses a system turn, pad = eos, and no pad token.
 """
 
 import sys
@@ -78,8 +79,8 @@ def make_tokenizer(architecture: str, texts: list[str]) -> PreTrainedTokenizerFa
 def make_folder(
     folder: Path, architecture: str, texts: list[str] | None = None, seed: int = 0, **changes
 ) -> Path:
-    """Writes folder; returns it. Weights are wide enough that greedy choices are clear; the vocabulary
-    may be wider than the tokenizer, as it is in Qwen2."""
+    """Writes folder; returns it. Weights are wide enough that greedy choices are clear; the
+    vocabulary may be wider than the tokenizer, as it is in Qwen2."""
     tokenizer = make_tokenizer(architecture, texts or TEXT)
     torch.manual_seed(seed)
     ids = dict(
