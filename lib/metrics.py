@@ -5,6 +5,8 @@ from statistics import fmean
 
 import torch
 
+from lib.parallel import gather
+
 
 def rollout_metrics(rollout, samples, rewards, weights, right_or_wrong=True) -> dict:
     """The responses of a step in numbers. A number without a meaning (NaN) is omitted, such as the
@@ -64,6 +66,12 @@ class UpdateStatistics:
         if entropy is not None:
             columns.append(entropy[mask])
         self.columns.append(columns)
+
+    def gather(self):
+        """Adds those of the rows that other processes had."""
+        parts = gather(self)
+        self.loss = sum(part.loss for part in parts)
+        self.columns = [columns for part in parts for columns in part.columns]
 
     def summary(self):
         """Means over the response tokens, except loss, grad_norm and ratio_max."""
