@@ -59,7 +59,7 @@ from policy import (
     stop_ids,
 )
 from reward import load_reward, score, token_credit
-from sample import Sampling, join
+from sample import Rollout, Sampling, join
 from tasks import load_task, longest_prompts, prompt_ids, stable_hash, take_problems
 
 
@@ -328,22 +328,21 @@ def main(config) -> Path:
             prompts = [prompt_ids(task, problem, tokenizer) for problem in problems]
             seeds = [stable_hash(f"{config.seed}/{seen + p}") for p in range(P)]
             state["prompts_seen"] += P
-            problems, prompts, seeds = map(share, (problems, prompts, seeds))
 
             began = time.perf_counter()
-            rollout = generate(policy, prompts, G, limit, stop, seeds, sampling)
+            rollout = generate(policy, share(prompts), G, limit, stop, share(seeds), sampling)
             seconds_generate += time.perf_counter() - began
 
             with_tokens = reward.wants_tokens or true_reward.wants_tokens
-            new = rollout.samples(problems, tokenizer, with_tokens)
+            new = rollout.samples(share(problems), tokenizer, with_tokens)
             scores = score(reward, new, limit)
             true_scores = scores if true_reward is reward else score(true_reward, new, limit)
             for sample, scored, true in zip(new, scores, true_scores):  # the reward and its parts
                 sample.pop("tokens", None)
                 sample |= {**scored, "true_reward": true["reward"]}
-            for part, of_part in gather((rollout, new)):  # several GPUs: each gets those of all
-                rollouts.append(part)
-                samples += of_part
+            for columns, rows in gather((vars(rollout), new)):  # each GPU gets those of all
+                rollouts.append(Rollout(**columns))
+                samples += rows
             rewards = torch.tensor([sample["reward"] for sample in samples]).view(-1, G)  # (P, G)
             if informative(rewards, None)[:, 0].sum() >= P:
                 break

@@ -1,6 +1,7 @@
 """The numbers of a step, for metrics.jsonl and the screen. docs/metrics.md defines each."""
 
 import math
+from itertools import chain
 from statistics import fmean
 
 import torch
@@ -69,9 +70,9 @@ class UpdateStatistics:
 
     def gather(self):
         """Adds those of the rows that other processes had."""
-        parts = gather(self)
-        self.loss = sum(part.loss for part in parts)
-        self.columns = [columns for part in parts for columns in part.columns]
+        losses, columns = zip(*gather((self.loss, self.columns)))
+        self.loss = sum(losses)
+        self.columns = [*chain(*columns)]
 
     def summary(self):
         """Means over the response tokens, except loss, grad_norm and ratio_max."""

@@ -1,8 +1,6 @@
-"""Several processes that train together, one on each GPU, started by torchrun (docs/scale.md).
-
-Each process holds the whole model and does its share of a step's prompts and rows. In a single
-process, the usual case, nothing here does anything.
-"""
+"""Several processes that train together, one on each GPU, started by torchrun (docs/scale.md). Each
+holds the whole model and does its share of a step's prompts and rows. In a single process, the
+usual case, nothing here does anything."""
 
 import io
 import os
@@ -60,7 +58,9 @@ def share(items):
 
 
 def gather(thing) -> list:
-    """What each process gives, in order: all get the same list, with tensors on their own GPU."""
+    """What each process gives, in order: all get the same list, with tensors on their own GPU.
+
+    thing: tensors, numbers, texts; lists, tuples and dicts of them"""
     if processes() == 1:
         return [thing]
     buffer = io.BytesIO()
@@ -68,8 +68,7 @@ def gather(thing) -> list:
     sent = [None] * processes()
     with others_alive():
         dist.all_gather_object(sent, buffer.getvalue())
-    # weights_only is for files: these bytes come from our own processes
-    return [torch.load(io.BytesIO(one), to_own_gpu, weights_only=False) for one in sent]
+    return [torch.load(io.BytesIO(one), to_own_gpu, weights_only=True) for one in sent]
 
 
 def to_own_gpu(storage, device):

@@ -38,7 +38,7 @@ from tempfile import TemporaryFile
 import torch
 from tqdm import tqdm
 
-from lib.checkpoint import catch_signals, find_checkpoint, lock, read_checkpoint
+from lib.checkpoint import catch_signals, find_checkpoint, lock
 from lib.files import append_rows, read_rows, write_json, write_rows, writing
 from lib.flags import UserError, parse
 from lib.metrics import hint, step_line
@@ -223,9 +223,9 @@ class Run:
     def __init__(self, config):
         if is_first():
             self.open(config)
-        self.folder, self.checkpoint = gather((self.folder, self.checkpoint))[0]
-        if self.checkpoint and not is_first():
-            self.state = read_checkpoint(self.checkpoint)
+        self.folder = Path(gather(str(self.folder))[0])
+        if config.resume and not is_first():
+            self.checkpoint, self.state = find_checkpoint(self.folder)
 
     def open(self, config):
         """A run to resume must be there, with the same flags except MAY_CHANGE, and is locked. A
