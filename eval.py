@@ -23,6 +23,7 @@ import fast
 from fast.memory import halve_on_oom
 from lib.files import write_json, write_rows
 from lib.flags import UserError, check_range, flag, run_script
+from lib.parallel import gather, share
 from lib.plots import plot_evaluation
 from lib.report import comparison_text, results_table
 from lib.run import flags_of_runs, is_run, read_config
@@ -71,6 +72,7 @@ def respond(
     rows_at_once: responses sampled in parallel. It changes no response, and neither do the other
                   problems: each problem has a seed of its own.
     """
+    problems = share(problems)  # of several processes, each takes a part
     stop = stop_ids(policy, tokenizer)
     sizes = {"rows_at_once": rows_at_once}
     buffers = {}
@@ -95,7 +97,7 @@ def respond(
         for p, problem in enumerate(batch):
             group = rows[p * samples : (p + 1) * samples]
             groups.append([{**row, "difficulty": problem.difficulty} for row in group])
-    return groups
+    return [*chain(*gather(groups))]
 
 
 def means(groups, key) -> list[float]:

@@ -19,6 +19,7 @@ small learning rate and a reward that cannot be gamed need none (--kl_beta adds 
     python train.py --model Qwen/Qwen2.5-0.5B-Instruct --task gsm8k
     python train.py --model FOLDER --task my.jsonl            # your model, your problems
     python train.py --name add --resume                       # resume a run that was stopped
+    torchrun --nproc_per_node 4 train.py --task gsm8k ...     # on 4 GPUs (docs/scale.md)
 """
 
 import random
@@ -47,6 +48,7 @@ from lib.files import write_text
 from lib.flags import UserError, check_range, flag, list_presets, run_script
 from lib.lora import adapter_off, add_adapter
 from lib.metrics import UpdateStatistics, is_idle, rollout_metrics, update_metrics
+from lib.parallel import by_rows, gather, is_first, processes, share, together
 from lib.plots import plot_run
 from lib.report import before_and_after, describe_run, model_card
 from lib.run import TRACKERS, Run, Tracker, resumed_flags
@@ -62,7 +64,7 @@ from policy import (
     stop_ids,
 )
 from reward import load_reward, score, token_credit
-from sample import Sampling, join
+from sample import Rollout, Sampling, join
 from tasks import load_task, longest_prompts, prompt_ids, stable_hash, take_problems
 
 
@@ -168,6 +170,7 @@ def check(config) -> None:
         0,
         "clip_low clip_high kl_beta warmup_steps eval_problems log_samples rows_at_once seed",
     )
+    check_range(config, processes(), "prompts_per_step")
     check_range(config, 0, "lr weight_decay top_share", most=1)
     check_range(config, 0, "lora_rank", most=1e4)
     if config.load_in_4bit and not config.lora_rank:
@@ -242,6 +245,7 @@ def all_logprobs(forms, policy, rollout, sampling, micro_batch_tokens):
     return logprobs
 
 
+@together  # in each process, if torchrun has started one for each GPU
 def main(config) -> Path:
     """Trains; returns the run folder."""
     # ---------------------------------------------------------- set-up
@@ -309,7 +313,7 @@ def main(config) -> Path:
     halving = partial(halve_on_oom, sizes=sizes, undo=free_memory)
     generate = partial(halving, forms.generate, name="rows_at_once", buffers=buffers)
     halving_tokens = partial(halving, name="micro_batch_tokens")
-    compute_logprobs = partial(halving_tokens, all_logprobs, forms)
+    compute_logprobs = by_rows(partial(halving_tokens, all_logprobs, forms))
 
     config = run.start(config, device, state["step"], tracker)
     if held_out and state["step"] == 0:
@@ -331,17 +335,19 @@ def main(config) -> Path:
             state["prompts_seen"] += P
 
             began = time.perf_counter()
-            rollout = generate(policy, prompts, G, limit, stop, seeds, sampling)
-            rollouts.append(rollout)
+            rollout = generate(policy, share(prompts), G, limit, stop, share(seeds), sampling)
             seconds_generate += time.perf_counter() - began
 
             with_tokens = reward.wants_tokens or true_reward.wants_tokens
-            new = rollout.samples(problems, tokenizer, with_tokens)
+            new = rollout.samples(share(problems), tokenizer, with_tokens)
             scores = score(reward, new, limit)
             true_scores = scores if true_reward is reward else score(true_reward, new, limit)
             for sample, scored, true in zip(new, scores, true_scores):  # the reward and its parts
                 sample.pop("tokens", None)
-                samples.append({**sample, **scored, "true_reward": true["reward"]})
+                sample |= {**scored, "true_reward": true["reward"]}
+            for columns, rows in gather((vars(rollout), new)):  # each GPU gets those of all
+                rollouts.append(Rollout(**columns))
+                samples += rows
             rewards = torch.tensor([sample["reward"] for sample in samples]).view(-1, G)  # (P, G)
             if FILTERS["informative"](rewards, None)[:, 0].sum() >= P:
                 break
@@ -394,16 +400,17 @@ def main(config) -> Path:
                 if len(rows) == 0:
                     continue
                 on_policy = not updates
-                arguments = forms, policy, rollout, rows, weights, loss_scale, ref_logprobs
+                arguments = forms, policy, rollout, share(rows), weights, loss_scale, ref_logprobs
                 update = halving_tokens(backward, *arguments, on_policy, config, least=least)
+                update.gather()
                 # nan where loss or gradient are not finite: then the step is skipped
                 update.grad_norm = optimizer.step(lr, config.max_grad_norm, update.loss)
                 updates.append(update)
 
         # ---------------------------------------------------------- 5. record, evaluate, save
         metrics |= update_metrics(updates)
-        metrics |= {"lr": lr, "batches_drawn": len(rollouts), "prompts_seen": state["prompts_seen"]}
-        metrics |= {**sizes, "seconds_generate": seconds_generate}
+        metrics |= {"lr": lr, "prompts_seen": state["prompts_seen"], **sizes}
+        metrics |= {"batches_drawn": len(rewards) // P, "seconds_generate": seconds_generate}
         metrics["seconds"] = time.perf_counter() - started
 
         if held_out and run.is_due(step, config.eval_every):
@@ -415,20 +422,20 @@ def main(config) -> Path:
                 greedy = measure(sampling=Sampling(0))
                 run.write_json("after.json", beside_greedy(greedy, after, measured))
         run.record(metrics, samples, config.log_samples)
-        if run.is_due(step, config.eval_every) or run.stop_requested:
-            plot_run(run.folder)
-
         state["step"] = step
-        checkpoint_due = run.is_due(step, config.save_every)
-        if checkpoint_due and config.true_reward and run.track_true_reward(config.save_every):
-            with new_checkpoint(run.folder, "best") as folder:
-                save_policy(policy, tokenizer, folder)
-        if checkpoint_due or run.stop_requested:  # last: a saved final step is a finished run
-            card = model_card(run.folder, config, config.reward or task.reward, step)
-            with new_checkpoint(run.folder) as folder:
-                save_policy(policy, tokenizer, folder)
-                write_text(folder / "README.md", card)
-                save_state(folder, {**state, "optimizer": optimizer.state_dict()})
+        if is_first():
+            if run.is_due(step, config.eval_every) or run.stop_requested:
+                plot_run(run.folder)
+            checkpoint_due = run.is_due(step, config.save_every)
+            if checkpoint_due and config.true_reward and run.track_true_reward(config.save_every):
+                with new_checkpoint(run.folder, "best") as folder:
+                    save_policy(policy, tokenizer, folder)
+            if checkpoint_due or run.stop_requested:  # last: a saved final step is a finished run
+                card = model_card(run.folder, config, config.reward or task.reward, step)
+                with new_checkpoint(run.folder) as folder:
+                    save_policy(policy, tokenizer, folder)
+                    write_text(folder / "README.md", card)
+                    save_state(folder, {**state, "optimizer": optimizer.state_dict()})
         run.exit_if_stopped(step)
 
     if held_out:

@@ -5,6 +5,8 @@ import math
 import torch
 from torch import Tensor
 
+from lib.parallel import sum_gradients
+
 MOMENTS = 2  # float32 numbers per trained parameter that AdamW keeps, for the memory estimate
 
 
@@ -61,6 +63,7 @@ class Optimizer:
         """One update from the gradients of the micro-batches. Returns their norm before clipping.
         If that or the loss is not finite, the gradients are dropped, nothing changes, and nan is
         returned."""
+        sum_gradients(self.masters)
         norm = torch.nn.utils.clip_grad_norm_(self.masters, max_grad_norm)
         if not math.isfinite(norm + loss):
             self.zero_grad()

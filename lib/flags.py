@@ -13,6 +13,8 @@ from pathlib import Path
 from transformers import HfArgumentParser
 from transformers.hf_argparser import HfArg
 
+from lib.parallel import fail
+
 
 class UserError(Exception):
     """A mistake of the user's, in one sentence: the flag, the value and the cure."""
@@ -129,8 +131,7 @@ def run_script(main, config_class, doc, fill=None, epilog="", **positionals):
     except KeyboardInterrupt:
         sys.exit(130)
     message = " ".join(message.split())
-    print(f"{Path(sys.argv[0]).name}: error: {message}", file=sys.stderr)
-    sys.exit(2)
+    fail(f"{Path(sys.argv[0]).name}: error: {message}")
 
 
 def shorten(text, limit=300):

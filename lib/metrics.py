@@ -1,9 +1,12 @@
 """The numbers of a step, for metrics.jsonl and the screen. docs/metrics.md defines each."""
 
 import math
+from itertools import chain
 from statistics import fmean
 
 import torch
+
+from lib.parallel import gather
 
 
 def rollout_metrics(rollout, samples, rewards, weights, right_or_wrong=True) -> dict:
@@ -64,6 +67,12 @@ class UpdateStatistics:
         if entropy is not None:
             columns.append(entropy[mask])
         self.columns.append(columns)
+
+    def gather(self):
+        """Adds those of the rows that other processes had."""
+        losses, columns = zip(*gather((self.loss, self.columns)))
+        self.loss = sum(losses)
+        self.columns = [*chain(*columns)]
 
     def summary(self):
         """Means over the response tokens, except loss, grad_norm and ratio_max."""

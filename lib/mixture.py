@@ -146,7 +146,8 @@ def call_part(part, function, rows, limit) -> list[float]:
         known = {**row, "limit": limit}
         value = function(*arguments, **{name: known[name] for name in EXTRA if name in names})
         if isinstance(value, list) and len(value) == len(row.get("tokens", [])):
-            row["credit"] = value
+            # a float64 of numpy is a float, but not a plain one
+            row["credit"] = [float(x) if isinstance(x, float) else x for x in value]
             return sum(value)
         return value
 

@@ -42,6 +42,7 @@ from lib.checkpoint import catch_signals, find_checkpoint, lock
 from lib.files import append_rows, read_rows, write_json, write_rows, writing
 from lib.flags import UserError, parse
 from lib.metrics import hint, step_line
+from lib.parallel import gather, is_first
 
 TRACKERS = ("none", "tensorboard", "trackio", "wandb")
 ROOT = Path(__file__).parent.parent
@@ -210,19 +211,27 @@ def rewind(folder, step):
 
 
 class Run:
-    """A run at work.
+    """A run at work. Of several processes only the first one writes.
 
     folder:     where it is
     checkpoint: the folder to resume from, or None
     state:      what the run remembered at that checkpoint, or None
     """
 
+    folder = checkpoint = state = None
+
     def __init__(self, config):
+        if is_first():
+            self.open(config)
+        self.folder = Path(gather(str(self.folder))[0])
+        if config.resume and not is_first():
+            self.checkpoint, self.state = find_checkpoint(self.folder)
+
+    def open(self, config):
         """A run to resume must be there, with the same flags except MAY_CHANGE, and is locked. A
         new one needs a free name where it can be written; nothing is made until `start`."""
         if not config.resume:
             self.folder = free_folder(config)
-            self.checkpoint = self.state = None
             parent = next(filter(Path.exists, self.folder.parents))
             with writing(self.folder), TemporaryFile(dir=parent):
                 return
@@ -246,6 +255,9 @@ class Run:
         """
         if step > config.steps:
             raise UserError(f"--steps {config.steps}: {self.folder} has done {step} steps already")
+        if not is_first():
+            self.recent = gather(None)[0]
+            return config
         if not config.resume:
             self.folder = free_folder(config)  # again: another process may have been faster
             with writing(self.folder):
@@ -268,9 +280,10 @@ class Run:
         }
         self.write_json("config.json", content)
         rewind(self.folder, step)
-        self.recent = read_rows(self.folder / "metrics.jsonl")[-11:]  # the last steps
         with writing(self.folder / "code"):
             copy_code(self.folder)
+        self.recent = read_rows(self.folder / "metrics.jsonl")[-11:]  # the last steps
+        gather(self.recent)
         return config
 
     def steps(self, first, last):
@@ -286,25 +299,31 @@ class Run:
 
     @property
     def stop_requested(self):
-        return bool(self.signals)
+        return bool(self.received)
 
     def exit_if_stopped(self, step):
         """After a signal: says how to resume, and exits with 130 (SIGINT) or 143 (SIGTERM)."""
-        if not self.signals or step == self.last:
+        if not self.received or step == self.last:
             return
+        gather(None)  # the others wait until the first process has saved
         command = f"python {sys.argv[0]} --name {shlex.quote(self.folder.name)} --resume"
         if self.folder.parent != Path("runs"):
             command += f" --runs_dir {shlex.quote(str(self.folder.parent))}"
         tqdm.write(f"stopped; step {step} is saved. To go on:\n\n    {command}")
-        raise SystemExit(128 + self.signals[0])
+        raise SystemExit(128 + self.received[0])
 
     def write_json(self, name, content):
-        write_json(self.folder / name, content)
+        if is_first():
+            write_json(self.folder / name, content)
 
     def record(self, metrics, samples, log_samples):
         """Writes a step down: its metrics, and `log_samples` of its samples from the largest to the
         smallest "weight". After three steps in a row with skipped updates, writes all samples of
         the step to bad-step.jsonl and raises UserError."""
+        self.received = max(gather(self.signals), key=len)  # all processes stop at the same step
+        self.recent = [*self.recent[-10:], metrics]
+        if not is_first():
+            return
         path = self.folder / "metrics.jsonl"
         finite = {}
         for key, value in metrics.items():
@@ -316,7 +335,6 @@ class Run:
         every = max(1, len(rows) // max(1, log_samples))
         append_rows(self.folder / "samples.jsonl", rows[::every][:log_samples])
         tqdm.write(step_line(metrics))
-        self.recent = [*self.recent[-10:], metrics]
         if text := hint(self.recent):
             tqdm.write(text)
         self.tracker.send(self.folder, self.config, metrics)
