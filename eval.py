@@ -38,7 +38,8 @@ def measures(task, reward, true_reward="") -> dict[str, str]:
     """What an evaluation measures: name -> reward, as text. Models are compared by the first.
 
     mean_reward: the mean of --true_reward or else --reward, unless that is the rule below
-    accuracy:    the share right by a rule: the task's own, or for a JSONL file the one to measure
+    accuracy:    the share right by a rule of RIGHT_OR_WRONG: the task's own, or for a JSONL file
+                 (whose rule is only guessed) the one that would be the mean reward
     """
     text = true_reward or reward or task.reward
     rule = text if task.rule_guess else task.reward
@@ -105,7 +106,7 @@ def means(groups, key) -> list[float]:
     return [fmean(row[key] for row in group) for group in groups]
 
 
-def measure(groups, name) -> dict:
+def mean_of(groups, name) -> dict:
     """{"mean": 0.5, "interval": (0.4, 0.6)}"""
     return mean_interval(means(groups, name), shares=name == "accuracy")
 
@@ -114,7 +115,7 @@ def summarise(groups, measured) -> dict:
     """The mean of each measure with its interval; thinking and finished (shares), response_length
     (tokens)."""
     rows = list(chain(*groups))
-    numbers = {name: measure(groups, name) for name in measured}
+    numbers = {name: mean_of(groups, name) for name in measured}
     return {
         **numbers,
         "thinking": fmean("</think>" in row["response"] for row in rows),
@@ -150,7 +151,7 @@ def details(groups, measured) -> dict:
         levels[group[0]["difficulty"]].append(group)
     if len(levels) > 1:
         order = sorted(levels, key=lambda level: (len(level), level))
-        numbers["by_difficulty"] = {level: measure(levels[level], first) for level in order}
+        numbers["by_difficulty"] = {level: mean_of(levels[level], first) for level in order}
     if "accuracy" in measured and len(groups[0]) > 1:
         [rule] = measured["accuracy"].parts
         normalise = ANSWERS.get(rule, str)

@@ -210,7 +210,8 @@ def overlong(prompt, response, answer, length, limit):
 
 RULES = exact, number, stated, choice, countdown, math, format, length, overlong
 REWARDS = {rule.__name__: rule for rule in RULES}
-RIGHT_OR_WRONG = set(REWARDS) - {"length", "overlong"}  # rules that give 1 or 0
+# rules that give only 1 or 0: their mean is called accuracy. All but format want an answer
+RIGHT_OR_WRONG = {"exact", "number", "stated", "choice", "countdown", "math", "format"}
 # for majority votes: final answer -> what the rule compares
 ANSWERS = {"number": last_number, "choice": last_letter, "countdown": last_expression}
 

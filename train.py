@@ -3,8 +3,8 @@
     prompts -> G responses to each -> rewards -> weights -> loss.backward() -> optimizer.step()
 
 and the loss is  -sum(weight * log pi(token)) / number of tokens.  A response with a reward above
-those of the other responses to its prompt gets a weight above 0 and becomes more likely; one below
-them becomes less likely.
+those of the other responses to its prompt gets a weight (in other papers: advantage) above 0 and
+becomes more likely; one below them becomes less likely.
 
 What is left out, and why. No value network and no advantage estimator: the other responses to the
 prompt are the baseline. No clipping: with one optimizer step per rollout the ratio pi / pi_old is
@@ -101,11 +101,11 @@ class Config:
     log_kl: bool = flag(False, "record KL(policy || starting policy): needs a second model")
     entropy_coef: float = flag(0.0, "subtracts this times the entropy at each response token")
     # update
-    steps: int = flag(200, "training steps, one rollout each")
+    steps: int = flag(200, "training steps: rollout, then update")
     updates_per_rollout: int = flag(
-        1, "epochs over a rollout; above 1 use --loss clip, cispo, gspo"
+        1, "epochs over a rollout; above 1 use --loss clip, cispo or gspo"
     )
-    minibatches: int = flag(1, "optimizer steps per epoch")
+    minibatches: int = flag(1, "optimizer steps per epoch; above 1 likewise")
     lr: float = flag(0.0, "peak; 0: 2e-4 under 10 M parameters, 1e-5 with LoRA, else 1e-6")
     warmup_steps: int = flag(10, "steps over which --lr is reached; then it falls to a tenth")
     weight_decay: float = flag(0.0, "AdamW weight decay")
@@ -201,7 +201,7 @@ def backward(
 
     weights:      (B, 1) or (B, N)
     loss_scale:   (B,), 1 / denominator
-    ref_logprobs: (B, N), or None without a KL term
+    ref_logprobs: (B, N), or None where no KL is wanted
     on_policy:    the policy is still the one that sampled, so its log-probs are known
     """
     with_entropy = config.entropy_coef != 0
@@ -219,7 +219,8 @@ def backward(
             token_loss = token_loss + config.kl_beta * k2(logprobs, ref_logprobs[r])
         if with_entropy:
             token_loss = token_loss - config.entropy_coef * entropy
-        # a term of your own goes here; rows of weight 0 are left out, see has_gradient
+        # a term of your own goes here (entropy: ask token_logprobs for it). Rows of weight 0 are
+        # left out, see has_gradient
 
         loss = (token_loss * mask * loss_scale[r, None]).sum()
         loss.backward()
@@ -257,10 +258,11 @@ def main(config) -> Path:
     run = Run(config)
     task = load_task(config.task, config.data_dir)
     held_out = task.validation[: config.eval_problems]
+    # cached: the same text is the same object, and a learned reward is loaded once
     load = lru_cache(partial(load_reward, device=device, problems=task.train))
     reward = load(config.reward or task.reward)
-    evaluated = measures(task, config.reward, config.true_reward)
-    measured = {name: load(text) for name, text in evaluated.items()}
+    measured_texts = measures(task, config.reward, config.true_reward)
+    measured = {name: load(text) for name, text in measured_texts.items()}
     true_reward = measured.get("accuracy", reward)
     if config.true_reward:
         true_reward = load(config.true_reward)
@@ -282,14 +284,14 @@ def main(config) -> Path:
     longest = longest_prompts(task, task.train + held_out, tokenizer)
     check_prompts(policy, longest, limit)
     ends = tokenizer.convert_ids_to_tokens(stop)
-    print(describe_run(config, policy, task, evaluated, ends), end="")
+    print(describe_run(config, policy, task, measured_texts, ends), end="")
     print(memory_table(config, policy, device_memory(device), len(longest[0])), end="")
     if config.gradient_checkpointing:  # not before: the estimate counts what it would recompute
         enable_gradient_checkpointing(policy)
     # generate, and token_logprobs for the update: the fast ones if they agree with the plain ones
     forms = fast.choose(policy, longest, stop, sampling, limit, config.fast)
     asked = forms, policy, tokenizer, task, held_out
-    measure = partial(evaluate, *asked, measured=measured, max_new_tokens=limit)
+    run_evaluation = partial(evaluate, *asked, measured=measured, max_new_tokens=limit)
 
     optimizer = Optimizer(policy, config.weight_decay, config.offload)
     # all that a run must remember, with the optimizer and the random states; saved and loaded whole
@@ -309,7 +311,8 @@ def main(config) -> Path:
         optimizer.zero_grad()
         buffers.clear()
 
-    # where memory runs out, these run again with half the rows_at_once or micro_batch_tokens
+    # these get sizes[name] as an argument of that name, and run again with half of it where memory
+    # runs out
     halving = partial(halve_on_oom, sizes=sizes, undo=free_memory)
     generate = partial(halving, forms.generate, name="rows_at_once", buffers=buffers)
     halving_tokens = partial(halving, name="micro_batch_tokens")
@@ -317,7 +320,7 @@ def main(config) -> Path:
 
     config = run.start(config, device, state["step"], tracker)
     if held_out and state["step"] == 0:
-        greedy, sampled = measure(sampling=Sampling(0)), measure(sampling=sampling)
+        greedy, sampled = run_evaluation(sampling=Sampling(0)), run_evaluation(sampling=sampling)
         run.write_json("before.json", beside_greedy(greedy, sampled, measured))
 
     for step in run.steps(state["step"] + 1, config.steps):
@@ -325,6 +328,7 @@ def main(config) -> Path:
 
         # ---------------------------------------------------------- 1. sample and score
         rollouts, samples = [], []
+        # --filter resample: until P groups are informative, unless none was for ten steps
         more = config.filter == "resample" and not is_idle(run.recent)
         for _ in range(config.resample_tries if more else 1):
             seen = state["prompts_seen"]
@@ -393,7 +397,7 @@ def main(config) -> Path:
         updates = []
         for _ in range(config.updates_per_rollout):
             for i in range(minibatches):
-                rows = selected_rows[i::minibatches]  # an equal part of every group
+                rows = selected_rows[i::minibatches]  # a part of every group
                 loss_scale = torch.zeros(len(weights), device=device)  # (B,)
                 loss_scale[rows] = DENOMINATORS[config.denominator](counts[rows], config)
                 rows = rows[has_gradient(weights[rows], config)]
@@ -414,12 +418,12 @@ def main(config) -> Path:
         metrics["seconds"] = time.perf_counter() - started
 
         if held_out and run.is_due(step, config.eval_every):
-            after = measure(sampling=sampling)
+            after = run_evaluation(sampling=sampling)
             for name in measured:
                 metrics[f"eval_{name}"] = after[name]["mean"]
                 metrics[f"eval_{name}_interval"] = after[name]["interval"]
             if step == config.steps:
-                greedy = measure(sampling=Sampling(0))
+                greedy = run_evaluation(sampling=Sampling(0))
                 run.write_json("after.json", beside_greedy(greedy, after, measured))
         run.record(metrics, samples, config.log_samples)
         state["step"] = step
