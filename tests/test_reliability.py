@@ -306,11 +306,17 @@ def all(prompts, responses, answers): return [float(prompt.clear() is None) for 
     assert sample["prompt"] == [{"role": "user", "content": "1+1="}]
 
 
-def test_no_minibatch_is_without_a_row(run):
-    """A million of them were made for 8 rows."""
-    flags = "--name=many", "--steps=1", "--minibatches=1000000", "--updates_per_rollout=2"
-    [row] = read_rows(run_train(*FLAGS, *flags) / "metrics.jsonl")
-    assert row["updates"] == 16
+def test_no_minibatch_is_without_a_row(run, monkeypatch):
+    """A million of them were once made for 8 rows."""
+    counts = []
+
+    def count(lengths, config, denominator=train.DENOMINATORS["token"]):
+        counts.append(len(lengths))
+        return denominator(lengths, config)
+
+    monkeypatch.setitem(train.DENOMINATORS, "token", count)
+    run_train(*FLAGS, "--name=many", "--steps=1", "--minibatches=99", "--updates_per_rollout=2")
+    assert counts == [1] * 16
 
 
 def bad_numbers(where, steps, monkeypatch):
