@@ -163,7 +163,8 @@ def test_the_environment_writes_between_two_turns():
     rows = train(copy, "--fast off --steps 5 --max_new_tokens 40 --reward length")
     assert max(row["sampler_gap"] for row in rows) < 1e-5
     python(copy, "eval.py", "runs/run-0", "--fast", "off", "--limit", 10)
-    responses = read_rows(copy / "runs/run-0/responses.jsonl")
+    lines = (copy / "runs/run-0/responses.jsonl").read_text().splitlines()
+    responses = [json.loads(line) for line in lines]
     finished = [row["response"] for row in responses if row["finished"]]
     assert len(finished) > 10 and all(text.count(REPLY) == 1 for text in finished)
 
