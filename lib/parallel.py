@@ -17,7 +17,7 @@ PATIENCE = timedelta(hours=1)  # how long a process waits for the others before 
 
 
 def together(main):
-    """A decorator: main(config) runs in all processes, and only the first one prints."""
+    """main(config), run in all processes, of which only the first one prints."""
 
     @wraps(main)
     def run(config):
