@@ -165,12 +165,12 @@ def check(config) -> None:
         "prompts_per_step group_size max_new_tokens minibatches updates_per_rollout",
         most=1e6,
     )
+    check_range(config, processes(), "prompts_per_step")  # one for each GPU
     check_range(
         config,
         0,
         "clip_low clip_high kl_beta warmup_steps eval_problems log_samples rows_at_once seed",
     )
-    check_range(config, processes(), "prompts_per_step")
     check_range(config, 0, "lr weight_decay top_share", most=1)
     check_range(config, 0, "lora_rank", most=1e4)
     if config.load_in_4bit and not config.lora_rank:
@@ -246,7 +246,6 @@ def all_logprobs(forms, policy, rollout, sampling, micro_batch_tokens):
     return logprobs
 
 
-@together  # in each process, if torchrun has started one for each GPU
 def main(config) -> Path:
     """Trains; returns the run folder."""
     # ---------------------------------------------------------- set-up
@@ -449,4 +448,4 @@ def main(config) -> Path:
 
 
 if __name__ == "__main__":
-    run_script(main, Config, __doc__, fill, HELP)
+    run_script(together(main), Config, __doc__, fill, HELP)

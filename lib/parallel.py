@@ -17,7 +17,7 @@ PATIENCE = timedelta(hours=1)  # how long a process waits for the others before 
 
 
 def together(main):
-    """A decorator: main(config) runs in all processes, and only the first one prints."""
+    """main(config), run in all processes, of which only the first one prints."""
 
     @wraps(main)
     def run(config):
@@ -116,5 +116,5 @@ def fail(line):
     address = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
     store = dist.TCPStore(*address, is_master=False)
     if store.add("failed", 1) == 1:
-        print(line, file=sys.stderr, flush=True)
+        print(f"\n{line}", file=sys.stderr, flush=True)  # below a progress bar
     os._exit(2)  # an ordinary exit might wait for the other processes
