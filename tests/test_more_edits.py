@@ -1,4 +1,4 @@
-"""The edits of docs/edits_more.md, on the pattern of test_edits.py: each trains, and shows its effect in a number."""
+"""The edits of docs/edits.md, on the pattern of test_edits.py: each trains, and shows its effect in a number."""
 
 import json
 
