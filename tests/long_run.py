@@ -70,6 +70,4 @@ for name, early in sizes[EARLY].items():
 seconds = [row["seconds"] for row in rows]
 around, end = median(seconds[EARLY - 100 : EARLY + 100]), median(seconds[-200:])
 print(f"seconds per step: {around:.4f} around step {EARLY}, {end:.4f} at the end (medians of 200)")
-files = [path for path in run.rglob("*") if path.is_file()]
-print(f"samples.jsonl: {len(samples)} lines; run folder: {len(files)} files")
 sys.exit(f"grown: {', '.join(grown)}" if grown else 0)

@@ -169,7 +169,7 @@ def test_a_run_is_measured_beside_its_base(base, capsys, monkeypatch):
     assert (folder / "eval.png").exists()
     assert json.loads((folder / "eval.json").read_text())["n"] == found["n"] == 8
     # 2 models, 8 test problems, 1 greedy and 2 sampled responses
-    rows = [json.loads(line) for line in (folder / "responses.jsonl").open()]
+    rows = list(map(json.loads, (folder / "responses.jsonl").read_text().splitlines()))
     assert len(rows) == 48
     assert {row["prompt"] for row in rows} == {p.prompt for p in load_task("add").test[:8]}
     [pair] = found["comparisons"]

@@ -324,8 +324,8 @@ def test_an_unusual_architecture_trains(name):
     Path("my_rewards.py").write_text(
         "def ones(prompt, response, answer): return response.count('1')"
     )
-    flags = "--model ./model --reward my_rewards.ones --steps 2 --prompts_per_step 2"
-    run = train.main(parse_train(*flags.split(), "--eval_problems", 2))
+    flags = "--model ./model --reward my_rewards.ones --steps 2 --prompts_per_step 2 --group_size 8"
+    run = train.main(parse_train(*flags.split(), "--eval_problems=2", "--max_new_tokens=12"))
     rows = read_rows(run / "metrics.jsonl")
     assert all(row["sampler_gap"] < 1e-3 and row["grad_norm"] > 0 for row in rows)
 
