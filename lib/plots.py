@@ -28,6 +28,7 @@ PANELS = {  # of the sampled responses -> title of its panel
     "maj_at": "maj@k, sampled",
 }
 SHARES = ("eval_accuracy", "thinking", "finished")  # always from 0 to 1
+POINTS = 500  # of a curve: a long run is thinned to about as many
 LEGEND = {"loc": "outside lower center", "ncols": 4, "fontsize": 9}
 
 
@@ -113,12 +114,14 @@ def plot_group(panel, group, metric, color, label):
     steps = sorted(set.intersection(*map(set, curves)))  # steps that every run has
     columns = [[found[step] for found in curves] for step in steps]
     mean, low, high = ([f(column) for column in columns] for f in (fmean, min, max))
+    thinned = slice(None, None, 1 + len(steps) // POINTS)
     if not metric.startswith("eval_"):
         if len(group) == 1:
-            panel.plot(steps, mean, color=color, alpha=0.35, linewidth=1)
+            panel.plot(steps[thinned], mean[thinned], color=color, alpha=0.35, linewidth=1)
         mean, low, high = map(smooth, (mean, low, high))
     elif len(group) == 1 and steps:
         low, high = zip(*curve(group[0], f"{metric}_interval").values())
+    steps, mean, low, high = (values[thinned] for values in (steps, mean, low, high))
     panel.fill_between(steps, low, high, color=color, alpha=0.2, linewidth=0)
     panel.plot(steps, mean, "o-", color=color, markersize=2, label=label)
 
