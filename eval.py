@@ -241,7 +241,7 @@ def main(config, models) -> dict:
             label=name,
         )
         groups[name] = {
-            "greedy": ask(sampling=Sampling(0)),
+            "greedy": ask(sampling=replace(sampled, temperature=0)),
             "sampled": ask(sampling=sampled, samples=config.samples),
         }
         summaries = [summarise(found, measured) for found in groups[name].values()]

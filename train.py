@@ -252,6 +252,7 @@ def main(config) -> Path:
     check(config)
     P, G, limit = config.prompts_per_step, config.group_size, config.max_new_tokens
     sampling = config.sampling
+    at_zero = replace(sampling, temperature=0)  # greedy
     device = pick_device(config.device)
     tracker = Tracker(config.tracker)
     run = Run(config)
@@ -319,7 +320,7 @@ def main(config) -> Path:
 
     config = run.start(config, device, state["step"], tracker)
     if held_out and state["step"] == 0:
-        greedy, sampled = run_evaluation(sampling=Sampling(0)), run_evaluation(sampling=sampling)
+        greedy, sampled = run_evaluation(sampling=at_zero), run_evaluation(sampling=sampling)
         run.write_json("before.json", beside_greedy(greedy, sampled, measured))
 
     for step in run.steps(state["step"] + 1, config.steps):
@@ -422,7 +423,7 @@ def main(config) -> Path:
                 metrics[f"eval_{name}"] = after[name]["mean"]
                 metrics[f"eval_{name}_interval"] = after[name]["interval"]
             if step == config.steps:
-                greedy = run_evaluation(sampling=Sampling(0))
+                greedy = run_evaluation(sampling=at_zero)
                 run.write_json("after.json", beside_greedy(greedy, after, measured))
         run.record(metrics, samples, config.log_samples)
         state["step"] = step
