@@ -21,7 +21,7 @@ ADD = """
 policy, tokenizer = load_policy("models/add", torch.device("cpu"))
 prompts = [tokenizer(text)["input_ids"] for text in ("48+27=", "50+72=", "99+11=")]
 stop = stop_ids(policy, tokenizer)
-rollout = sample.generate(policy, prompts, 4, 40, stop, [1, 2, 3], sample.Sampling())
+rollout = sample.generate(policy, prompts, 4, 40, stop, [1, 2, 3], sampling)
 """
 
 # ------------------------------------------------------------------------------------------------------------ replay
@@ -112,7 +112,7 @@ def test_replay_needs_ratios():
 
 # --------------------------------------------------------------------------------------------------------- two turns
 
-REPLY = "\nCheck it.\n"
+REPLY = "<think>Check it.</think>"
 TURNS = """
 rows = []
 for ids, mask in zip(rollout.response_ids(), rollout.response_mask.tolist()):
@@ -120,7 +120,7 @@ for ids, mask in zip(rollout.response_ids(), rollout.response_mask.tolist()):
 outside = rollout.old_logprobs[~rollout.response_mask].abs().max().item()
 
 weights = torch.linspace(-1, 2, 12)[:, None]
-config = config_of("--loss logprob")
+config = config_of("--turns 2")
 arguments = fast.Forms(), policy, rollout, torch.arange(12), weights, torch.full((12,), 0.1), None
 train.backward(*arguments, True, config, 4096)
 found = torch.cat([parameter.grad.flatten() for parameter in policy.parameters()])
@@ -142,7 +142,7 @@ print(json.dumps({"rows": rows, "outside": outside, "gaps": gaps}))
 
 def test_the_environment_writes_between_two_turns():
     copy = edited("two_turns")
-    found = evaluate(copy, PARSE + ADD + TURNS)
+    found = evaluate(copy, PARSE + "sampling = sample.Sampling(turns=2)" + ADD + TURNS)
     both = 0
     for row in found["rows"]:
         tokens = row["tokens"]
@@ -150,8 +150,9 @@ def test_the_environment_writes_between_two_turns():
             assert all(row["mask"])
             continue
         first = tokens.index("<eos>") + 1
-        count = min(len(REPLY), len(tokens) - first)
-        assert "".join(tokens[first : first + count]) == REPLY[:count]
+        count = min(11, len(tokens) - first)  # tokens of the reply
+        reply = "".join(tokens[first : first + count])
+        assert reply == REPLY if count == 11 else REPLY.startswith(reply)
         assert row["mask"] == [True] * first + [False] * count + [True] * (
             len(tokens) - first - count
         )
@@ -160,13 +161,14 @@ def test_the_environment_writes_between_two_turns():
     # the gradient is that of the policy's own tokens, and not that of all tokens
     assert found["gaps"][0] < 1e-5 and found["gaps"][1] > 0.01
 
-    rows = train(copy, "--fast off --steps 5 --max_new_tokens 40 --reward length")
+    rows = train(copy, "--fast off --turns 2 --steps 5 --max_new_tokens 40 --reward length")
     assert max(row["sampler_gap"] for row in rows) < 1e-5
     python(copy, "eval.py", "runs/run-0", "--fast", "off", "--limit", 10)
     lines = (copy / "runs/run-0/responses.jsonl").read_text().splitlines()
     responses = [json.loads(line) for line in lines]
-    finished = [row["response"] for row in responses if row["finished"]]
-    assert len(finished) > 10 and all(text.count(REPLY) == 1 for text in finished)
+    for kind in ("greedy", "sampled"):
+        rows = [row for row in responses if row["decoding"] == kind and row["finished"]]
+        assert len(rows) > 5 and all(row["response"].count(REPLY) == 1 for row in rows)
 
 
 # ---------------------------------------------------------------------------------------------------------- new task
@@ -211,8 +213,6 @@ teacher = copy.deepcopy(policy)
 with torch.no_grad():
     for parameter in teacher.parameters():
         parameter += 0.02 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(0))
-sampling = sample.Sampling(0.7)
-rollout = sample.generate(policy, prompts, 4, 40, stop, [1, 2, 3], sampling)
 rollout.response_mask[:, 1] = False
 found = loss.teacher_kl(policy, teacher, rollout, sampling)
 expected = torch.zeros_like(found)
@@ -229,7 +229,9 @@ print(json.dumps([(found - expected).abs().max().item(), found.sum().item()]))
 
 
 def test_the_kl_to_a_teacher_is_exact():
-    gap, total = evaluate(edited("distillation"), PARSE + ADD + BY_HAND)
+    gap, total = evaluate(
+        edited("distillation"), PARSE + "sampling = sample.Sampling(0.7)" + ADD + BY_HAND
+    )
     assert gap < 1e-4 < 1 < total
 
 
