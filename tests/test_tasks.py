@@ -136,7 +136,7 @@ def test_a_bad_line_is_named(case):
 def test_unknown_task_missing_file_and_too_few_lines():
     write_lines("few.jsonl", {"prompt": "ok", "answer": "1"})
     for name, message in {
-        "gms8k": r"--task gms8k: not one of add, countdown, gsm8k, nor a \.jsonl file",
+        "gms8k": r"--task gms8k: not one of add, countdown, gsm8k.*, nor a \.jsonl file",
         "gone.jsonl": "gone.jsonl: cannot be read: No such file",
         "few.jsonl": "--task few.jsonl: 1 problems are too few",
     }.items():

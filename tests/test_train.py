@@ -201,7 +201,7 @@ def test_random_rewards_move_nothing_and_real_ones_do(base):
 
 
 MISTAKES = """
---task gms8k -> --task gms8k: not one of add, countdown, gsm8k, nor a .jsonl file
+--task gms8k -> --task gms8k: not one of add, countdown, gsm8k
 --reward exakt -> --reward exakt: not one of exact, number
 --group_size 1 -> --group_size 1: --normaliser zscore needs at least 2
 --temperature nan -> --temperature nan: must be at least 0.0001
