@@ -19,12 +19,12 @@ from typing import Literal
 
 from tqdm import tqdm
 
-import fast
-from fast.memory import halve_on_oom
+from engine.choose import choose
+from engine.memory import halve_on_oom
 from lib.files import write_json, write_rows
 from lib.flags import UserError, check_range, flag, run_script
-from lib.parallel import gather, share
 from lib.plots import plot_evaluation
+from lib.processes import gather, share
 from lib.report import comparison_text, results_table
 from lib.run import flags_of_runs, is_run, read_config
 from lib.stats import at_k, compare_values, mean_interval
@@ -226,7 +226,8 @@ def main(config, models) -> dict:
     for name in dict.fromkeys(chain(*zip(bases.values(), bases))):
         policy, tokenizer = load_policy(name, device, config.dtype, name in in_4_bits)
         prompts = longest_prompts(task, problems, tokenizer)
-        forms = fast.choose(policy, prompts, stop_ids(policy, tokenizer), sampled, N, config.fast)
+        stop = stop_ids(policy, tokenizer)
+        forms = choose(policy, prompts, stop, sampled, N, config.fast)
         ask = partial(
             respond,
             forms,

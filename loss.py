@@ -264,7 +264,7 @@ RECIPES = {
 }
 
 # -------------------------------------------------------------------------------------------------
-# Log-probs of a rollout. fast/logprobs.py has the fast form, with the same arguments.
+# Log-probs of a rollout. engine/logprobs.py has the fast form, with the same arguments.
 
 
 def token_stats(logits, tokens, sampling):

@@ -3,8 +3,8 @@
     python sample.py runs/add "48+27=" --samples 8      # a run, a folder or a model's name
     python sample.py Qwen/Qwen2.5-0.5B-Instruct --chat  # a conversation
 
-`generate` is the sampler in its plain form. train.py and eval.py mostly use fast/generate.py, which
-samples the same tokens faster. Both call `policy_distribution` and `sample_token`: a
+`generate` is the sampler in its plain form. train.py and eval.py mostly use engine/generate.py,
+which samples the same tokens faster. Both call `policy_distribution` and `sample_token`: a
 change there is a change of both.
 """
 
@@ -176,7 +176,7 @@ def generate(
 
 def sample_rows(policy, prompt, uniforms, stop, sampling) -> Rollout:
     """R responses to one prompt, with random numbers (R, max_new_tokens): all rows have the same
-    length, so there is no attention mask. Right for every architecture; fast/generate.py has the
+    length, so there is no attention mask. Right for every architecture; engine/generate.py has the
     fast form."""
     R, max_new_tokens = uniforms.shape
     ids = torch.tensor(prompt, device=policy.device).repeat(R, 1)

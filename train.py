@@ -12,7 +12,7 @@ prompt are the baseline. No clipping: with one optimizer step per rollout the ra
 small learning rate and a reward that cannot be gamed need none (--kl_beta adds both).
 
     sample.py  generate        reward.py  score        loss.py  weights, losses, token_logprobs
-    tasks.py   problems        eval.py    evaluate     fast/    generate, token_logprobs: the same,
+    tasks.py   problems        eval.py    evaluate     engine/  generate, token_logprobs: the same,
     policy.py  load and save   lib/       run folder, checkpoints, plots          but faster
 
     python train.py                                           # a tiny model learns to think
@@ -31,25 +31,20 @@ from typing import ClassVar, Literal
 
 import torch
 
-import fast
+import engine.choose
+from engine.memory import enable_gradient_checkpointing, halve_on_oom, remember_halved
+from engine.optimizer import Optimizer
 from eval import beside_greedy, evaluate, measures
-from fast.memory import (
-    device_memory,
-    enable_gradient_checkpointing,
-    halve_on_oom,
-    memory_table,
-    remember_halved,
-)
-from fast.optimizer import Optimizer
 from lib.batching import micro_batches
 from lib.checkpoint import new_checkpoint, restore_random_state, save_state
 from lib.checks import check_prompts
+from lib.estimate import device_memory, memory_table
 from lib.files import write_text
 from lib.flags import UserError, check_range, flag, list_presets, run_script
 from lib.lora import adapter_off, add_adapter
 from lib.metrics import UpdateStatistics, is_idle, rollout_metrics, update_metrics
-from lib.parallel import by_rows, gather, is_first, processes, share, together
 from lib.plots import plot_run
+from lib.processes import by_rows, gather, is_first, processes, share, together
 from lib.report import before_and_after, describe_run, model_card
 from lib.run import TRACKERS, Run, Tracker, resumed_flags
 from loss import BASELINED, DENOMINATORS, FILTERS, LOSSES, NORMALISERS, RECIPES, k2, k3
@@ -289,7 +284,7 @@ def main(config) -> Path:
     if config.gradient_checkpointing:  # not before: the estimate counts what it would recompute
         enable_gradient_checkpointing(policy)
     # generate, and token_logprobs for the update: the fast ones if they agree with the plain ones
-    forms = fast.choose(policy, longest, stop, sampling, limit, config.fast)
+    forms = engine.choose.choose(policy, longest, stop, sampling, limit, config.fast)
     asked = forms, policy, tokenizer, task, held_out
     run_evaluation = partial(evaluate, *asked, measured=measured, max_new_tokens=limit)
 

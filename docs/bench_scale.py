@@ -26,11 +26,11 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 import bench_trl
 import torch.distributed as dist
 
-import fast.optimizer
+import engine.optimizer
 import train
 from lib.files import write_rows
 from lib.flags import flag, run_script
-from lib.parallel import gather, processes, together
+from lib.processes import gather, processes, together
 from lib.run import Run
 from policy import save_policy
 
@@ -52,7 +52,7 @@ class Config:
 
 def main(config):
     step, steps = Counter(), []
-    all_gather, sum_gradients = dist.all_gather_object, fast.optimizer.sum_gradients
+    all_gather, sum_gradients = dist.all_gather_object, engine.optimizer.sum_gradients
     record = Run.record
 
     def wait():
@@ -86,7 +86,7 @@ def main(config):
         step.clear()
         step["CPU"] = -time.process_time()
 
-    dist.all_gather_object, fast.optimizer.sum_gradients = timed_gather, timed_sum
+    dist.all_gather_object, engine.optimizer.sum_gradients = timed_gather, timed_sum
     Run.record = timed_record
 
     model, _ = bench_trl.make_model(bench_trl.Config(setting="C"))

@@ -38,10 +38,10 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
-import fast
+import engine.choose
 import train
-from fast.memory import shape
-from fast.optimizer import Optimizer
+from engine.optimizer import Optimizer
+from lib.estimate import shape
 from lib.flags import flag, run_script
 from loss import DENOMINATORS, NORMALISERS
 from sample import Rollout, Sampling
@@ -140,7 +140,7 @@ class Ours:
         self.answers = make_problems(setting["prompt"])
         self.prompts = [self.tokenizer(prompt)["input_ids"] for prompt in self.answers]
         self.optimizer = Optimizer(self.model, weight_decay=0.0)
-        self.forms = fast.choose(
+        self.forms = engine.choose.choose(
             self.model, self.prompts[:8], self.stop, Sampling(), self.flags.max_new_tokens
         )
         self.buffers = {}

@@ -13,7 +13,7 @@ from pathlib import Path
 from transformers import HfArgumentParser
 from transformers.hf_argparser import HfArg
 
-from lib.parallel import fail
+from lib.processes import fail
 
 
 class UserError(Exception):

@@ -6,7 +6,7 @@ from statistics import fmean
 
 import torch
 
-from lib.parallel import gather
+from lib.processes import gather
 
 
 def rollout_metrics(rollout, samples, rewards, weights, right_or_wrong=True) -> dict:

@@ -42,7 +42,7 @@ from lib.checkpoint import catch_signals, find_checkpoint, lock
 from lib.files import append_rows, read_rows, write_json, write_rows, writing
 from lib.flags import UserError, parse
 from lib.metrics import hint, step_line
-from lib.parallel import gather, is_first
+from lib.processes import gather, is_first
 
 TRACKERS = ("none", "tensorboard", "trackio", "wandb")
 ROOT = Path(__file__).parent.parent
@@ -190,7 +190,7 @@ def git_commit():
 
 def copy_code(folder):
     """Copies the scripts and their packages into folder/code."""
-    for part in (".", "lib", "fast", "tools"):
+    for part in (".", "lib", "engine", "tools"):
         target = folder / "code" / part
         target.mkdir(exist_ok=True)
         for script in (ROOT / part).glob("*.py"):

@@ -19,12 +19,12 @@ from transformers.utils import logging
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
-import fast
+import engine.choose
 import loss
 import sample
 import train
-from fast.memory import memory_table
 from lib.checks import check_causal
+from lib.estimate import memory_table
 from lib.flags import UserError
 from sample import Sampling
 
@@ -120,7 +120,7 @@ def examine(name) -> dict:
     except UserError as error:
         return {"refused": str(error)}
     memory_table(train.Config(), model, 1.0, len(PROMPTS[0]))
-    forms = fast.choose(model, PROMPTS, STOP, Sampling(), TOKENS)
+    forms = engine.choose.choose(model, PROMPTS, STOP, Sampling(), TOKENS)
     rollout = forms.generate(model, PROMPTS, 4, TOKENS, STOP, [1, 2, 3])
     rows = torch.arange(len(rollout.ids))
     learned, _ = forms.token_logprobs(model, rollout, rows, Sampling())

@@ -5,18 +5,18 @@ import os
 import signal
 import sys
 
-import fast.generate
+import engine.generate
 import lib.plots
 import sample
 import train
-from fast.optimizer import Optimizer
+from engine.optimizer import Optimizer
 from lib.checkpoint import new_checkpoint, save_state
 from lib.flags import run_script
 from lib.run import Run
 from policy import save_policy
 
 PHASES = {
-    "generation": [fast.generate.generate, sample.generate],
+    "generation": [engine.generate.generate, sample.generate],
     "update": [train.backward, Optimizer.step],
     "metrics": [Run.record],
     "checkpoint": [new_checkpoint, save_policy, save_state],

@@ -39,7 +39,7 @@ SCRIPTS = {
     "tools.pretrain": "--steps=1 --batch_size=2 --output=made --device=cpu",
     "tools.train_reward": "samples.jsonl --model=model --label=length --output=made --epochs=1"
     " --device=cpu",
-    "tools.compare": "",
+    "docs.compare": "",
     "tools.bench": "--prompts_per_step=1 --group_size=2 --max_new_tokens=2 --repeats=1"
     " --device=cpu",
     "tools.memory": "tiny --memory_gb=1",
@@ -68,7 +68,7 @@ def flag_cases():
         flags = {field.name: field.type for field in fields(import_module(script).Config)}
         if script == "tools.memory":  # it also has those of train.py
             flags = {"longest_prompt": int, "memory_gb": float}
-        if script == "tools.compare":
+        if script == "docs.compare":
             del flags["runs_dir"]  # it would be made beside the sources
         for name, kind in flags.items():
             values = NUMBERS if kind in (int, float) else TEXTS
@@ -123,7 +123,7 @@ def outcome(world, monkeypatch, capsys):
     monkeypatch.setattr(matplotlib.figure.Figure, "savefig", lambda _, path, **__: path.touch())
 
     def run(script, *words):
-        if script == "tools.compare":
+        if script == "docs.compare":
             monkeypatch.setattr(tqdm, "tqdm", no_bar)
         given = {word.partition("=")[0] for word in words}
         usual = [word for word in SCRIPTS[script].split() if word.partition("=")[0] not in given]
@@ -158,7 +158,7 @@ def test_flags_that_would_be_taken_for_something_else(outcome):
     assert "--limit -1" in outcome("eval", "--limit=-1")
     assert "--lr 1000000000000.0" in outcome("train", "--lr=1e12")
     assert "--name ../elsewhere" in outcome("train", "--name=../elsewhere")
-    assert "--seeds 1" in outcome("tools.compare", "--seeds=1")
+    assert "--seeds 1" in outcome("docs.compare", "--seeds=1")
 
 
 GOOD = '{"prompt": "1 + 1 =", "answer": "2"}'

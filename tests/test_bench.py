@@ -4,9 +4,9 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-import fast
-from fast.memory import shape
-from fast.optimizer import Optimizer
+import engine.choose
+from engine.optimizer import Optimizer
+from lib.estimate import shape
 from sample import Rollout, generate
 from tools import bench
 
@@ -49,7 +49,7 @@ def test_an_update_has_gradients_and_leaves_the_model_as_it_was(model):
     gradients = []
     model.lm_head.weight.register_hook(gradients.append)
     rollout = generate(model, [[5, 6, 7]], 4, 6, [], [0])
-    bench.update(fast.Forms(), model, rollout, Optimizer(model, weight_decay=0.0))
+    bench.update(engine.choose.Forms(), model, rollout, Optimizer(model, weight_decay=0.0))
     assert gradients[0].any()
     torch.testing.assert_close(model.state_dict(), before, atol=0, rtol=0)
 

@@ -43,7 +43,7 @@ COMMANDS = commands()
 def test_the_commands_are_found():
     assert len(COMMANDS) > 50
     assert "python eval.py runs/add runs/add-2 runs/add-3" in COMMANDS
-    assert "python -m tools.compare" in COMMANDS
+    assert "python docs/compare.py" in COMMANDS
     assert "    pip install -r requirements.txt && python train.py\n" in README
     assert re.search("(?m)^.*python -m pytest.*$", README)[0].strip() == (
         "pip install -r requirements.txt && python -m pytest"  # .ci/run takes this line and runs it

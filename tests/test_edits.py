@@ -166,20 +166,20 @@ def test_top_p_is_learned_by_the_fast_forms_as_it_is_sampled():
         """
 import json
 import torch
-import fast, loss
+import engine.choose, loss
 from policy import load_policy
 from sample import Sampling, generate
 policy, tokenizer = load_policy("models/add", torch.device("cpu"))
 prompts = [tokenizer("48+27=").input_ids, tokenizer("5+2=").input_ids]
 arguments = prompts, [], Sampling(1.2, 0.9), 16
-forms = fast.choose(policy, *[arguments[i] for i in (0, 1, 2, 3)])
-chosen = forms == fast.Forms(fast.generate.generate, fast.logprobs.token_logprobs)
+forms = engine.choose.choose(policy, *[arguments[i] for i in (0, 1, 2, 3)])
+chosen = forms == engine.choose.Forms(engine.generate.generate, engine.logprobs.token_logprobs)
 rollout = generate(policy, prompts, 8, 16, [], [0, 1], Sampling(1.2, 0.9))
 found = [
-    fast.values_and_gradients(form, policy, rollout, Sampling(1.2, 0.9))
+    engine.choose.values_and_gradients(form, policy, rollout, Sampling(1.2, 0.9))
     for form in (forms.token_logprobs, loss.token_logprobs)
 ]
-print(json.dumps([chosen, fast.difference(*found)]))
+print(json.dumps([chosen, engine.choose.difference(*found)]))
 """,
     )
     assert chosen
@@ -264,8 +264,8 @@ def test_sgd_by_hand():
         """
 import json
 import torch
-from fast.memory import estimate
-from fast.optimizer import Optimizer
+from lib.estimate import estimate
+from engine.optimizer import Optimizer
 from policy import load_policy
 from train import Config
 policy, _ = load_policy("models/add", torch.device("cpu"))
@@ -293,7 +293,7 @@ def test_muon_makes_the_update_of_a_matrix_orthogonal():
         """
 import json
 import torch
-from fast.optimizer import Optimizer
+from engine.optimizer import Optimizer
 from policy import load_policy
 policy, _ = load_policy("models/add", torch.device("cpu"))
 optimizer = Optimizer(policy, 0.0)

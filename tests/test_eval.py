@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from conftest import CPU, parse_train
 
-import fast
+import engine.choose
 import train
 from eval import Config, details, evaluate, main, measures, respond, sampling_of_runs
 from lib.flags import UserError
@@ -33,7 +33,7 @@ def details_by(rule, answer, *groups):
 def test_responses_depend_on_neither_the_batch_nor_the_other_problems(base):
     policy, tokenizer = load_policy(base, CPU)
     task = load_task("add")
-    forms = fast.Forms(generate=fast.generate.generate)
+    forms = engine.choose.Forms(generate=engine.generate.generate)
     measured = {"accuracy": load_reward("exact")}
 
     def ask(problems, form=respond, temperature=1.0, **options):
@@ -160,7 +160,7 @@ def test_a_run_is_measured_beside_its_base(base, capsys, monkeypatch):
 
     # in float32 the plain form gives the same responses
     with monkeypatch.context() as patch:
-        patch.setattr(fast.generate, "generate", None)
+        patch.setattr(engine.generate, "generate", None)
         found = main(Config(fast="off", **sizes), [run])
     shown = capsys.readouterr().out
     assert results_table(found["models"]) in shown and f"{run} against {base}" in shown

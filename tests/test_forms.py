@@ -13,14 +13,15 @@ import transformers
 from conftest import parse_train
 from transformers import DynamicCache
 
-import fast
+import engine.choose
 import loss
 import sample
 import train
-from fast.generate import DecodeState, generate
-from fast.logprobs import token_logprobs
-from fast.memory import enable_gradient_checkpointing, memory_table
+from engine.generate import DecodeState, generate
+from engine.logprobs import token_logprobs
+from engine.memory import enable_gradient_checkpointing
 from lib.checks import CACHE, check_causal
+from lib.estimate import memory_table
 from lib.files import read_rows
 from lib.flags import UserError
 from loss import DENOMINATORS, LOSSES
@@ -28,8 +29,8 @@ from sample import Sampling
 
 STOP = list(range(100, 200))
 PROMPTS = [list(range(5, 25)), [8], [9, 10, 11] * 4]
-PLAIN = fast.Forms()
-FAST = fast.Forms(generate, token_logprobs)
+PLAIN = engine.choose.Forms()
+FAST = engine.choose.Forms(generate, token_logprobs)
 
 
 def sample_12(model, sampling=Sampling()):
@@ -75,7 +76,7 @@ def test_the_fast_form_has_the_values_and_gradients_of_the_plain_one(
 ):
     """With shared prompts (two architectures have a window of 8), tiles of 5 tokens, rows in any
     order, and in every other row tokens that the policy did not write."""
-    monkeypatch.setitem(fast.logprobs.TILE, "cpu", 5)
+    monkeypatch.setitem(engine.logprobs.TILE, "cpu", 5)
     model = copy.deepcopy(load(architecture)[0])
     rollout = sample_12(model, Sampling(0.8))
     rollout.response_mask[::2, 2:5] = False
@@ -166,7 +167,7 @@ def test_gradient_checkpointing_changes_no_gradient_and_no_sample(load, architec
 
 
 def choose(model):
-    return fast.choose(model, PROMPTS, STOP, Sampling(), 12)
+    return engine.choose.choose(model, PROMPTS, STOP, Sampling(), 12)
 
 
 def assert_learns_by(form, model):
@@ -183,7 +184,7 @@ def assert_learns_by(form, model):
 def test_the_fast_forms_are_chosen_for_the_usual_architectures(load, architecture, dtype):
     model = copy.deepcopy(load(architecture)[0]).to(dtype)
     assert choose(model) == FAST
-    assert fast.choose(model, PROMPTS, STOP, Sampling(), 12, "off") == PLAIN
+    assert engine.choose.choose(model, PROMPTS, STOP, Sampling(), 12, "off") == PLAIN
 
 
 def test_an_edit_of_a_shared_function_is_fast_at_once(load, monkeypatch):
@@ -195,7 +196,7 @@ def test_an_edit_of_a_shared_function_is_fast_at_once(load, monkeypatch):
         return logits.float().masked_fill(logits < second, -1e9)
 
     model, _ = load("llama")
-    for module in (sample, loss, fast.logprobs):
+    for module in (sample, loss, engine.logprobs):
         monkeypatch.setattr(module, "policy_distribution", two_best)
     assert choose(model) == FAST
     rollout = sample_12(model)
@@ -213,7 +214,7 @@ def test_an_edit_of_token_stats_is_differentiated_by_autograd(load, monkeypatch)
         return logp.gather(-1, tokens[:, None])[:, 0], -(logp.exp() * logp).sum(-1)
 
     monkeypatch.setattr(loss, "token_stats", doubled)
-    monkeypatch.setattr(fast.logprobs, "token_stats", doubled)
+    monkeypatch.setattr(engine.logprobs, "token_stats", doubled)
     model, _ = load("llama")
     forms = choose(model)
     assert forms.generate is generate and forms.token_logprobs is not loss.token_logprobs
@@ -234,7 +235,7 @@ def test_an_edit_of_a_plain_form_takes_effect_and_is_said(load, monkeypatch, cap
 
     monkeypatch.setattr(sample, "generate", forced)
     monkeypatch.setattr(loss, "token_logprobs", doubled)
-    assert choose(model) == fast.Forms(forced, doubled)
+    assert choose(model) == engine.choose.Forms(forced, doubled)
     said = capsys.readouterr().out
     assert said.count("LlamaForCausalLM does not fit the fast form of") == 2
     assert "they differ by" in said
@@ -260,9 +261,9 @@ def test_out_of_memory_in_the_check_says_nothing_about_the_form(load, monkeypatc
     def starved(*arguments, **more):
         raise torch.OutOfMemoryError("CUDA out of memory")
 
-    monkeypatch.setattr(fast.generate, "generate", starved)
-    monkeypatch.setattr(fast.logprobs, "token_logprobs", starved)
-    assert choose(load("llama")[0]) == fast.Forms(starved, starved)
+    monkeypatch.setattr(engine.generate, "generate", starved)
+    monkeypatch.setattr(engine.logprobs, "token_logprobs", starved)
+    assert choose(load("llama")[0]) == engine.choose.Forms(starved, starved)
 
 
 def of_each_kind(names, quick):
@@ -372,7 +373,7 @@ def test_a_decode_step_looks_at_no_value(monkeypatch, architecture):
         state.cache.static = True
         state.cache.set_prompts(prompts)
         state.slots, state.attended = 4, 32
-        with torch.no_grad(), fast.generate.decode_attention(model):
+        with torch.no_grad(), engine.generate.decode_attention(model):
             state.decode_step(model, Sampling(0.9))
 
 

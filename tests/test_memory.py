@@ -15,16 +15,9 @@ from torch.utils._pytree import tree_leaves
 from transformers import AutoModelForCausalLM
 
 import train
-from fast.memory import (
-    activation_bytes,
-    cache_bytes,
-    enable_gradient_checkpointing,
-    estimate,
-    memory_table,
-    peak,
-    shape,
-)
-from fast.optimizer import Optimizer
+from engine.memory import enable_gradient_checkpointing
+from engine.optimizer import Optimizer
+from lib.estimate import activation_bytes, cache_bytes, estimate, memory_table, peak, shape
 from lib.flags import parse
 from lib.lora import add_adapter
 from policy import load_policy

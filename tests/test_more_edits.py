@@ -10,7 +10,7 @@ from lib.files import read_rows
 pytestmark = pytest.mark.slow
 PARSE = """
 import copy, json, torch
-import fast, loss, sample, train
+import engine.choose, loss, sample, train
 from lib.flags import parse
 from policy import load_policy, stop_ids
 
@@ -121,7 +121,7 @@ outside = rollout.old_logprobs[~rollout.response_mask].abs().max().item()
 
 weights = torch.linspace(-1, 2, 12)[:, None]
 config = config_of("--turns 2")
-arguments = fast.Forms(), policy, rollout, torch.arange(12), weights, torch.full((12,), 0.1), None
+arguments = engine.choose.Forms(), policy, rollout, torch.arange(12), weights, torch.full((12,), 0.1), None
 train.backward(*arguments, True, config, 4096)
 found = torch.cat([parameter.grad.flatten() for parameter in policy.parameters()])
 

@@ -11,10 +11,10 @@ import pytest
 import torch
 from conftest import CPU, parse_train
 
-import lib.parallel
+import lib.processes
 import train
 from lib.files import read_rows
-from lib.parallel import gather, is_first, share
+from lib.processes import gather, is_first, share
 from lib.reward_model import RewardModel
 
 ROOT = Path(__file__).parent.parent
@@ -99,10 +99,10 @@ def assert_same(name, other):
 @pytest.mark.parametrize("count", [0, 1, 2, 5, 8])
 def test_the_shares_of_three_processes_are_the_whole(monkeypatch, count):
     whole = torch.arange(count)
-    monkeypatch.setattr(lib.parallel, "processes", lambda: 3)
+    monkeypatch.setattr(lib.processes, "processes", lambda: 3)
     shares = []
     for rank in range(3):
-        monkeypatch.setattr(lib.parallel.dist, "get_rank", lambda rank=rank: rank)
+        monkeypatch.setattr(lib.processes.dist, "get_rank", lambda rank=rank: rank)
         shares.append(share(whole))
         assert share(whole.tolist()) == shares[-1].tolist()
     assert torch.equal(torch.cat(shares), whole)

@@ -2,7 +2,7 @@ import pytest
 import torch
 from conftest import CPU
 
-from fast.optimizer import Optimizer
+from engine.optimizer import Optimizer
 from lib.batching import micro_batches
 from lib.flags import UserError
 from loss import token_logprobs

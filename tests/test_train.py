@@ -102,7 +102,7 @@ def test_a_run_leaves_what_it_should(base):
     card = (folder / "checkpoint" / "README.md").read_text()
     for text in (f"{base}, trained by GRPO: 3 steps", "the reward `length`", "accuracy sampled"):
         assert text in card
-    for script in ("train.py", "fast/generate.py"):
+    for script in ("train.py", "engine/generate.py"):
         assert (folder / "code" / script).read_text() == (ROOT / script).read_text()
     assert (folder / "curves.png").read_bytes().startswith(b"\x89PNG")
     load_policy(str(folder), CPU)

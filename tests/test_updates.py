@@ -10,7 +10,7 @@ import torch
 from conftest import CPU
 from test_train import assert_equal, cut_and_resume, metrics_of, run, weights_of
 
-import fast
+import engine.choose
 import loss
 import sample
 import train
@@ -24,7 +24,9 @@ from sample import Rollout, Sampling
 
 
 def use_forms(monkeypatch, generate=sample.generate, token_logprobs=loss.token_logprobs):
-    monkeypatch.setattr(fast, "choose", lambda *arguments: fast.Forms(generate, token_logprobs))
+    monkeypatch.setattr(
+        engine.choose, "choose", lambda *arguments: engine.choose.Forms(generate, token_logprobs)
+    )
 
 
 def changed_sampler(change):

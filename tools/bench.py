@@ -22,10 +22,10 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
-import fast
+import engine.choose
 import train
-from fast.memory import SHAPES, cache_bytes, shape
-from fast.optimizer import Optimizer
+from engine.optimizer import Optimizer
+from lib.estimate import SHAPES, cache_bytes, shape
 from lib.flags import check_range, flag, run_script
 from policy import pick_device
 from sample import Rollout, Sampling
@@ -33,7 +33,7 @@ from sample import Rollout, Sampling
 
 @dataclass(frozen=True)
 class Config:
-    preset: Literal[tuple(SHAPES)] = flag("tiny", "shape, see fast/memory.py")
+    preset: Literal[tuple(SHAPES)] = flag("tiny", "shape, see engine/memory.py")
     prompts_per_step: int = flag(16, "P, prompts")
     group_size: int = flag(16, "G, responses to each prompt")
     prompt_length: int = flag(6, "tokens of a prompt")
@@ -164,7 +164,7 @@ def main(config) -> None:
     stop = list(range(V - round(config.stop_prob * V), V))
     prompts = torch.randint(V, (P, config.prompt_length)).tolist()
     sampling = Sampling()
-    forms = fast.choose(model, prompts, stop, sampling, N)
+    forms = engine.choose.choose(model, prompts, stop, sampling, N)
     buffers = {}
     optimizer = Optimizer(model, weight_decay=0.0)
 

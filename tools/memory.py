@@ -11,7 +11,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers import AutoConfig, AutoModelForCausalLM
 
 import train
-from fast.memory import SHAPES, device_memory, memory_table, shape
+from lib.estimate import SHAPES, device_memory, memory_table, shape
 from lib.flags import UserError, check_range, flag, name_error, run_script
 from policy import DTYPES, pick_device
 

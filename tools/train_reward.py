@@ -26,8 +26,8 @@ from torch import Tensor
 from torch.nn.functional import logsigmoid
 from tqdm import trange
 
-import fast
-from fast.optimizer import Optimizer
+import engine.choose
+from engine.optimizer import Optimizer
 from lib.files import is_prompt, is_string, read_jsonl, read_problems, write_json
 from lib.flags import UserError, check_range, flag, run_script
 from lib.reward_model import RewardModel
@@ -91,7 +91,7 @@ def sample_responses(config, device) -> list[dict]:
     sampling = Sampling()
     G, N = config.group_size, config.max_new_tokens
     print(f"sampling {G} responses to each of {len(problems)} prompts")
-    forms = fast.choose(policy, prompts[:8], stop, sampling, N)
+    forms = engine.choose.choose(policy, prompts[:8], stop, sampling, N)
     rollout = forms.generate(policy, prompts, G, N, stop, seeds, sampling, rows_at_once=512)
     return rollout.samples(problems, tokenizer)
 

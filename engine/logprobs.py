@@ -8,12 +8,13 @@ import torch
 from torch import Tensor
 from transformers import DynamicCache
 
-from fast.generate import attention_masks
+from engine.generate import attention_masks
 from lib.checks import CACHE
+from lib.estimate import TILE as GPU_TILE
 from loss import token_stats
 from sample import policy_distribution
 
-TILE = {"cuda": 512, "mps": 512, "cpu": 128}  # tokens whose logits are held at once
+TILE = {"cuda": GPU_TILE, "mps": GPU_TILE, "cpu": 128}  # tokens whose logits are held at once
 MIN_SHARED = 0.05  # share prompts if it saves at least this share of the tokens
 
 

@@ -5,9 +5,7 @@ import math
 import torch
 from torch import Tensor
 
-from lib.parallel import sum_gradients
-
-MOMENTS = 2  # float32 numbers per trained parameter that AdamW keeps, for the memory estimate
+from lib.processes import sum_gradients
 
 
 class Optimizer:

@@ -1,7 +1,7 @@
 """Train the built-in model by every recipe of loss.py, several seeds each, and compare them.
 
-    python -m tools.compare              # 39 runs in runs/recipes, 20 minutes on one CPU core
-    python -m tools.compare --steps 100 --minibatches 1 --runs_dir runs/other
+    python docs/compare.py              # 39 runs in runs/recipes, 20 minutes on one CPU core
+    python docs/compare.py --steps 100 --minibatches 1 --runs_dir runs/other
 
 All runs have the same base model, problems, learning rate and number of sampled responses, and are
 measured on the same held-out problems. Writes the table in docs/recipes.md. A run that is finished
@@ -16,6 +16,8 @@ from pathlib import Path
 from statistics import fmean, variance
 
 from tqdm import tqdm
+
+sys.path.insert(0, str(Path(__file__).parent.parent))
 
 from lib.files import read_rows
 from lib.flags import UserError, check_range, flag, run_script

@@ -1,75 +1,17 @@
-"""Out of memory: what to do when it happens, gradient checkpointing to avoid it, and an estimate
-that says beforehand whether it will."""
+"""An estimate of the memory that a run takes, before it starts, with the shapes of a few models."""
 
 import math
 import os
-import warnings
-from collections import ChainMap
 from dataclasses import replace
 
 import torch
-from tqdm import tqdm
 from transformers import AutoConfig, PreTrainedConfig
 from transformers.pytorch_utils import Conv1D
 
-from fast.logprobs import TILE
-from fast.optimizer import MOMENTS
-from lib.flags import UserError, name_error
+from lib.flags import name_error
 
-
-def halve_on_oom(work, *arguments, sizes, name, least=1, undo=None, **options):
-    """work(*arguments, **options), with sizes[name] as one more option of that name. Where the GPU
-    runs out of memory: again with half the size, and so on; sizes[name] stays as small as that.
-
-    least: no smaller size would help
-    undo:  drops what a failed attempt has left behind, so that nothing is counted twice
-    """
-    while True:
-        try:
-            return work(*arguments, **options, **{name: sizes[name]})
-        except torch.OutOfMemoryError:
-            if sizes[name] <= least:
-                raise UserError(
-                    f"--{name} {sizes[name]}: out of memory, and less would not help; shorter "
-                    "responses, --gradient_checkpointing, --offload, --lora_rank 16 and with it "
-                    "--load_in_4bit take less"
-                ) from None
-        # outside the except block: the traceback no longer keeps tensors alive
-        if undo:
-            undo()
-        torch.cuda.empty_cache()
-        sizes[name] = max(least, sizes[name] // 2)
-        tqdm.write(f"out of memory: --{name} is {sizes[name]} from now on")
-
-
-def remember_halved(sizes, halved) -> ChainMap:
-    """The sizes to start with: the flags' `sizes`, or the smaller ones a resumed run remembers.
-
-    halved: a part of the run's state. A size that is set later is written into it."""
-    for name in halved:
-        halved[name] = min(halved[name], sizes[name])
-    return ChainMap(halved, sizes)
-
-
-def enable_gradient_checkpointing(model) -> None:
-    """Layers recompute their activations in the backward pass. transformers does that only in train
-    mode, which also drops the KV cache: so only the layers are put into it, for passes with a
-    gradient."""
-    with warnings.catch_warnings(action="ignore", category=FutureWarning):  # it gets another name
-        options = {"use_reentrant": False}
-        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs=options)
-    layers = [layer for layer in model.modules() if getattr(layer, "gradient_checkpointing", False)]
-
-    def set_mode(*args) -> None:
-        for layer in layers:
-            layer.training = torch.is_grad_enabled()
-
-    model.base_model.register_forward_pre_hook(set_mode)
-    model.recomputes_activations = True  # fast/logprobs.py: such a model cannot share prompts
-
-
-# -------------------------------------------------------------------------------------------------
-# The estimate
+TILE = 512  # tokens whose logits are held at once on a GPU, see engine/logprobs.py
+MOMENTS = 2  # float32 numbers per trained parameter that AdamW keeps, see engine/optimizer.py
 
 TINY = dict(
     model_type="llama",
@@ -192,7 +134,7 @@ def estimate(flags, model, activations, longest_prompt) -> dict[str, float]:
     if flags.gradient_checkpointing:  # the input of each layer, and one layer in full
         activations = layers * config.hidden_size * bytes_each + of_layer
     activations += of_layer / 2  # and the gradients of some, measured in tests/test_memory.py
-    logits = min(TILE["cuda"], tokens) * config.vocab_size * (8 + 2 * bytes_each)
+    logits = min(TILE, tokens) * config.vocab_size * (8 + 2 * bytes_each)
     return {
         "weights": weights,
         f"optimizer{host}": 4 * copies * trained,

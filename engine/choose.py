@@ -1,10 +1,8 @@
-"""The machinery that makes the same numbers come faster. Nothing in this folder changes a number.
-
-`choose` compares each fast form with its plain form on the run's own model, and picks. So a model
-that a fast form does not fit still trains, by the plain form. An edit of a plain form takes effect
-where it shows in the first 16 tokens, or in log-probs or gradients by more than TOLERANCE; an edit
-of a function that both forms call (policy_distribution, sample_token, token_stats) takes effect in
-any case. --fast off asks for the plain forms.
+"""Fast or plain: `choose` compares each fast form with its plain form on the run's own model, and
+picks. So a model that a fast form does not fit still trains, by the plain form. An edit of a plain
+form takes effect where it shows in the first 16 tokens, or in log-probs or gradients by more than
+TOLERANCE; an edit of a function that both forms call (policy_distribution, sample_token,
+token_stats) takes effect in any case. --fast off asks for the plain forms.
 """
 
 import math
@@ -17,8 +15,8 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-import fast.generate
-import fast.logprobs
+import engine.generate
+import engine.logprobs
 import loss
 import sample
 from lib.flags import name_error
@@ -46,7 +44,7 @@ def choose(policy, prompts, stop, sampling, max_new_tokens, mode="auto") -> Form
     otherwise beyond a window. mode 'off': the plain forms."""
     if mode == "off":
         return Forms()
-    by_hand = fast.logprobs.token_logprobs
+    by_hand = engine.logprobs.token_logprobs
     by_autograd = partial(by_hand, by_hand=False)
     try:
         tokens = min(16, max_new_tokens)
@@ -64,10 +62,10 @@ def choose(policy, prompts, stop, sampling, max_new_tokens, mode="auto") -> Form
             found = values_and_gradients(token_logprobs, policy, few, sampling)
             return difference(found, expected)
 
-        generate = pick(policy, sample.generate, [fast.generate.generate], compare_sampler)
+        generate = pick(policy, sample.generate, [engine.generate.generate], compare_sampler)
         token_logprobs = pick(policy, loss.token_logprobs, [by_hand, by_autograd], compare_logprobs)
     except torch.OutOfMemoryError:  # says nothing about the forms
-        return Forms(fast.generate.generate, by_hand)
+        return Forms(engine.generate.generate, by_hand)
     return Forms(generate, token_logprobs)
 
 
