@@ -288,7 +288,7 @@ def main(config) -> Path:
     asked = forms, policy, tokenizer, task, held_out
     run_evaluation = partial(evaluate, *asked, measured=measured, max_new_tokens=limit)
 
-    optimizer = Optimizer(policy, config.weight_decay, config.offload)
+    optimizer = Optimizer(policy, config.weight_decay, config.offload, config.seed)
     # all that a run must remember, with the optimizer and the random states; saved and loaded whole
     state = {"step": 0, "prompts_seen": 0, "halved": {}}
     if run.state:
