@@ -9,6 +9,14 @@ from tqdm import tqdm
 from lib.flags import UserError
 
 
+def is_out_of_memory(error) -> bool:
+    """Lack of memory has other names where cuBLAS or a CUDA graph is the first to notice it."""
+    if isinstance(error, torch.OutOfMemoryError):
+        return True
+    names = ("out of memory", "ALLOC_FAILED")
+    return isinstance(error, RuntimeError) and any(name in str(error) for name in names)
+
+
 def halve_on_oom(work, *arguments, sizes, name, least=1, undo=None, **options):
     """work(*arguments, **options), with sizes[name] as one more option of that name. Where the GPU
     runs out of memory: again with half the size, and so on; sizes[name] stays as small as that.
@@ -19,7 +27,9 @@ def halve_on_oom(work, *arguments, sizes, name, least=1, undo=None, **options):
     while True:
         try:
             return work(*arguments, **options, **{name: sizes[name]})
-        except torch.OutOfMemoryError:
+        except RuntimeError as error:
+            if not is_out_of_memory(error):
+                raise
             if sizes[name] <= least:
                 raise UserError(
                     f"--{name} {sizes[name]}: out of memory, and less would not help; shorter "

@@ -15,7 +15,7 @@ from torch.utils._pytree import tree_leaves
 from transformers import AutoModelForCausalLM
 
 import train
-from engine.memory import enable_gradient_checkpointing
+from engine.memory import enable_gradient_checkpointing, halve_on_oom, is_out_of_memory
 from engine.optimizer import Optimizer
 from lib.estimate import activation_bytes, cache_bytes, estimate, memory_table, peak, shape
 from lib.flags import parse
@@ -176,6 +176,33 @@ def test_the_table_of_cards_is_what_the_estimate_says(name, capsys):
         assert "This" not in table
         needed = float(re.search("at one time +(.*)", table)[1])
         assert needed == pytest.approx(float(gigabytes), abs=0.06)
+
+
+@pytest.mark.parametrize(
+    ("error", "expected"),
+    [
+        (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB"), True),
+        (torch.AcceleratorError("CUDA error: out of memory"), True),  # of a CUDA graph
+        (RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate`"), True),
+        (RuntimeError("CUDA error: CUBLAS_STATUS_EXECUTION_FAILED"), False),
+        (ValueError("out of memory"), False),
+    ],
+)
+def test_lack_of_memory_has_several_names(error, expected):
+    assert is_out_of_memory(error) == expected
+    sizes, calls = {"rows": 4}, []
+
+    def work(rows):
+        calls.append(rows)
+        if rows > 1:
+            raise error
+
+    if expected:
+        halve_on_oom(work, sizes=sizes, name="rows")
+        assert calls == [4, 2, 1]
+    else:
+        with pytest.raises(type(error)):
+            halve_on_oom(work, sizes=sizes, name="rows")
 
 
 def test_estimate_by_hand():
