@@ -35,9 +35,9 @@ MULTIPLE = 2
 # ... or by this much
 FLOOR = {torch.float32: 1e-3, torch.bfloat16: 4e-3}
 # tokens of a row that are compared: at least, at most, and what a forward pass holds in bytes
-SHORTEST, LONGEST, LOGITS = 12, 1024, 5e8
-# what the comparison may take on a slow machine, and its forward passes, a backward pass being two
-SECONDS, PASSES = 10, 24
+SHORTEST, LONGEST, LOGITS = 8, 1024, 5e8
+# what the comparison may take on a slow machine, and about how many forward passes it takes
+SECONDS, PASSES = 10, 16
 # what a model raises that a fast form does not fit
 MISFIT = (RuntimeError, ValueError, TypeError, AttributeError, LookupError, NotImplementedError)
 
@@ -182,30 +182,32 @@ def sampler_difference(found, expected, policy, sampling, noise) -> float:
 
 @torch.no_grad()
 def sampler_gap(rollout, policy, sampling) -> float:
-    """Mean difference between the log-probs of the sampler and those of a forward pass."""
-    rows = torch.arange(len(rollout.ids), device=policy.device)
+    """Mean difference between the log-probs of the sampler and those of a forward pass, in two rows
+    of each prompt."""
+    rows = torch.tensor([0, 1, -2, -1], device=policy.device)
     logprobs, _ = loss.token_logprobs(policy, rollout, rows, sampling)
-    gap = (logprobs - rollout.old_logprobs).abs().sum() / rollout.response_mask.sum()
-    return gap.item()
+    mask, sampled = rollout.response_mask[rows], rollout.old_logprobs[rows]
+    return ((logprobs - sampled).abs().sum() / mask.sum()).item()
 
 
 def values_and_gradients(token_logprobs, policy, rollout, sampling) -> list[Tensor]:
-    """Log-probs and entropies of a rollout, and the gradients of two losses, one of them with the
-    entropies, by a few of the parameters."""
+    """Log-probs of a rollout and their gradients by a few of the parameters. Then log-probs with
+    entropies, and the gradients of both by the last parameters: the layers before were compared
+    already."""
     rows = torch.arange(len(rollout.ids), device=policy.device)
     trained = [parameter for parameter in policy.parameters() if parameter.requires_grad]
-    watched = trained[:: max(1, len(trained) // 8)]
+    spread = trained[:: max(1, len(trained) // 8)]
     found = []
-    for with_entropy in (False, True):
+    for with_entropy, watched in ((False, spread), (True, trained[-2:])):
         logprobs, entropy = token_logprobs(
             policy, rollout, rows, sampling, with_entropy=with_entropy
         )
         weights = torch.linspace(-1, 2, logprobs.numel(), device=policy.device).view_as(logprobs)
         total = (weights * logprobs).sum()
+        found.append(logprobs.detach())
         if with_entropy:
             total = total + entropy.sum()
             found.append(entropy.detach())
-        found.append(logprobs.detach())
         found += torch.autograd.grad(total, watched, allow_unused=True, materialize_grads=True)
     return found
 
