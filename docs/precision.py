@@ -1,7 +1,7 @@
 """The figures and the picture of docs/precision.md.
 
-    python docs/precision.py curves --model models/add --steps 60      # float32, nearest, stochastic
-    python docs/precision.py share --model FOLDER                      # weights that change, by rate
+    python docs/precision.py curves --model models/add   # float32, nearest, stochastic
+    python docs/precision.py share --model FOLDER       # weights that change, by rate
     python docs/precision.py plot runs/precision --output docs/precision.png
 
 A CPU without units for bfloat16 is 60 times slower in it than in float32. So products are computed
