@@ -14,8 +14,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from transformers import AutoModelForCausalLM
 
+import engine.start
 import train
-from engine.memory import enable_gradient_checkpointing, halve_on_oom, is_out_of_memory
+from engine.memory import Memory, enable_gradient_checkpointing, is_out_of_memory
 from engine.optimizer import Optimizer
 from lib.estimate import activation_bytes, cache_bytes, estimate, memory_table, peak, shape
 from lib.flags import parse
@@ -153,7 +154,7 @@ def test_activations_are_counted_before_they_are_recomputed(base):
     counted = []
     flags = f"--model {base} --steps 1 --eval_problems 0 --gradient_checkpointing"
     with patch.object(
-        train,
+        engine.start,
         "memory_table",
         lambda flags, model, *_: counted.append(activation_bytes(model)) or "",
     ):
@@ -190,7 +191,7 @@ def test_the_table_of_cards_is_what_the_estimate_says(name, capsys):
 )
 def test_lack_of_memory_has_several_names(error, expected):
     assert is_out_of_memory(error) == expected
-    sizes, calls = {"rows": 4}, []
+    memory, calls = Memory({}, rows=4), []
 
     def work(rows):
         calls.append(rows)
@@ -198,11 +199,11 @@ def test_lack_of_memory_has_several_names(error, expected):
             raise error
 
     if expected:
-        halve_on_oom(work, sizes=sizes, name="rows")
+        memory.run(work, "rows")
         assert calls == [4, 2, 1]
     else:
         with pytest.raises(type(error)):
-            halve_on_oom(work, sizes=sizes, name="rows")
+            memory.run(work, "rows")
 
 
 def test_estimate_by_hand():
