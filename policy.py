@@ -6,6 +6,7 @@ dropout would make the trained policy another one than the sampling policy."""
 import os
 import random
 from dataclasses import replace
+from functools import cache
 from pathlib import Path
 
 import torch
@@ -42,13 +43,24 @@ def pick_device(name) -> torch.device:
     return torch.device(name)
 
 
+@cache  # says its sentence once
+def pick_dtype(device) -> str:
+    """bfloat16 on a GPU that has units for it."""
+    if device.type != "cuda":
+        return "float32"
+    if torch.cuda.is_bf16_supported(including_emulation=False):
+        return "bfloat16"
+    print(f"{torch.cuda.get_device_name()} has no units for bfloat16: --dtype float32")
+    return "float32"
+
+
 def load_policy(
     name, device, dtype="auto", in_4_bits=False
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """A Hugging Face name, a model folder or a run folder (its checkpoint) -> (model in eval mode,
     tokenizer). A folder may hold an adapter: then the model is its base model with the adapter.
 
-    dtype:     a key of DTYPES, or 'auto': bfloat16 on cuda, float32 elsewhere
+    dtype:     a key of DTYPES, or 'auto': bfloat16 on a GPU that has units for it, else float32
     in_4_bits: the linear layers are; as an adapter's are if they were in its training
     UserError: it cannot be loaded, parameters are missing, the tokenizer does not fit,
                or the model cannot be a policy (lib/checks.py)
@@ -60,7 +72,7 @@ def load_policy(
         folder = folder / "checkpoint"
         name = str(folder)
     if dtype == "auto":
-        dtype = "bfloat16" if device.type == "cuda" else "float32"
+        dtype = pick_dtype(device)
     try:
         base, options = find_base(name, in_4_bits, device, DTYPES[dtype])
         model, info = AutoModelForCausalLM.from_pretrained(

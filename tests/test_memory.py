@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM
 
 import engine.start
 import train
-from engine.memory import enable_gradient_checkpointing
+from engine.memory import Memory, enable_gradient_checkpointing, is_out_of_memory
 from engine.optimizer import Optimizer
 from lib.estimate import activation_bytes, cache_bytes, estimate, memory_table, peak, shape
 from lib.flags import parse
@@ -177,6 +177,33 @@ def test_the_table_of_cards_is_what_the_estimate_says(name, capsys):
         assert "This" not in table
         needed = float(re.search("at one time +(.*)", table)[1])
         assert needed == pytest.approx(float(gigabytes), abs=0.06)
+
+
+@pytest.mark.parametrize(
+    ("error", "expected"),
+    [
+        (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB"), True),
+        (torch.AcceleratorError("CUDA error: out of memory"), True),  # of a CUDA graph
+        (RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate`"), True),
+        (RuntimeError("CUDA error: CUBLAS_STATUS_EXECUTION_FAILED"), False),
+        (ValueError("out of memory"), False),
+    ],
+)
+def test_lack_of_memory_has_several_names(error, expected):
+    assert is_out_of_memory(error) == expected
+    memory, calls = Memory({}, rows=4), []
+
+    def work(rows):
+        calls.append(rows)
+        if rows > 1:
+            raise error
+
+    if expected:
+        memory.run(work, "rows")
+        assert calls == [4, 2, 1]
+    else:
+        with pytest.raises(type(error)):
+            memory.run(work, "rows")
 
 
 def test_estimate_by_hand():
