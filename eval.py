@@ -27,7 +27,7 @@ from lib.plots import plot_evaluation
 from lib.processes import gather, share
 from lib.report import comparison_text, results_table
 from lib.run import flags_of_runs, is_run, read_config
-from lib.stats import at_k, compare_values, mean_interval
+from lib.stats import at_k, compare_values, mean_interval, right_or_wrong
 from policy import DEVICES, DTYPES, load_policy, pick_device, stop_ids
 from reward import ANSWERS, RIGHT_OR_WRONG, final_answer, load_reward, score
 from sample import Sampling
@@ -106,16 +106,19 @@ def means(groups, key) -> list[float]:
     return [fmean(row[key] for row in group) for group in groups]
 
 
-def mean_of(groups, name) -> dict:
+def mean_of(groups, name, graded=()) -> dict:
     """{"mean": 0.5, "interval": (0.4, 0.6)}"""
-    return mean_interval(means(groups, name), shares=name == "accuracy")
+    return mean_interval(means(groups, name), proportion=name not in graded)
 
 
-def summarise(groups, measured) -> dict:
+def summarise(groups, measured, graded=()) -> dict:
     """The mean of each measure with its interval; thinking and finished (shares), response_length
-    (tokens)."""
+    (tokens).
+
+    graded: the measures that are not only 0 or 1, in all runs that are compared
+    """
     rows = list(chain(*groups))
-    numbers = {name: mean_of(groups, name) for name in measured}
+    numbers = {name: mean_of(groups, name, graded) for name in measured}
     return {
         **numbers,
         "thinking": fmean("</think>" in row["response"] for row in rows),
@@ -125,10 +128,13 @@ def summarise(groups, measured) -> dict:
 
 
 def evaluate(*arguments, measured, **options) -> dict:
-    """`summarise` for one response to each problem, and the responses. Arguments: see `respond`."""
+    """`summarise` for one response to each problem, the values of each measure, and the responses.
+    Arguments: see `respond`."""
     groups = respond(*arguments, measured=measured, **options)
-    responses = [group[0]["response"] for group in groups]
-    return {**summarise(groups, measured), "responses": responses}
+    numbers = summarise(groups, measured)
+    for name in measured:
+        numbers[name]["values"] = means(groups, name)
+    return {**numbers, "responses": [group[0]["response"] for group in groups]}
 
 
 def beside_greedy(greedy, sampled, measured) -> dict:
@@ -137,7 +143,7 @@ def beside_greedy(greedy, sampled, measured) -> dict:
     return {**sampled, **both}
 
 
-def details(groups, measured) -> dict:
+def details(groups, measured, graded=()) -> dict:
     """What eval.json has beyond `summarise`: the parts of a mixture, each difficulty if there are
     several ("steps 2" before "steps 10"), and pass@k and maj@k if there are several responses."""
     first, *_ = measured
@@ -151,7 +157,7 @@ def details(groups, measured) -> dict:
         levels[group[0]["difficulty"]].append(group)
     if len(levels) > 1:
         order = sorted(levels, key=lambda level: (len(level), level))
-        numbers["by_difficulty"] = {level: mean_of(levels[level], first) for level in order}
+        numbers["by_difficulty"] = {level: mean_of(levels[level], first, graded) for level in order}
     if "accuracy" in measured and len(groups[0]) > 1:
         [rule] = measured["accuracy"].parts
         normalise = ANSWERS.get(rule, str)
@@ -245,11 +251,15 @@ def main(config, models) -> dict:
             "greedy": ask(sampling=replace(sampled, temperature=0)),
             "sampled": ask(sampling=sampled, samples=config.samples),
         }
-        summaries = [summarise(found, measured) for found in groups[name].values()]
-        results[name] = beside_greedy(*summaries, measured)
-        results[name] |= details(groups[name]["sampled"], measured)
         for kind, found in groups[name].items():
             rows += [{"model": name, "decoding": kind, **row} for row in chain(*found)]
+
+    # by the values of all models, so that their intervals are of one kind
+    graded = {name for name in measured if not right_or_wrong(row[name] for row in rows)}
+    for name, found in groups.items():
+        summaries = [summarise(found[kind], measured, graded) for kind in found]
+        results[name] = beside_greedy(*summaries, measured)
+        results[name] |= details(found["sampled"], measured, graded)
 
     kinds = f"greedy, and {config.samples} sampled at temperature {sampled.temperature:g}"
     print(f"\n{len(problems)} test problems of {task.name}, responses to each: {kinds}\n")
