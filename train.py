@@ -52,6 +52,7 @@ from policy import (
     DEVICES,
     DTYPES,
     default_learning_rate,
+    default_warmup,
     learning_rate,
     load_policy,
     pick_device,
@@ -101,8 +102,10 @@ class Config:
         1, "epochs over a rollout; above 1 use --loss clip, cispo or gspo"
     )
     minibatches: int = flag(1, "optimizer steps per epoch; above 1 likewise")
-    lr: float = flag(0.0, "peak; 0: 2e-4 under 10 M parameters, 1e-5 with LoRA, else 1e-6")
-    warmup_steps: int = flag(10, "steps over which --lr is reached; then it falls to a tenth")
+    lr: float = flag(0.0, "peak learning rate; 0: by the size of the model, and LoRA (policy.py)")
+    warmup_steps: int = flag(
+        -1, "steps over which --lr is reached, then it falls to a tenth; -1: a tenth, at most 10"
+    )
     weight_decay: float = flag(0.0, "AdamW weight decay")
     max_grad_norm: float = flag(1.0, "gradients are scaled down to at most this norm")
     # memory
@@ -139,7 +142,8 @@ class Config:
         return Sampling(self.temperature)
 
 
-ADD = dict(prompts_per_step=32, max_new_tokens=32, steps=60, eval_every=10, eval_problems=500)
+ADD = dict(prompts_per_step=32, max_new_tokens=32, steps=60, warmup_steps=10)
+ADD |= dict(eval_every=10, eval_problems=500)
 PRESETS = {"add": ADD}  # defaults of the flags for a task
 HELP = f"{list_presets('task', PRESETS)}\n{list_presets('recipe', RECIPES)}"
 
@@ -161,11 +165,8 @@ def check(config) -> None:
         most=1e6,
     )
     check_range(config, processes(), "prompts_per_step")  # one for each GPU
-    check_range(
-        config,
-        0,
-        "clip_low clip_high kl_beta warmup_steps eval_problems log_samples rows_at_once seed",
-    )
+    check_range(config, 0, "clip_low clip_high kl_beta eval_problems log_samples rows_at_once seed")
+    check_range(config, -1, "warmup_steps")
     check_range(config, 0, "lr weight_decay top_share", most=1)
     check_range(config, 0, "lora_rank", most=1e4)
     if config.load_in_4bit and not config.lora_rank:
@@ -266,7 +267,11 @@ def main(config) -> Path:
     policy, tokenizer = load_policy(str(start), device, config.dtype, config.load_in_4bit)
     stop = stop_ids(policy, tokenizer)
     lr = config.lr or default_learning_rate(policy, config.lora_rank)
-    config = replace(config, lr=lr, dtype=str(policy.dtype).removeprefix("torch."))
+    warmup_steps = config.warmup_steps
+    if warmup_steps < 0:
+        warmup_steps = default_warmup(config.steps)
+    dtype = str(policy.dtype).removeprefix("torch.")
+    config = replace(config, lr=lr, warmup_steps=warmup_steps, dtype=dtype)
     torch.manual_seed(config.seed)  # for a new adapter and rewards; sampling has its own generators
     random.seed(config.seed)
     add_adapter(policy, config.lora_rank, run.checkpoint)

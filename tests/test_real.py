@@ -30,7 +30,7 @@ QUESTIONS = [
     "Explain in two sentences why the sky is blue, and why it is red in the evening.",
     "hi",
 ]
-RUN = "--reward others --prompts_per_step 2 --group_size 4 --max_new_tokens 8"
+RUN = "--reward noisy --prompts_per_step 2 --group_size 4 --max_new_tokens 8"
 
 
 def chat(question):
