@@ -12,7 +12,7 @@ from lib.estimate import shape
 from lib.flags import UserError
 from lib.run import read_config
 from loss import token_logprobs
-from policy import default_learning_rate, default_warmup, learning_rate, load_policy, stop_ids
+from policy import default_learning_rate, default_warmup, load_policy, stop_ids
 from sample import Rollout, Sampling
 
 SMOLLM2 = dict(
@@ -97,7 +97,8 @@ def test_folders_that_cannot_be_loaded_get_one_sentence(folders, tmp_path):
 
 
 def test_the_learning_rate_rises_and_then_falls_to_a_tenth():
-    rates = [learning_rate(step, 1.0, warmup_steps=10, steps=20) for step in (1, 5, 10, 15, 20)]
+    config = train.Config(lr=1.0, warmup_steps=10, steps=20)
+    rates = [train.learning_rate(step, config) for step in (1, 5, 10, 15, 20)]
     assert rates == pytest.approx([0.1, 0.5, 1.0, 0.55, 0.1])
 
 
