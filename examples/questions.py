@@ -43,13 +43,18 @@ class Config:
     output: str = flag("examples/questions.jsonl", "file to write")
 
 
-def main(config) -> None:
+def conversations() -> list[list[dict]]:
     things = [thing.strip() for thing in THINGS.replace("\n", " ").split(",")]
-    lines = []
+    found = []
     for form in FORMS:
         for thing in things:
             question = {"role": "user", "content": form.format(thing)}
-            lines.append(json.dumps({"prompt": [*BEFORE, question]}) + "\n")
+            found.append([*BEFORE, question])
+    return found
+
+
+def main(config) -> None:
+    lines = [json.dumps({"prompt": prompt}) + "\n" for prompt in conversations()]
     Path(config.output).write_text("".join(lines))
 
 
