@@ -7,9 +7,13 @@ from examples import problems, questions
 from examples.rewards import about, short
 
 
+def rows_of(path):
+    return list(map(json.loads, path.read_text().splitlines()))
+
+
 def test_questions_are_conversations_of_one_kind():
     questions.main(questions.Config(output="questions.jsonl"))
-    prompts = [json.loads(line)["prompt"] for line in Path("questions.jsonl").open()]
+    prompts = [row["prompt"] for row in rows_of(Path("questions.jsonl"))]
     assert len(prompts) == len({prompt[-1]["content"] for prompt in prompts}) == 400
     assert all(
         [m["role"] for m in prompt] == ["system", "user", "assistant", "user"] for prompt in prompts
@@ -27,7 +31,7 @@ def test_the_answers_of_the_problems_are_right():
         "largest": lambda text: max(map(int, text.split(", "))),
     }
     for name, work_out in right.items():
-        rows = [json.loads(line) for line in Path(f"{name}.jsonl").open()]
+        rows = rows_of(Path(f"{name}.jsonl"))
         assert len(rows) > 20
         for row in rows:
             asked = row["prompt"][-1]["content"]
