@@ -58,7 +58,9 @@ class Evaluation:
         sampling = replace(self.sampling, temperature=0) if greedy else self.sampling
         groups = []
         count = max(1, self.rows // group_size)
-        for start in tqdm(range(0, len(self.problems), count), self.label, leave=False):
+        responses = len(self.problems) * group_size
+        bar = tqdm(total=responses, desc=self.label, unit=" responses", leave=False)
+        for start in range(0, len(self.problems), count):
             problems = self.problems[start : start + count]
             seeds = [stable_hash(f"{seed}/{problem.prompt}") for problem in problems]
             _, samples = sample_and_score(
@@ -68,6 +70,8 @@ class Evaluation:
             for p, problem in enumerate(problems):
                 group = samples[p * group_size : (p + 1) * group_size]
                 groups.append([{**row, "difficulty": problem.difficulty} for row in group])
+            bar.update(len(samples))
+        bar.close()
         return groups
 
     def summary(self, greedy=False) -> dict:
