@@ -279,9 +279,11 @@ def uniform_numbers(seed, rows, columns, device) -> Tensor:
     """(rows, columns) random numbers in [0, 1): the same for a seed on every device."""
     generator = torch.Generator().manual_seed(seed)
     numbers = torch.rand(rows, columns, dtype=torch.float64, generator=generator)
-    if device.type == "mps":  # it has no float64
-        numbers = numbers.float()
-    return numbers.to(device)
+    return numbers.to(float64(device)).to(device)
+
+
+def float64(device) -> torch.dtype:
+    return torch.float32 if device.type == "mps" else torch.float64  # mps has no float64
 
 
 @dataclass(frozen=True)

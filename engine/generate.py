@@ -19,13 +19,12 @@ from torch.nn.utils.rnn import pad_sequence
 from transformers import AttentionInterface, Cache, DynamicCache
 
 from lib.checks import CACHE, check_prompts
-from sample import Rollout, Sampling, sample_token, uniform_numbers
+from sample import Rollout, Sampling, float64, sample_token, uniform_numbers
 
 # decode steps between checks for finished rows
 CHECK_EVERY = {"cuda": 16, "mps": 16, "cpu": 1}
 # attended lengths are rounded up to a multiple of this
 LENGTH_MULTIPLE = {"cuda": 64, "mps": 64, "cpu": 16}
-FLOAT = {"cuda": torch.float64, "mps": torch.float32, "cpu": torch.float64}  # mps has no float64
 
 
 @torch.no_grad()
@@ -155,7 +154,7 @@ class DecodeState:
         self.lengths = torch.zeros(most_rows + 1, dtype=torch.long, device=device)
         self.prompt_lengths = torch.zeros_like(self.lengths)
         self.logprobs = torch.zeros(most_rows + 1, N, device=device)
-        self.uniforms = torch.zeros(most_rows + 1, N, dtype=FLOAT[device.type], device=device)
+        self.uniforms = torch.zeros(most_rows + 1, N, dtype=float64(device), device=device)
         # tokens that `interject` writes, by their place in the response; -1 where the policy does
         self.forced = torch.full((most_rows + 1, N), -1, device=device)
         self.finished = torch.zeros(most_rows + 1, dtype=torch.bool, device=device)
