@@ -3,6 +3,7 @@
 A policy is any causal language model that transformers loads. It stays in eval mode throughout:
 dropout would make the trained policy another one than the sampling policy."""
 
+import math
 import os
 import random
 from dataclasses import replace
@@ -136,7 +137,11 @@ def start_policy(config, checkpoint) -> tuple[PreTrainedModel, PreTrainedTokeniz
 def fill_in(config, policy):
     """The config of a run, with the values that its flags leave to the model."""
     lr = config.lr or default_learning_rate(policy, config.lora_rank)
-    return replace(config, lr=lr, dtype=str(policy.dtype).removeprefix("torch."))
+    warmup_steps = config.warmup_steps
+    if warmup_steps < 0:
+        warmup_steps = default_warmup(config.steps)
+    dtype = str(policy.dtype).removeprefix("torch.")
+    return replace(config, lr=lr, warmup_steps=warmup_steps, dtype=dtype)
 
 
 def load_reference(config, policy) -> PreTrainedModel | None:
@@ -170,7 +175,22 @@ def save_policy(model, tokenizer, folder) -> None:
 
 
 def default_learning_rate(model, lora_rank) -> float:
-    """2e-4 for models under 10 M parameters, 1e-5 for an adapter, else 1e-6."""
-    if model.num_parameters() < 10e6:
+    """Smaller models want larger steps, and an adapter about ten times those of the whole model.
+    Measured and published rates: docs/real-model.md
+
+    parameters   whole model   adapter
+    under 10 M          2e-4      2e-4
+    under 500 M         1e-5      1e-4
+    more                5e-6      3e-5
+    """
+    size = model.num_parameters()
+    if size < 10e6:
         return 2e-4
-    return 1e-5 if lora_rank else 1e-6
+    if size < 500e6:
+        return 1e-4 if lora_rank else 1e-5
+    return 3e-5 if lora_rank else 5e-6
+
+
+def default_warmup(steps) -> int:
+    """A tenth of the steps, at most 10: a long warm-up would take most of a short run."""
+    return min(10, math.ceil(steps / 10))
