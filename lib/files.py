@@ -1,7 +1,7 @@
 """Files that are whole or not there at all, and JSON lines.
 
-A file is written under a name that ends in .part and renamed once it is on the disk, so a process
-may be killed at any moment.
+A file is written under a name with .part in it and renamed once it is on the disk, so a process may
+be killed at any moment.
 """
 
 import hashlib
@@ -38,12 +38,21 @@ def sync(path):
         os.close(descriptor)
 
 
-def write_text(path, text):
-    aside = path.with_name(path.name + ".part")
+@contextmanager
+def whole(path):
+    """A path beside `path` for a file or folder, which gets the name `path` at the end of the
+    block: whoever looks there finds it whole, or not at all. Processes that write the same do not
+    meet: each has a path of its own."""
+    aside = path.with_name(f"{path.stem}.{os.getpid()}.part{path.suffix}")
     with writing(path):
-        aside.write_text(text, encoding="utf-8")
+        yield aside
         sync(aside)
         aside.replace(path)
+
+
+def write_text(path, text):
+    with whole(path) as aside:
+        aside.write_text(text, encoding="utf-8")
 
 
 def write_json(path, content):
@@ -183,8 +192,6 @@ def download(url, path, sha256):
     found = hashlib.sha256(content).hexdigest()
     if found != sha256:
         raise UserError(f"{url} is not the file expected (SHA-256 {found}), nothing was written")
-    aside = path.with_name(f"{path.name}.{os.getpid()}.part")  # two processes may fetch at once
-    with writing(path):
-        path.parent.mkdir(parents=True, exist_ok=True)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with whole(path) as aside:
         aside.write_bytes(content)
-        aside.replace(path)

@@ -8,7 +8,7 @@ from statistics import fmean
 
 from matplotlib.figure import Figure
 
-from lib.files import read_rows, writing
+from lib.files import read_rows, whole
 
 CURVES = {  # metric -> title of its panel
     "reward": "reward (mean of the step's responses)",
@@ -164,8 +164,6 @@ def plot_points(panel, found, shift, color, label):
 
 def save(figure, path):
     """Whole or not at all, because somebody may be looking at the picture."""
-    aside = path.with_name(f"{path.stem}.part.png")
-    with writing(path):
+    with whole(path) as aside:
         figure.savefig(aside, dpi=110)
-        aside.replace(path)
     gc.collect()  # a figure is a reference cycle: a long run would grow with each

@@ -161,7 +161,7 @@ def is_free(folder):
     """Whether a new run may have this folder: not there, or left by a run killed in its start."""
     if not folder.exists():
         return True
-    if folder.is_dir() and set(os.listdir(folder)) <= {"lock", "config.json.part"}:
+    if folder.is_dir() and all(name == "lock" or ".part" in name for name in os.listdir(folder)):
         with suppress(UserError):  # another process is about to start there
             lock(folder).close()
             return True
