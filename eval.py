@@ -60,6 +60,7 @@ def respond(
     measured,
     sampling,
     max_new_tokens,
+    stop,
     samples=1,
     seed=0,
     rows_at_once=256,
@@ -70,11 +71,11 @@ def respond(
     first.
 
     measured:     name -> reward, see `measures`
+    stop:         ids of the tokens that end a response
     rows_at_once: responses sampled in parallel. It changes no response, and neither do the other
                   problems: each problem has a seed of its own.
     """
     problems = share(problems)  # of several processes, each takes a part
-    stop = stop_ids(policy, tokenizer)
     sizes = {"rows_at_once": rows_at_once}
     buffers = {}
     groups = []
@@ -182,6 +183,7 @@ class Config:
     samples: int = flag(1, "responses per problem; above 1 also pass@k and maj@k")
     temperature: float = flag(0.0, "0: the run's, or 1; greedy is measured as well")
     max_new_tokens: int = flag(0, "most tokens of a response; 0: the run's, or 512")
+    stop: str = flag("", "more tokens that end a response; default: the run's")
     reward: str = flag("", "what is measured; default: the run's, or the task's rule")
     rows_at_once: int = flag(256, "responses sampled in parallel; changes no number")
     seed: int = flag(0, "same seed, same responses")
@@ -198,7 +200,7 @@ def main(config, models) -> dict:
     runs = {name: read_config(Path(name)) for name in models if is_run(Path(name))}
     for flags in runs.values():
         flags["reward"] = flags["true_reward"] or flags["reward"]
-    shared = ["task", "data_dir", "max_new_tokens"]
+    shared = ["task", "data_dir", "max_new_tokens", "stop"]
     if not config.task:
         shared.append("reward")  # that of a run is for the task of the run
     config = flags_of_runs(config, runs, shared)
@@ -226,7 +228,7 @@ def main(config, models) -> dict:
     for name in dict.fromkeys(chain(*zip(bases.values(), bases))):
         policy, tokenizer = load_policy(name, device, config.dtype, name in in_4_bits)
         prompts = longest_prompts(task, problems, tokenizer)
-        stop = stop_ids(policy, tokenizer)
+        stop = stop_ids(policy, tokenizer, config.stop)
         forms = choose(policy, prompts, stop, sampled, N, config.fast)
         ask = partial(
             respond,
@@ -237,6 +239,7 @@ def main(config, models) -> dict:
             problems,
             measured,
             max_new_tokens=N,
+            stop=stop,
             seed=config.seed,
             rows_at_once=config.rows_at_once,
             label=name,

@@ -47,6 +47,7 @@ from lib.plots import plot_run
 from lib.processes import by_rows, gather, is_first, processes, share, together
 from lib.report import before_and_after, describe_run, model_card
 from lib.run import TRACKERS, Run, Tracker, resumed_flags
+from lib.texts import describe_prompt
 from loss import BASELINED, DENOMINATORS, FILTERS, LOSSES, NORMALISERS, RECIPES, k2, k3
 from policy import (
     DEVICES,
@@ -76,6 +77,7 @@ class Config:
     group_size: int = flag(16, "G, responses to each prompt")
     max_new_tokens: int = flag(512, "tokens after which a response is truncated")
     temperature: float = flag(1.0, "sampling temperature; the loss uses the same")
+    stop: str = flag("", "more tokens that end a response, such as '<|im_end|> </answer>'")
     rows_at_once: int = flag(0, "most responses sampled in parallel, the rest are queued; 0: all")
     fast: Literal["auto", "off"] = flag("auto", "off: plain sampler and log-probs: same, slower")
     # weights and loss (loss.py)
@@ -264,7 +266,7 @@ def main(config) -> Path:
 
     start = run.checkpoint if run.checkpoint and not config.lora_rank else config.model
     policy, tokenizer = load_policy(str(start), device, config.dtype, config.load_in_4bit)
-    stop = stop_ids(policy, tokenizer)
+    stop = stop_ids(policy, tokenizer, config.stop)
     lr = config.lr or default_learning_rate(policy, config.lora_rank)
     config = replace(config, lr=lr, dtype=str(policy.dtype).removeprefix("torch."))
     torch.manual_seed(config.seed)  # for a new adapter and rewards; sampling has its own generators
@@ -280,13 +282,16 @@ def main(config) -> Path:
     check_prompts(policy, longest, limit)
     ends = tokenizer.convert_ids_to_tokens(stop)
     print(describe_run(config, policy, task, measured_texts, ends), end="")
+    first = prompt_ids(task, task.train[0], tokenizer)
+    print(describe_prompt(tokenizer, first, task.train[0].answer), end="")
     print(memory_table(config, policy, device_memory(device), len(longest[0])), end="")
     if config.gradient_checkpointing:  # not before: the estimate counts what it would recompute
         enable_gradient_checkpointing(policy)
     # generate, and token_logprobs for the update: the fast ones if they agree with the plain ones
     forms = engine.choose.choose(policy, longest, stop, sampling, limit, config.fast)
     asked = forms, policy, tokenizer, task, held_out
-    run_evaluation = partial(evaluate, *asked, measured=measured, max_new_tokens=limit)
+    options = dict(measured=measured, max_new_tokens=limit, stop=stop)
+    run_evaluation = partial(evaluate, *asked, **options)
 
     optimizer = Optimizer(policy, config.weight_decay, config.offload)
     # all that a run must remember, with the optimizer and the random states; saved and loaded whole

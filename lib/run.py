@@ -97,7 +97,8 @@ def flags_of_runs(config, runs, names):
     runs: {"runs/add": its flags}
     """
     for name in names:
-        values = list(dict.fromkeys(run[name] for run in runs.values()))
+        # a run that is older than a flag does not have it
+        values = list(dict.fromkeys(run.get(name, "") for run in runs.values()))
         if getattr(config, name) or not values:
             continue
         if len(values) > 1:

@@ -1,0 +1,315 @@
+"""Situations in which people of this field report trouble: a wrong prompt, a wrong split, a reward
+that reads something else than the person who wrote it. Each once gave a wrong result without a
+word."""
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import CPU, parse_train
+from tiny import CHATML
+from tokenizers import Tokenizer, processors
+
+import train
+from lib.flags import UserError
+from lib.texts import describe_prompt, token_texts
+from policy import load_policy, stop_ids
+from reward import REWARDS
+from sample import Rollout
+from tasks import NO_TASK, Problem, Task, load_task, longest_prompts, prompt_ids
+
+SMALL = "--steps=1 --prompts_per_step=2 --group_size=2 --max_new_tokens=4 --eval_problems=0"
+
+
+def write_problems(rows, name="my.jsonl"):
+    Path(name).write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return name
+
+
+def many(**columns):
+    """30 problems that differ in their prompts only."""
+    return [{"prompt": f"{i} + 1?", "answer": str(i + 1), **columns} for i in range(30)]
+
+
+def run_train(model, *flags):
+    return train.main(parse_train(f"--model={model}", *SMALL.split(), *flags))
+
+
+@pytest.fixture
+def chat(folders):
+    """chat(template) -> (policy, tokenizer, folder): a copy of a model with this chat template."""
+
+    def make(template=CHATML, architecture="qwen2"):
+        shutil.copytree(folders(architecture), "model", dirs_exist_ok=True)
+        (Path("model") / "chat_template.jinja").write_text(template)
+        return *load_policy("./model", CPU), "./model"
+
+    return make
+
+
+def change_tokenizer(folder, change):
+    path = Path(folder) / "tokenizer.json"
+    tokenizer = Tokenizer.from_file(str(path))
+    change(tokenizer)
+    tokenizer.save(str(path))
+
+
+# ------------------------------------------------------------------------------------- prompts
+
+SYSTEM = Task("t", [], [], [], "number", system="Be brief.", template="Q: {prompt}")
+
+
+def as_text(tokenizer, prompt, task=NO_TASK, **columns):
+    return tokenizer.decode(prompt_ids(task, Problem(prompt, "1", "", columns), tokenizer))
+
+
+def turn(role, text):
+    return f"<|im_start|>{role}\n{text}<|im_end|>\n"
+
+
+START = "<|im_start|>assistant\n"
+
+
+def test_a_run_shows_a_prompt_as_the_model_gets_it(chat, capsys):
+    *_, folder = chat()
+    run_train(folder, f"--task={write_problems(many())}")
+    shown = capsys.readouterr().out
+    lines = shown.partition("prompt     ")[2].splitlines()
+    first = json.loads(Path("my.jsonl").read_text().splitlines()[0])
+    assert lines[0].endswith(r"tokens, the last is '\n':")
+    assert lines[1:4] == [
+        "    | <|im_start|>user",
+        f"    | {first['prompt']}<|im_end|>",
+        "    | <|im_start|>assistant",
+    ]
+    assert lines[5] == f"answer     {first['answer']}"
+
+
+def test_a_long_prompt_is_shown_in_15_lines(load):
+    _, tokenizer = load("llama")
+    ids = tokenizer("\n".join(f"line {i}" for i in range(40)))["input_ids"]
+    shown = describe_prompt(tokenizer, ids, "75").splitlines()
+    assert len(shown) == 15
+    assert shown[1] == "    | line 0" and "    | line 39" in shown
+    assert "    | ... 28 lines ..." in shown
+
+
+def append_eos(tokenizer):
+    """As tokenizers with add_eos_token do."""
+    special = [("<|endoftext|>", 0)]
+    ending = processors.TemplateProcessing(single="$A <|endoftext|>", special_tokens=special)
+    tokenizer.post_processor = ending
+
+
+@pytest.mark.parametrize("architecture", ["llama", "gpt2"])
+def test_a_prompt_does_not_end_with_end_of_text(folders, architecture):
+    shutil.copytree(folders(architecture), "model")
+    change_tokenizer("model", append_eos)
+    _, tokenizer = load_policy("./model", CPU)
+    assert tokenizer("1+1=?")["input_ids"][-1] == tokenizer.eos_token_id
+    assert as_text(tokenizer, "1+1=?") == "1+1=?"
+
+
+DROPS = """{% for m in messages %}{% if m.role != 'system' %}<|im_start|>{{ m.role }}
+{{ m.content }}<|im_end|>
+{% endif %}{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant
+{% endif %}"""
+
+
+def test_a_template_that_drops_the_system_role_does_not_drop_the_instruction(chat):
+    """Without a word, unlike one that raises. In a conversation too."""
+    _, tokenizer, _ = chat(DROPS)
+    assert as_text(tokenizer, "2?", SYSTEM) == turn("user", "Be brief.\n\n2?") + START
+    talk = [{"role": "system", "content": "Be  kind."}, {"role": "user", "content": "2?"}]
+    assert as_text(tokenizer, talk) == turn("user", "Be  kind.\n\n2?") + START
+    _, tokenizer, _ = chat(CHATML)
+    assert as_text(tokenizer, talk) == turn("system", "Be  kind.") + turn("user", "2?") + START
+
+
+def test_half_an_assistant_turn_is_continued(chat):
+    _, tokenizer, _ = chat()
+    talk = [{"role": "user", "content": "2?"}, {"role": "assistant", "content": "It is"}]
+    assert as_text(tokenizer, talk) == turn("user", "2?") + START + "It is"
+
+
+READS = "{{ tools | length if tools else '' }}{{ 'quiet' if enable_thinking is false }}" + CHATML
+
+
+def test_tools_and_settings_of_a_row_go_to_the_template(chat, load):
+    _, tokenizer, _ = chat(READS)
+    columns = {"tools": [{"type": "function"}], "chat_template_kwargs": {"enable_thinking": False}}
+    task = load_task(write_problems(many(**columns)))
+    shown = tokenizer.decode(prompt_ids(task, task.train[0], tokenizer))
+    assert shown.startswith("1quiet<|im_start|>")
+    _, plain = load("llama")  # has no template: nothing could come of them
+    with pytest.raises(UserError, match=r'a row has "(tools|chat_template_kwargs)"'):
+        prompt_ids(task, task.train[0], plain)
+
+
+def test_the_date_in_a_prompt_is_always_the_same(chat):
+    """Equal runs have equal prompts, before and after midnight."""
+    _, tokenizer, _ = chat("{{ strftime_now('%d %b %Y %f') }}" + CHATML)
+    shown = as_text(tokenizer, "2?")
+    assert shown.startswith("01 Jan 2025 000000<|im_start|>")
+    assert shown == as_text(tokenizer, "2?")
+
+
+def test_the_longest_prompt_is_the_one_of_most_tokens(load):
+    """64 long texts, and one of few characters with several tokens each."""
+    _, tokenizer = load("llama")
+    problems = [Problem("Question: Ann has apples. " * 6 + str(i), "1") for i in range(90)]
+    problems.insert(50, Problem("\U0001f9ee" * 60, "1"))
+    problems.insert(20, Problem("2?", "1"))
+    longest = longest_prompts(NO_TASK, problems, tokenizer)
+    lengths = [len(prompt_ids(NO_TASK, problem, tokenizer)) for problem in problems]
+    assert len(longest[0]) == max(lengths) == lengths[51] and max(lengths) > 200
+    assert len(longest[-1]) == min(lengths)  # an empty one is seen at the start too
+    assert len(longest) == 64
+
+
+# ------------------------------------------------------------------------------------- stop tokens
+
+
+def test_the_end_of_turn_of_a_template_is_a_stop_token(chat, load):
+    """A base model with a chat template: its end of text is another token."""
+    policy, tokenizer, _ = chat()
+    eos, end = tokenizer.convert_tokens_to_ids(["<|endoftext|>", "<|im_end|>"])
+    assert tokenizer.eos_token_id == eos and policy.generation_config.eos_token_id == eos
+    assert stop_ids(policy, tokenizer) == [eos, end]
+    policy, tokenizer, _ = chat(
+        "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}"
+    )
+    assert stop_ids(policy, tokenizer) == [eos]  # a line break is no token of its own
+    assert stop_ids(policy, tokenizer, "<|im_start|>") == [eos, 2]
+    with pytest.raises(UserError, match=r"--stop <end>: not a token of its own, as .*<.im_end.>"):
+        stop_ids(policy, tokenizer, "<end>")
+
+
+# ------------------------------------------------------------------------------------- responses
+
+
+def one_row(tokenizer, prompt, ids, finished):
+    ids = tokenizer(prompt)["input_ids"] + ids
+    start = len(tokenizer(prompt)["input_ids"])
+    mask = torch.ones(1, len(ids) - start, dtype=torch.bool)
+    columns = [torch.tensor([n]) for n in (start, len(ids))]
+    return Rollout(
+        torch.tensor([ids]), *columns, mask, torch.zeros(mask.shape), torch.tensor([finished])
+    )
+
+
+def test_tags_that_are_special_tokens_reach_the_reward(load):
+    """`format` was 0 for ever, and `number` paid the number in the thought."""
+    _, tokenizer = load("llama")
+    tokenizer = type(tokenizer).from_pretrained(tokenizer.name_or_path)
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<think>", "</think>"]})
+    text = "<think>8+7=15, not 99</think>The sum is"
+    ids = tokenizer(text)["input_ids"] + [tokenizer.eos_token_id]
+    assert one_row(tokenizer, "8+7=", ids, True).responses(tokenizer) == [text]
+    assert one_row(tokenizer, "8+7=", ids, False).responses(tokenizer) == [text + "<|endoftext|>"]
+    assert REWARDS["format"]("", text, "15") == 1
+    assert REWARDS["number"]("", text, "99") == 0
+
+
+@pytest.mark.parametrize("prompt", ["8+7=<think>\n", "8+7= "])
+def test_a_thought_that_the_prompt_opens_begins_the_response(load, prompt):
+    """`format` was always 0, and half a thought was an answer."""
+    _, tokenizer = load("llama")
+    opened = "<think>\n" if "<think>" in prompt else ""
+    ids = tokenizer("8+7=15</think>15")["input_ids"]
+    row = one_row(tokenizer, prompt, ids, False)
+    [sample] = row.samples([Problem(prompt, "15")], tokenizer, with_tokens=True)
+    assert sample["response"] == opened + "8+7=15</think>15" == "".join(sample["tokens"])
+    assert len(sample["tokens"]) == sample["length"] == len(ids)
+    assert REWARDS["format"](prompt, sample["response"], "15") == (opened != "")
+    [half] = one_row(tokenizer, prompt, ids[:4], False).responses(tokenizer)
+    assert REWARDS["number"](prompt, half, "15") == 0 or not opened
+
+
+TEXTS = [
+    "caf\u00e9 \U0001f9ee \u4f60\u597d 75",
+    " 75 apples ",
+    "x != y , do n't .",
+    "\ufffd\U0001f9ee",
+]
+
+
+@pytest.mark.parametrize("text", TEXTS)
+@pytest.mark.parametrize("finished", [True, False])
+def test_texts_of_tokens_join_to_the_response(load, text, finished):
+    _, tokenizer = load("llama")
+    ids = tokenizer(text)["input_ids"]
+    texts = token_texts(tokenizer, [5], [*ids, 0] if finished else ids, finished)
+    assert "".join(texts) == text
+    assert len(texts) == len(ids) + finished
+    assert "\ufffd" not in "".join(texts).replace(text, "")
+    half = token_texts(tokenizer, [5], ids[:-1], False)  # perhaps half a character
+    assert "".join(half) == tokenizer.decode(ids[:-1], clean_up_tokenization_spaces=False)
+
+
+# ------------------------------------------------------------------------------------- the split
+
+
+def sides(task):
+    return [
+        {json.dumps(p.prompt, sort_keys=True) for p in part}
+        for part in (task.train, task.validation, task.test)
+    ]
+
+
+def test_no_problem_changes_sides_where_a_file_grows():
+    """The border was a rank: with one row more, train and validation changed places."""
+    rows = [{"prompt": f"{i} + {i}?", "answer": str(2 * i)} for i in range(1000)]
+    whole = sides(load_task(write_problems(rows)))
+    for part in (rows[:300], rows[200:], rows[::-2]):
+        for small, large in zip(sides(load_task(write_problems(part))), whole):
+            assert small <= large
+    assert 70 < len(whole[1]) < 110 and 80 < len(whole[2]) < 120
+
+
+def test_equal_conversations_are_on_one_side():
+    rows = []
+    for i in range(60):
+        message = {"role": "user", "content": f"q{i}"}
+        rows += [{"prompt": [message]}, {"prompt": [dict(reversed(message.items()))]}]
+    train_side, validation, test = sides(load_task(write_problems(rows)))
+    assert not train_side & test and not train_side & validation and not validation & test
+    assert len(train_side | validation | test) == 60
+
+
+def test_swapped_sums_are_on_one_side():
+    task = load_task("add")
+    parts = [
+        {frozenset(p.prompt[:-1].split("+")) for p in part}
+        for part in (task.train, task.validation, task.test)
+    ]
+    assert sum(map(len, parts)) == len(set.union(*parts)) == 90 * 91 // 2
+
+
+# ------------------------------------------------------------------------------------- answers
+
+ANSWERS = [(True, "true"), (75.0, "75.0"), ("1e5", "1e5"), (0.1, "0.1"), (10**25, str(10**25))]
+
+
+@pytest.mark.parametrize(("value", "text"), ANSWERS)
+def test_an_answer_is_the_text_of_the_file(value, text):
+    """true became "True", 1e5 became "100000.0"."""
+    assert load_task(write_problems(many(answer=value))).train[0].answer == text
+    Path("my.jsonl").write_text(
+        "".join(f'{{"prompt": "p{i}", "answer": 1e5}}\n' for i in range(30))
+    )
+    assert load_task("my.jsonl").train[0].answer == "1e5"
+
+
+@pytest.mark.parametrize("answer", [["75"], {"a": 1}, "", "  \n"])
+def test_what_is_no_answer_is_refused(answer):
+    with pytest.raises(UserError, match='line 1: "answer" is missing, empty or of the wrong type'):
+        load_task(write_problems(many(answer=answer)))
+
+
+@pytest.mark.parametrize("answer", ["75\n", " 75", ".5", "1e5", "1E-5", "+75", "-1,000.5"])
+def test_these_are_numbers(answer):
+    assert load_task(write_problems(many(answer=answer))).reward == "number"
+    assert REWARDS["number"]("", f"It is {answer.strip()}.", answer) == 1
