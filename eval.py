@@ -29,7 +29,7 @@ from lib.report import comparison_text, results_table
 from lib.run import flags_of_runs, is_run, read_config
 from lib.stats import at_k, compare_values, mean_interval
 from policy import DEVICES, DTYPES, load_policy, pick_device, stop_ids
-from reward import ANSWERS, RIGHT_OR_WRONG, final_answer, load_reward, score
+from reward import RIGHT_OR_WRONG, load_reward, score, votes
 from sample import Sampling
 from tasks import load_task, longest_prompts, prompt_ids, stable_hash
 
@@ -60,7 +60,7 @@ def respond(
     measured,
     sampling,
     max_new_tokens,
-    stop,
+    stop=None,
     samples=1,
     seed=0,
     rows_at_once=256,
@@ -71,11 +71,12 @@ def respond(
     first.
 
     measured:     name -> reward, see `measures`
-    stop:         ids of the tokens that end a response
+    stop:         ids of the tokens that end a response; None: without those of --stop
     rows_at_once: responses sampled in parallel. It changes no response, and neither do the other
                   problems: each problem has a seed of its own.
     """
     problems = share(problems)  # of several processes, each takes a part
+    stop = stop or stop_ids(policy, tokenizer)
     sizes = {"rows_at_once": rows_at_once}
     buffers = {}
     groups = []
@@ -155,10 +156,9 @@ def details(groups, measured) -> dict:
         numbers["by_difficulty"] = {level: mean_of(levels[level], first) for level in order}
     if "accuracy" in measured and len(groups[0]) > 1:
         [rule] = measured["accuracy"].parts
-        normalise = ANSWERS.get(rule, str)
         right = [[row["accuracy"] == 1 for row in group] for group in groups]
-        votes = [[normalise(final_answer(row["response"])) for row in group] for group in groups]
-        numbers |= at_k(votes, right)
+        answers = [votes(rule, [row["response"] for row in group]) for group in groups]
+        numbers |= at_k(answers, right)
     return numbers
 
 

@@ -249,7 +249,7 @@ def load_task(name, data_dir="") -> Task:
         raise UserError(f"--task {name}: not one of {', '.join(TASKS)}, nor a .jsonl file")
     problems = []
     for row in read_problems(Path(name)):
-        columns = {key: row[key] for key in row if key not in ("prompt", "answer", "difficulty")}
+        columns = {key: row[key] for key in row if key not in ("prompt", "answer")}
         difficulty = str(row.get("difficulty", ""))
         problems.append(Problem(row["prompt"], row["answer"], difficulty, columns))
     numbers = [problem for problem in problems if PLAIN_NUMBER.fullmatch(problem.answer or "")]

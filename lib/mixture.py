@@ -12,6 +12,7 @@ import runpy
 import traceback
 from copy import deepcopy
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 
 import torch
@@ -19,6 +20,7 @@ import torch
 from lib.flags import UserError, first_line, name_error, shorten
 
 OPERATORS = {ast.Add: operator.add, ast.Sub: operator.sub, ast.Mult: operator.mul}
+TEXTS = 3  # the first parameters of a function: prompt, response, answer
 EXTRA = "length", "limit", "tokens"  # what a function gets where it has such a parameter
 SIGNED = OPERATORS | {ast.USub: operator.neg}  # the minus of -number
 
@@ -35,6 +37,26 @@ class Mixture:
 
 def parameters_of(function) -> list[str]:
     return list(inspect.signature(function).parameters)
+
+
+def columns_of(function) -> dict[str, bool]:
+    """Its parameters after the three texts that get a column of the data: name -> whether the
+    column must be there, because the parameter has no default."""
+    parameters = list(inspect.signature(function).parameters.values())[TEXTS:]
+    open_ended = inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD
+    named = [one for one in parameters if one.kind not in open_ended and one.name not in EXTRA]
+    return {one.name: one.default is one.empty for one in named}
+
+
+def check_columns(part, function, columns):
+    """UserError if one of the rows lacks a column that the function must get.
+
+    columns: for each row, name -> value"""
+    for name, needed in columns_of(function).items():
+        for number, row in enumerate(columns, 1):
+            if needed and name not in row:
+                lacks = f'problem {number} has no column "{name}"'
+                raise UserError(f"--reward {part}: has a parameter `{name}`, but {lacks}")
 
 
 def arithmetic(node, leaf, operators):
@@ -87,6 +109,13 @@ def parse_mixture(text, rules, makers) -> Mixture:
     return Mixture(tree, parts)
 
 
+@lru_cache
+def run_file(path, content) -> dict:
+    """The names of a file, which is run once for all parts that come from it. content: a file that
+    was edited is run again"""
+    return runpy.run_path(str(path))
+
+
 def own_function(module, name):
     """The function `name` of module.py in the current folder. UserError if it is not there."""
     where = f"--reward {module}.{name}"
@@ -94,7 +123,7 @@ def own_function(module, name):
     if not path.exists():
         raise UserError(f"{where}: there is no {module}.py in the current folder")
     try:
-        function = runpy.run_path(str(path)).get(name)
+        function = run_file(path, path.read_bytes()).get(name)
     except KeyboardInterrupt:
         raise
     except BaseException as error:  # the user's file may raise anything, SystemExit too
@@ -124,9 +153,11 @@ def call_part(part, function, rows, limit) -> list[float]:
 
     rows:  {"prompt", "response", "answer"} each, and "length" and "tokens" (texts) if known
     limit: most tokens of a response. A function with a parameter `length`, `tokens` or `limit` gets
-           that too. It may return a list, a number for each token: its value is their sum, and the
-           list becomes row["credit"]. One whose first parameter is `prompts` is called once, with
-           three lists, and has none of these.
+           that too, and one with another parameter the column of that name: of row["columns"], or
+           of the row itself where it comes from a file. It may return a list, a number for each
+           token: its value is their sum, and the list becomes row["credit"]. One whose first
+           parameter is `prompts` is called once, with three lists and one for each column; it
+           has no `length`, `tokens` or `limit`.
     UserError names the row for which the function raised, or returned no finite number.
     """
     names = parameters_of(function)
@@ -139,13 +170,18 @@ def call_part(part, function, rows, limit) -> list[float]:
         response = shorten(rows[i]["response"], 100)
         return UserError(f"--reward {part}: {reason} (prompt: {prompt}; response: {response})")
 
+    columns = [row.get("columns", row) for row in rows]
+    check_columns(part, function, columns)
+    wanted = columns_of(function)
     # copies: a function may change the list of messages that is its prompt
     texts = [[deepcopy(row[name]) for row in rows] for name in ("prompt", "response", "answer")]
 
-    def call(row, *arguments):
+    def call(row, others, *texts):
         known = {**row, "limit": limit}
-        value = function(*arguments, **{name: known[name] for name in EXTRA if name in names})
-        if isinstance(value, list) and len(value) == len(row.get("tokens", [])):
+        more = {name: known[name] for name in EXTRA if name in names}
+        more |= {name: deepcopy(others[name]) for name in wanted if name in others}
+        value = function(*texts, **more)
+        if isinstance(value, list) and value and len(value) == len(row.get("tokens", [])):
             # a float64 of numpy is a float, but not a plain one
             row["credit"] = [float(x) if isinstance(x, float) else x for x in value]
             return sum(value)
@@ -154,12 +190,16 @@ def call_part(part, function, rows, limit) -> list[float]:
     values = []
     try:
         if names[:1] == ["prompts"]:
-            found = list(function(*texts))
+            more = {name: [deepcopy(row.get(name)) for row in columns] for name in wanted}
+            found = function(*texts, **more)
+            if isinstance(found, (dict, set, str)):
+                raise error_at(0, f"returned a {type(found).__name__}, not a list, the first")
+            found = list(found)
             if len(found) != len(rows):
                 reason = f"returned {len(found)} values for {len(rows)} responses, the first"
                 raise error_at(0, reason)
         else:
-            found = map(call, rows, *texts)
+            found = map(call, rows, columns, *texts)
         for i, value in enumerate(found):
             if not is_finite(value):
                 raise error_at(i, f"returned {shorten(repr(value), 50)}, not a finite number")

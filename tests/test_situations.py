@@ -13,10 +13,12 @@ from tiny import CHATML
 from tokenizers import Tokenizer, processors
 
 import train
+from lib.files import read_rows
 from lib.flags import UserError
 from lib.texts import describe_prompt, token_texts
+from loss import NORMALISERS
 from policy import load_policy, stop_ids
-from reward import REWARDS
+from reward import REWARDS, load_reward, score, votes
 from sample import Rollout
 from tasks import NO_TASK, Problem, Task, load_task, longest_prompts, prompt_ids
 
@@ -313,3 +315,146 @@ def test_what_is_no_answer_is_refused(answer):
 def test_these_are_numbers(answer):
     assert load_task(write_problems(many(answer=answer))).reward == "number"
     assert REWARDS["number"]("", f"It is {answer.strip()}.", answer) == 1
+
+
+# ------------------------------------------------------------------------------------- rules
+
+NUMBERS = [
+    ("1 000 000", "1000000"),
+    ("1\u202f000", "1000"),
+    ("1\u00a0000", "1000"),
+    ("1\u2009000,", "1000"),
+    ("1'000", "1000"),
+    ("1\u2019000.50", "1000.5"),
+    ("in 2020 100 people", "100"),
+    ("12.5 100", "100"),
+    ("7 50", "50"),
+    ("\uff17\uff15", "75"),
+    ("x = \uff0d\uff17.\uff15", "-7.5"),
+    ("3\uff0c75", "75"),
+    (r"\frac12", "0.5"),
+    (r"-\frac12", "-0.5"),
+    (r"\boxed{\dfrac1{2}}", "0.5"),
+    (r"\frac{1}2", "0.5"),
+    ("- 75 apples", "75"),
+    ("- 3 pears\n- 75 apples", "75"),
+    ("\u2022 75", "75"),
+    ("- 75", "-75"),
+    ("-75 apples", "-75"),
+]
+
+
+@pytest.mark.parametrize(("text", "value"), NUMBERS)
+def test_numbers_are_read_as_a_person_reads_them(text, value):
+    assert REWARDS["number"]("", text, value) == 1
+    assert REWARDS["number"]("", value, text) == 1  # in a reference answer too
+
+
+def test_no_answer_has_no_vote_and_equal_answers_have_one():
+    """Half a thought was a vote for ''."""
+    assert votes("exact", ["<think>a", "", "75", " 75"]) == [None, None, "75", "75"]
+    stated = ["The answer is 12.", "#### 12.0", "12", "so it makes 12", "<think>12"]
+    assert votes("stated", stated) == ["12", "12", "12", None, None]
+    expressions = ["<answer>3 * 8</answer>", "<answer>3*8</answer>", "3*8", "<answer>3 8</answer>"]
+    assert votes("countdown", expressions) == ["3*8", "3*8", None, "3 8"]
+
+
+@pytest.mark.slow
+def test_equal_answers_in_latex_have_one_vote():
+    pytest.importorskip("math_verify")
+    found = votes("math", [r"$\frac{1}{2}$", "0.5", r"$\{1, 2\}$", r"$\{2,1\}$", "hm", "<think>7"])
+    assert found == [0, 0, 2, 2, None, None]
+
+
+# ------------------------------------------------------------------------------------- weights
+
+
+@pytest.mark.parametrize("name", NORMALISERS)
+def test_a_higher_reward_never_gets_a_lower_weight(name):
+    """maxrl turned the signs of a group whose mean was below 0. Now it refuses such a group."""
+    torch.manual_seed(0)
+    config = parse_train("--softmax_beta=0.5")
+    for low, high in [(0, 1), (0, 1e-3), (-1, 1), (-2, -1), (-1e4, 1e4)]:
+        rewards = low + (high - low) * torch.rand(50, 6, dtype=torch.float64)
+        rewards[::2] = rewards[::2].round()  # ties
+        if name == "maxrl" and low < 0:
+            with pytest.raises(UserError, match="--normaliser maxrl: wants rewards from 0 up"):
+                NORMALISERS[name](rewards, config)
+            continue
+        weights = NORMALISERS[name](rewards, config)
+        higher = rewards[:, :, None] > rewards[:, None, :]
+        assert (weights[:, :, None] >= weights[:, None, :] - 1e-9)[higher].all()
+        equal = rewards[:, :, None] == rewards[:, None, :]
+        assert (weights[:, :, None] - weights[:, None, :])[equal].abs().max() < 1e-9
+
+
+# ------------------------------------------------------------------------------------- rewards
+
+
+def test_a_reward_gets_the_columns_that_it_names():
+    Path("mine.py").write_text("""
+def passed(prompt, response, answer, tests, weight=2): return weight * sum(tests)
+def all_passed(prompts, responses, answers, tests): return [sum(test) for test in tests]
+def open_ended(prompt, response, answer, **others): return len(others)
+""")
+    task = load_task(write_problems(many(tests=[1, 2])))
+    reward = load_reward("mine.passed + mine.all_passed + 0*mine.open_ended", problems=task.train)
+    assert task.train[0].columns == {"tests": [1, 2]}
+    sample = {"prompt": "1?", "response": "1", "answer": "1"}
+    rollout_samples = [
+        {**sample, "columns": {"tests": [1, 2]}},
+        {**sample, "columns": {"tests": [], "weight": 5}},
+    ]
+    found = score(reward, rollout_samples)
+    assert [row["reward"] for row in found] == [6 + 3, 0]
+    assert score(reward, [{**sample, "tests": [1], "weight": 3}])[0]["reward"] == 4  # of a file
+    problems = [*task.train, Problem("1?", "1")]
+    with pytest.raises(UserError, match=r'--reward mine.passed: .* `tests`, .* no column "tests"'):
+        load_reward("mine.passed", problems=problems)
+    load_reward("mine.open_ended", problems=problems)
+
+
+def test_a_run_hands_the_columns_to_its_reward(folders):
+    Path("mine.py").write_text("""
+def noted(prompt, response, answer, note): return float(note == "n" + answer)
+""")
+    rows = [{**row, "note": f"n{row['answer']}"} for row in many()]
+    run = run_train(
+        folders("llama"),
+        f"--task={write_problems(rows)}",
+        "--reward=mine.noted",
+        "--eval_problems=2",
+    )
+    [row] = read_rows(run / "metrics.jsonl")
+    assert row["reward"] == row["eval_mean_reward"] == 1
+
+
+@pytest.mark.parametrize(
+    ("function", "message"),
+    [
+        ("lambda prompts, r, a: dict.fromkeys(range(len(r)), 1.0)", "returned a dict, not a list"),
+        ("lambda prompts, r, a: 'ab'", "returned a str, not a list"),
+        ("lambda prompt, r, a: []", r"returned \[\], not a finite number"),
+        ("lambda prompt, r, a, tokens=(): []", r"returned \[\], not a finite number"),
+    ],
+)
+def test_what_a_reward_must_not_return(function, message):
+    """The keys of the dict were paid, and [] was 0."""
+    Path("mine.py").write_text(f"f = {function}")
+    samples = [{"prompt": "1?", "response": text, "answer": "1", "tokens": []} for text in "ab"]
+    with pytest.raises(UserError, match=f"--reward mine.f: {message}"):
+        score(load_reward("mine.f"), samples)
+
+
+def test_a_file_of_rewards_runs_once_for_all_its_parts():
+    Path("mine.py").write_text("""
+with open("runs.txt", "a") as file: file.write("x")
+def a(prompt, response, answer): return 1
+def b(prompt, response, answer): return 2
+""")
+    load_reward("mine.a + mine.b")
+    load_reward("mine.b")
+    assert Path("runs.txt").read_text() == "x"
+    Path("mine.py").write_text("def a(prompt, response, answer): return 3")
+    sample = {"prompt": "1?", "response": "1", "answer": "1"}
+    assert score(load_reward("mine.a"), [sample])[0]["reward"] == 3  # an edit counts
