@@ -33,6 +33,8 @@ from reward import RIGHT_OR_WRONG, load_reward, score, votes
 from sample import Sampling
 from tasks import load_task, longest_prompts, prompt_ids, stable_hash
 
+GROUP = 8  # responses to a prompt where a reward compares them and --samples is not given
+
 
 def measures(task, reward, true_reward="") -> dict[str, str]:
     """What an evaluation measures: name -> reward, as text. Models are compared by the first.
@@ -101,6 +103,13 @@ def respond(
             group = rows[p * samples : (p + 1) * samples]
             groups.append([{**row, "difficulty": problem.difficulty} for row in group])
     return [*chain(*gather(groups))]
+
+
+def compared_by(measured) -> str:
+    """The measure by which models are compared: the first, but rather the accuracy than a reward
+    that compares the responses to a prompt, because that is the same for any model."""
+    first, *_ = measured
+    return "accuracy" if measured[first].sees_groups and "accuracy" in measured else first
 
 
 def means(groups, key) -> list[float]:
@@ -211,8 +220,15 @@ def main(config, models) -> dict:
     task = load_task(config.task, config.data_dir)
     problems = task.test[: config.limit or None]
     config = replace(config, max_new_tokens=N, reward=config.reward or task.reward)
-    measured = measures(task, config.reward)
-    measured = {name: load_reward(text, device, problems) for name, text in measured.items()}
+    texts = measures(task, config.reward)
+    measured = {name: load_reward(text, device, problems) for name, text in texts.items()}
+    first = compared_by(measured)
+    if measured[first].sees_groups and config.samples == 1:
+        config = replace(config, samples=GROUP)
+        print(
+            f"--reward {texts[first]}: is called with all responses, and may compare those to one "
+            f"prompt. {GROUP} are sampled to each (--samples); greedy is one, so not compared"
+        )
     one_run = len(models) == 1 and models[0] in runs
     output = Path(config.output or (models[0] if one_run else "runs/eval"))
     try:
@@ -258,7 +274,6 @@ def main(config, models) -> dict:
     print(f"\n{len(problems)} test problems of {task.name}, responses to each: {kinds}\n")
     print(results_table(results))
     comparisons = []
-    first, *_ = measured
     for name, base in bases.items():
         if name != base:
             pair = {"before": base, "after": name, "measured": first}

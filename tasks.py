@@ -96,6 +96,12 @@ def hold_out(problems, border, identity=same_prompt):
     return [problem for _, problem in held_out], rest
 
 
+def fingerprint(task) -> str:
+    """Another text where any problem of the task is another one, or has another place."""
+    rows = [[p.prompt, p.answer, p.columns] for p in task.train + task.validation]
+    return f"{stable_hash(json.dumps([rows, task.system, task.template])):016x}"
+
+
 def split(name, problems, reward, *prompting, identity=same_prompt) -> Task:
     """About a tenth of the problems for test, a tenth of the others for validation."""
     test, rest = hold_out(problems, 0.1, identity)

@@ -61,7 +61,7 @@ from policy import (
 )
 from reward import load_reward, score, token_credit
 from sample import Rollout, Sampling, join
-from tasks import load_task, longest_prompts, prompt_ids, stable_hash, take_problems
+from tasks import fingerprint, load_task, longest_prompts, prompt_ids, stable_hash, take_problems
 
 
 @dataclass(frozen=True)
@@ -318,7 +318,7 @@ def main(config) -> Path:
     halving_tokens = partial(halving, name="micro_batch_tokens")
     compute_logprobs = by_rows(partial(halving_tokens, all_logprobs, forms))
 
-    config = run.start(config, device, state["step"], tracker)
+    config = run.start(config, device, state["step"], tracker, fingerprint(task))
     if held_out and state["step"] == 0:
         greedy, sampled = run_evaluation(sampling=at_zero), run_evaluation(sampling=sampling)
         run.write_json("before.json", beside_greedy(greedy, sampled, measured))

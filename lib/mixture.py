@@ -34,6 +34,13 @@ class Mixture:
     def wants_tokens(self) -> bool:
         return any("tokens" in parameters_of(function) for function in self.parts.values())
 
+    @property
+    def sees_groups(self) -> bool:
+        """Whether one of one's own functions is called once for all responses: it may compare
+        those to the same prompt."""
+        own = filter(inspect.isfunction, self.parts.values())
+        return any(parameters_of(function)[:1] == ["prompts"] for function in own)
+
 
 def parameters_of(function) -> list[str]:
     return list(inspect.signature(function).parameters)

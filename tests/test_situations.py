@@ -12,6 +12,7 @@ from conftest import CPU, parse_train
 from tiny import CHATML
 from tokenizers import Tokenizer, processors
 
+import eval
 import train
 from lib.files import read_rows
 from lib.flags import UserError
@@ -458,3 +459,31 @@ def b(prompt, response, answer): return 2
     Path("mine.py").write_text("def a(prompt, response, answer): return 3")
     sample = {"prompt": "1?", "response": "1", "answer": "1"}
     assert score(load_reward("mine.a"), [sample])[0]["reward"] == 3  # an edit counts
+
+
+TOURNAMENT = """
+from collections import defaultdict
+def longest(prompts, responses, answers):
+    groups = defaultdict(list)
+    for prompt, response in zip(prompts, responses):
+        groups[prompt].append(len(response))
+    return [float(len(r) == max(groups[p]) > min(groups[p])) for p, r in zip(prompts, responses)]
+"""
+
+
+def test_a_reward_that_compares_the_responses_to_a_prompt_is_evaluated_in_groups(folders, capsys):
+    """With one response each, it said "no difference seen" of a run that had learned much."""
+    Path("mine.py").write_text(TOURNAMENT)
+    models = [folders("llama"), folders("qwen3")]
+    flags = dict(reward="mine.longest", max_new_tokens=4, device="cpu", limit=3)
+    content = eval.main(eval.Config(task=write_problems(many()), **flags), models)
+    assert "--reward mine.longest: is called with all responses" in capsys.readouterr().out
+    [comparison] = content["comparisons"]
+    assert content["samples"] == eval.GROUP and comparison["measured"] == "mean_reward"
+    for result in content["models"].values():
+        assert 0 < result["mean_reward"]["sampled"]["mean"] < 1
+
+    content = eval.main(eval.Config(task="add", **flags), models)  # has an accuracy
+    assert "compare those to one" not in capsys.readouterr().out
+    [comparison] = content["comparisons"]
+    assert content["samples"] == 1 and comparison["measured"] == "accuracy"
