@@ -16,7 +16,7 @@ from transformers import (
 )
 from transformers.utils import logging
 
-from lib.checks import check_causal
+from lib.checks import check_causal, freeze_unused
 from lib.flags import UserError, first_line
 from lib.lora import adapted_layers, find_base, load_adapter, save_adapter
 
@@ -103,6 +103,8 @@ def load_policy(
         torch.set_num_threads(1)  # small matrices: threads would mostly wait for each other
     model.to(device).eval()
     check_causal(name, model)
+    if frozen := freeze_unused(model):
+        print(f"{name}: {frozen / 1e6:,.2f} M parameters for images or sound are not trained")
     return model, tokenizer
 
 

@@ -155,12 +155,15 @@ def peak(parts) -> float:
     return max(totals)
 
 
-def device_memory(device) -> int:
-    """Bytes that are free for us on the device, or the host's memory where it is a CPU."""
+def device_memory(device) -> float:
+    """Bytes that are free for us on the device, or the host's memory where it is a CPU: inf on
+    Windows, which does not tell."""
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0] + torch.cuda.memory_reserved(device)
     if device.type == "mps":
         return torch.mps.recommended_max_memory()
+    if not hasattr(os, "sysconf"):
+        return math.inf
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
 
@@ -170,6 +173,8 @@ def memory_table(flags, model, available, longest_prompt) -> str:
 
     flags: train.Config; model may be without storage (FakeTensorMode). Not counted: a reward model.
     """
+    if available == math.inf:
+        return "memory: how much there is cannot be found out here, so there is no estimate\n"
     try:
         activations = activation_bytes(model)
         parts = estimate(flags, model, activations, longest_prompt)

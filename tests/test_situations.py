@@ -4,13 +4,17 @@ word."""
 
 import json
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 import torch
 from conftest import CPU, parse_train
-from tiny import CHATML
+from safetensors.torch import load_file
+from tiny import CHATML, SIZES
 from tokenizers import Tokenizer, processors
+from transformers import AutoModelForCausalLM, Gemma3Config
 
 import eval
 import train
@@ -23,6 +27,7 @@ from reward import REWARDS, load_reward, score, votes
 from sample import Rollout
 from tasks import NO_TASK, Problem, Task, load_task, longest_prompts, prompt_ids
 
+ROOT = Path(__file__).parent.parent
 SMALL = "--steps=1 --prompts_per_step=2 --group_size=2 --max_new_tokens=4 --eval_problems=0"
 
 
@@ -487,3 +492,61 @@ def test_a_reward_that_compares_the_responses_to_a_prompt_is_evaluated_in_groups
     assert "compare those to one" not in capsys.readouterr().out
     [comparison] = content["comparisons"]
     assert content["samples"] == 1 and comparison["measured"] == "accuracy"
+
+
+# ------------------------------------------------------------------------------------- models
+
+
+def test_what_sees_images_is_not_trained(load, capsys):
+    """It went into the optimizer, 16 bytes a parameter, and got no gradient."""
+    _, tokenizer = load("qwen2")
+    text = {**SIZES, "num_key_value_heads": 2, "vocab_size": 600, "sliding_window": 8}
+    text |= {"bos_token_id": None, "eos_token_id": 0, "pad_token_id": 1, "initializer_range": 0.2}
+    vision = {"hidden_size": 32, "intermediate_size": 64, "num_attention_heads": 2}
+    vision |= {"num_hidden_layers": 2, "image_size": 28, "patch_size": 14}
+    model = AutoModelForCausalLM.from_config(Gemma3Config(text_config=text, vision_config=vision))
+    model.save_pretrained("sees")
+    tokenizer.save_pretrained("sees")
+    Path("mine.py").write_text("def f(prompt, response, answer): return len(set(response))")
+    run = run_train("./sees", f"--task={write_problems(many())}", "--reward=mine.f", "--lr=0.01")
+    assert "M parameters for images or sound are not trained" in capsys.readouterr().out
+    before = load_file("sees/model.safetensors")
+    after = load_file(run / "checkpoint" / "model.safetensors")
+    assert before.keys() == after.keys()
+    changed = {name for name in before if not torch.equal(before[name], after[name])}
+    assert changed and not any("vision" in name or "multi_modal" in name for name in changed)
+    seeing = sum(before[name].numel() for name in before if "language_model" not in name)
+    state = torch.load(run / "checkpoint" / "state.pt", weights_only=True)["optimizer"]
+    moments = sum(t.numel() for t in tensors_in(state))
+    assert moments < 3.1 * (sum(t.numel() for t in before.values()) - seeing)
+
+
+def tensors_in(thing):
+    if torch.is_tensor(thing):
+        yield thing
+    for part in (
+        thing.values() if isinstance(thing, dict) else thing if isinstance(thing, list) else ()
+    ):
+        yield from tensors_in(part)
+
+
+WINDOWS = """
+import os, runpy, signal, sys
+from transformers import LlamaForCausalLM, PreTrainedTokenizerFast  # what they need is not ours
+import torch.distributed
+for name in ("fcntl", "resource"):
+    sys.modules[name] = None
+del os.sysconf, signal.SIGHUP
+sys.argv[:2] = sys.argv[1:2]
+sys.path.insert(0, os.path.dirname(sys.argv[0]))
+runpy.run_path(sys.argv[0], run_name="__main__")
+"""
+
+
+def test_windows_without_cuda(folders):
+    """Python there has no fcntl, resource, os.sysconf and SIGHUP."""
+    command = [sys.executable, "-c", WINDOWS, str(ROOT / "train.py"), *SMALL.split()]
+    command += [f"--model={folders('llama')}", f"--task={write_problems(many())}"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert "there is no estimate" in done.stdout
