@@ -29,7 +29,7 @@ from lib.flags import UserError, check_range, flag, run_script
 from lib.plots import plot_evaluation
 from lib.report import comparison_text, results_table
 from lib.run import flags_of_runs, is_run, read_config
-from lib.stats import at_k, compare_values, mean_interval
+from lib.stats import at_k, compare_values, mean_interval, right_or_wrong
 from policy import DEVICES, DTYPES, load_policy, pick_device, stop_ids
 from reward import Rewards, load_reward, measures, votes
 from sample import Sampling, sample_and_score, sampling_of
@@ -60,7 +60,9 @@ class Evaluation:
         sampling = replace(self.sampling, temperature=0) if greedy else self.sampling
         groups = []
         count = max(1, self.rows // group_size)
-        for start in tqdm(range(0, len(self.problems), count), self.label, leave=False):
+        responses = len(self.problems) * group_size
+        bar = tqdm(total=responses, desc=self.label, unit=" responses", leave=False)
+        for start in range(0, len(self.problems), count):
             problems = self.problems[start : start + count]
             seeds = [stable_hash(f"{seed}/{problem.prompt}") for problem in problems]
             _, samples = sample_and_score(
@@ -70,6 +72,8 @@ class Evaluation:
             for p, problem in enumerate(problems):
                 group = samples[p * group_size : (p + 1) * group_size]
                 groups.append([{**row, "difficulty": problem.difficulty} for row in group])
+            bar.update(len(samples))
+        bar.close()
         return groups
 
     def summary(self, greedy=False) -> dict:
@@ -77,9 +81,9 @@ class Evaluation:
         measured is measured for greedy responses as well."""
         measured = self.measured.texts
         if greedy:
-            at_zero = summarise(self.respond(greedy=True), measured)
+            at_zero = with_values(self.respond(greedy=True), measured)
         groups = self.respond()
-        found = summarise(groups, measured)
+        found = with_values(groups, measured)
         found["responses"] = [group[0]["response"] for group in groups]
         return beside_greedy(at_zero, found, measured) if greedy else found
 
@@ -106,19 +110,20 @@ def means(groups, key) -> list[float]:
     return [fmean(row[key] for row in group) for group in groups]
 
 
-def mean_of(groups, name) -> dict:
+def mean_of(groups, name, graded=()) -> dict:
     """{"mean": 0.5, "interval": (0.4, 0.6)}"""
-    return mean_interval(means(groups, name), shares=name == "accuracy")
+    return mean_interval(means(groups, name), proportion=name not in graded)
 
 
-def summarise(groups, measured) -> dict:
+def summarise(groups, measured, graded=()) -> dict:
     """The mean of each measure with its interval; thinking and finished (shares), response_length
     (tokens).
 
     measured: the names of what is measured
+    graded:   those that are not only 0 or 1, in all runs that are compared
     """
     rows = list(chain(*groups))
-    numbers = {name: mean_of(groups, name) for name in measured}
+    numbers = {name: mean_of(groups, name, graded) for name in measured}
     return {
         **numbers,
         "thinking": fmean("</think>" in row["response"] for row in rows),
@@ -127,13 +132,21 @@ def summarise(groups, measured) -> dict:
     }
 
 
+def with_values(groups, measured) -> dict:
+    """`summarise`, and for each measure its value for each problem."""
+    numbers = summarise(groups, measured)
+    for name in measured:
+        numbers[name]["values"] = means(groups, name)
+    return numbers
+
+
 def beside_greedy(greedy, sampled, measured) -> dict:
     """Two of `summarise` -> the sampled one, with what is measured for both."""
     both = {name: {"greedy": greedy[name], "sampled": sampled[name]} for name in measured}
     return {**sampled, **both}
 
 
-def details(groups, measured) -> dict:
+def details(groups, measured, graded=()) -> dict:
     """What eval.json has beyond `summarise`: the parts of a mixture, each difficulty if there are
     several ("steps 2" before "steps 10"), and pass@k and maj@k if there are several responses."""
     first, *_ = measured
@@ -147,7 +160,7 @@ def details(groups, measured) -> dict:
         levels[group[0]["difficulty"]].append(group)
     if len(levels) > 1:
         order = sorted(levels, key=lambda level: (len(level), level))
-        numbers["by_difficulty"] = {level: mean_of(levels[level], first) for level in order}
+        numbers["by_difficulty"] = {level: mean_of(levels[level], first, graded) for level in order}
     if "accuracy" in measured and len(groups[0]) > 1:
         rule = measured["accuracy"]
         right = [[row["accuracy"] == 1 for row in group] for group in groups]
@@ -240,12 +253,16 @@ def main(config, models) -> dict:
             "greedy": evaluation.respond(greedy=True, seed=config.seed),
             "sampled": evaluation.respond(group_size=config.samples, seed=config.seed),
         }
-        names = measured.texts
-        summaries = [summarise(found, names) for found in groups[name].values()]
-        results[name] = beside_greedy(*summaries, names)
-        results[name] |= details(groups[name]["sampled"], names)
         for kind, found in groups[name].items():
             rows += [{"model": name, "decoding": kind, **row} for row in chain(*found)]
+
+    # by the values of all models, so that their intervals are of one kind
+    names = measured.texts
+    graded = {name for name in names if not right_or_wrong(row[name] for row in rows)}
+    for name, found in groups.items():
+        summaries = [summarise(found[kind], names, graded) for kind in found]
+        results[name] = beside_greedy(*summaries, names)
+        results[name] |= details(found["sampled"], names, graded)
 
     kinds = f"greedy, and {config.samples} sampled at temperature {sampled.temperature:g}"
     print(f"\n{len(problems)} test problems of {task.name}, responses to each: {kinds}\n")

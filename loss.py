@@ -311,8 +311,9 @@ def token_logprobs(policy, rollout, rows, sampling, known=None, with_entropy=Fal
     entropies, both differentiable, 0 where response_mask is False.
 
     No attention mask is needed: attention is causal and padding is on the right.
-    known:        (R, N) log-probs, if the policy is still the one that sampled. The fast form
-                  returns them, with the same gradient, and saves a matrix product
+    known:        (R, N) log-probs, if the policy is still the one that sampled: the values are
+                  exactly these, with the same gradient. So rounding moves no ratio away from 1, and
+                  the fast form saves a matrix product
     with_entropy: the fast form returns entropies only if asked
     """
     rollout = rollout.rows(rows)
@@ -324,5 +325,7 @@ def token_logprobs(policy, rollout, rows, sampling, known=None, with_entropy=Fal
     logits = policy(ids, use_cache=False).logits
     logits = logits[row, position - 1]  # (K, V): the logits at a position predict the next token
     logprobs, entropy = token_stats(logits, ids[row, position], sampling)
+    if known is not None:
+        logprobs = known[mask] + (logprobs - logprobs.detach())
     zeros = torch.zeros(mask.shape, device=ids.device)
     return zeros.masked_scatter(mask, logprobs), zeros.masked_scatter(mask, entropy)

@@ -3,9 +3,11 @@
 A policy is any causal language model that transformers loads. It stays in eval mode throughout:
 dropout would make the trained policy another one than the sampling policy."""
 
+import math
 import os
 import random
 from dataclasses import replace
+from functools import cache
 from pathlib import Path
 
 import torch
@@ -42,13 +44,24 @@ def pick_device(name) -> torch.device:
     return torch.device(name)
 
 
+@cache  # says its sentence once
+def pick_dtype(device) -> str:
+    """bfloat16 on a GPU that has units for it."""
+    if device.type != "cuda":
+        return "float32"
+    if torch.cuda.is_bf16_supported(including_emulation=False):
+        return "bfloat16"
+    print(f"{torch.cuda.get_device_name()} has no units for bfloat16: --dtype float32")
+    return "float32"
+
+
 def load_policy(
     name, device, dtype="auto", in_4_bits=False
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """A Hugging Face name, a model folder or a run folder (its checkpoint) -> (model in eval mode,
     tokenizer). A folder may hold an adapter: then the model is its base model with the adapter.
 
-    dtype:     a key of DTYPES, or 'auto': bfloat16 on cuda, float32 elsewhere
+    dtype:     a key of DTYPES, or 'auto': bfloat16 on a GPU that has units for it, else float32
     in_4_bits: the linear layers are; as an adapter's are if they were in its training
     UserError: it cannot be loaded, parameters are missing, the tokenizer does not fit,
                or the model cannot be a policy (lib/checks.py)
@@ -60,7 +73,7 @@ def load_policy(
         folder = folder / "checkpoint"
         name = str(folder)
     if dtype == "auto":
-        dtype = "bfloat16" if device.type == "cuda" else "float32"
+        dtype = pick_dtype(device)
     try:
         base, options = find_base(name, in_4_bits, device, DTYPES[dtype])
         model, info = AutoModelForCausalLM.from_pretrained(
@@ -126,7 +139,11 @@ def start_policy(config, checkpoint) -> tuple[PreTrainedModel, PreTrainedTokeniz
 def fill_in(config, policy):
     """The config of a run, with the values that its flags leave to the model."""
     lr = config.lr or default_learning_rate(policy, config.lora_rank)
-    return replace(config, lr=lr, dtype=str(policy.dtype).removeprefix("torch."))
+    warmup_steps = config.warmup_steps
+    if warmup_steps < 0:
+        warmup_steps = default_warmup(config.steps)
+    dtype = str(policy.dtype).removeprefix("torch.")
+    return replace(config, lr=lr, warmup_steps=warmup_steps, dtype=dtype)
 
 
 def load_reference(config, policy) -> PreTrainedModel | None:
@@ -182,7 +199,22 @@ def save_policy(model, tokenizer, folder) -> None:
 
 
 def default_learning_rate(model, lora_rank) -> float:
-    """2e-4 for models under 10 M parameters, 1e-5 for an adapter, else 1e-6."""
-    if model.num_parameters() < 10e6:
+    """Smaller models want larger steps, and an adapter about ten times those of the whole model.
+    Measured and published rates: docs/real-model.md
+
+    parameters   whole model   adapter
+    under 10 M          2e-4      2e-4
+    under 500 M         1e-5      1e-4
+    more                5e-6      3e-5
+    """
+    size = model.num_parameters()
+    if size < 10e6:
         return 2e-4
-    return 1e-5 if lora_rank else 1e-6
+    if size < 500e6:
+        return 1e-4 if lora_rank else 1e-5
+    return 3e-5 if lora_rank else 5e-6
+
+
+def default_warmup(steps) -> int:
+    """A tenth of the steps, at most 10: a long warm-up would take most of a short run."""
+    return min(10, math.ceil(steps / 10))

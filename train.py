@@ -91,8 +91,10 @@ class Config:
         1, "epochs over a rollout; above 1 use --loss clip, cispo or gspo"
     )
     minibatches: int = flag(1, "optimizer steps per epoch; above 1 likewise")
-    lr: float = flag(0.0, "peak; 0: 2e-4 under 10 M parameters, 1e-5 with LoRA, else 1e-6")
-    warmup_steps: int = flag(10, "steps over which --lr is reached; then it falls to a tenth")
+    lr: float = flag(0.0, "peak learning rate; 0: by the size of the model, and LoRA (policy.py)")
+    warmup_steps: int = flag(
+        -1, "steps over which --lr is reached, then it falls to a tenth; -1: a tenth, at most 10"
+    )
     weight_decay: float = flag(0.0, "AdamW weight decay")
     max_grad_norm: float = flag(1.0, "gradients are scaled down to at most this norm")
     # memory
@@ -135,7 +137,8 @@ class Config:
         return Sampling(self.temperature, self.stop)
 
 
-ADD = dict(prompts_per_step=32, max_new_tokens=32, steps=60, eval_every=10, eval_problems=500)
+ADD = dict(prompts_per_step=32, max_new_tokens=32, steps=60, warmup_steps=10)
+ADD |= dict(eval_every=10, eval_problems=500)
 PRESETS = {"add": ADD}  # defaults of the flags for a task
 HELP = f"{list_presets('task', PRESETS)}\n{list_presets('recipe', RECIPES)}"
 
@@ -156,11 +159,8 @@ def check(config) -> None:
         "prompts_per_step group_size max_new_tokens minibatches updates_per_rollout",
         most=1e6,
     )
-    check_range(
-        config,
-        0,
-        "clip_low clip_high kl_beta warmup_steps eval_problems log_samples rows_at_once seed",
-    )
+    check_range(config, 0, "clip_low clip_high kl_beta eval_problems log_samples rows_at_once seed")
+    check_range(config, -1, "warmup_steps")
     check_range(config, 0, "lr weight_decay top_share", most=1)
     check_range(config, 0, "lora_rank", most=1e4)
     if config.load_in_4bit and not config.lora_rank:

@@ -22,7 +22,7 @@ class Learner:
         self.token_logprobs = forms.token_logprobs
         self.memory = memory
         self.config = config
-        self.optimizer = Optimizer(policy, config.weight_decay, config.offload)
+        self.optimizer = Optimizer(policy, config.weight_decay, config.offload, config.seed)
         memory.cleanups.append(self.optimizer.zero_grad)
 
     def in_micro_batches(self, work, batch) -> list:

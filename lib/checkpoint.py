@@ -58,6 +58,8 @@ def save_state(folder, state):
     """Writes state.pt: `state`, the random states of torch and Python, and the names of the other
     files in the folder: a missing one is noticed by `read_checkpoint`."""
     state = {**state, "torch_rng": torch.get_rng_state(), "python_rng": random.getstate()}
+    if torch.cuda.is_available():
+        state["cuda_rng"] = torch.cuda.get_rng_state()
     state["files"] = [str(path.relative_to(folder)) for path in folder.rglob("*.*")]
     torch.save(state, folder / "state.pt")
 
@@ -65,6 +67,8 @@ def save_state(folder, state):
 def restore_random_state(state):
     torch.set_rng_state(state["torch_rng"])
     random.setstate(state["python_rng"])
+    if "cuda_rng" in state and torch.cuda.is_available():
+        torch.cuda.set_rng_state(state["cuda_rng"])
 
 
 def read_checkpoint(folder) -> dict:

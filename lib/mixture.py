@@ -94,8 +94,8 @@ def parse_mixture(text, rules, makers) -> Mixture:
                 return 0.0
             case ast.Name(name) if name in rules:
                 function = rules[name]
-            case ast.Attribute(ast.Name(module), name):
-                function = own_function(module, name)
+            case ast.Attribute(module, name) if is_dotted(module):
+                function = own_function(ast.unparse(module), name)
             case ast.Call(ast.Name(name), [ast.Constant(str(word))], []) if name in makers:
                 function = makers[name](word)
             case ast.Call(ast.Name(name)) if name in makers:
@@ -123,12 +123,21 @@ def run_file(path, content) -> dict:
     return runpy.run_path(str(path))
 
 
+def is_dotted(node) -> bool:
+    """Whether an expression is a name, or names with dots between: folder.module"""
+    while isinstance(node, ast.Attribute):
+        node = node.value
+    return isinstance(node, ast.Name)
+
+
 def own_function(module, name):
-    """The function `name` of module.py in the current folder. UserError if it is not there."""
+    """The function `name` of module.py in the current folder, or for folder.module of a file in a
+    folder. UserError if it is not there."""
     where = f"--reward {module}.{name}"
-    path = Path(f"{module}.py").resolve()
+    file = f"{module.replace('.', '/')}.py"
+    path = Path(file).resolve()
     if not path.exists():
-        raise UserError(f"{where}: there is no {module}.py in the current folder")
+        raise UserError(f"{where}: there is no {file} in the current folder")
     try:
         function = run_file(path, path.read_bytes()).get(name)
     except KeyboardInterrupt:

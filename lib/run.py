@@ -201,11 +201,10 @@ def read_code(config) -> dict[str, bytes]:
     for part in (".", "lib", "engine", "tools"):
         for script in (ROOT / part).glob("*.py"):
             code[script.relative_to(ROOT).as_posix()] = script.read_bytes()
-    rewards = f"{config.reward} {config.true_reward}"
-    for module in re.findall(r"([^\W\d]\w*)\.[^\W\d]", rewards):
-        script = Path(f"{module}.py").resolve()
-        if script.exists() and script.parent != ROOT:
-            code[f"own/{script.name}"] = script.read_bytes()
+    for module in re.findall(r"([^\W\d][\w.]*)\.\w", f"{config.reward} {config.true_reward}"):
+        name = f"{module.replace('.', '/')}.py"
+        if Path(name).exists() and Path(name).resolve() != ROOT / name:
+            code[f"own/{name}"] = Path(name).read_bytes()
     return code
 
 

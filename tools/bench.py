@@ -79,7 +79,8 @@ def machine_speed(device, dtype) -> tuple[float, float]:
 
 
 def peak_memory(device) -> float:
-    """GB: the most that tensors took so far on a GPU, or the whole process on a CPU."""
+    """GB: the most that tensors took on a GPU since the last reset, or the whole process so far on
+    a CPU."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated() / 1e9
     if resource is None:
@@ -185,8 +186,10 @@ def main(config) -> None:
     memory = {}
     for _ in range(config.repeats + 1):  # the first warms up
         for name, function in work.items():
+            if device.type == "cuda":
+                torch.cuda.reset_peak_memory_stats()
             seconds[name].append(timed(function, device))
-            memory.setdefault(name, peak_memory(device))
+            memory[name] = max(memory.get(name, 0), peak_memory(device))
 
     tokens = dict.fromkeys(work, int(rollout.response_lengths.sum()))
     tokens["model.generate"] = count_tokens(reference(), stop)
