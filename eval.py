@@ -31,9 +31,11 @@ from lib.report import comparison_text, results_table
 from lib.run import flags_of_runs, is_run, read_config
 from lib.stats import at_k, compare_values, mean_interval, right_or_wrong
 from policy import DEVICES, DTYPES, load_policy, pick_device, stop_ids
-from reward import ANSWERS, Rewards, final_answer, load_reward, measures
+from reward import Rewards, load_reward, measures, votes
 from sample import Sampling, sample_and_score, sampling_of
 from tasks import Problem, Task, load_task, longest_prompts, stable_hash
+
+GROUP = 8  # responses to a prompt where a reward compares them and --samples is not given
 
 
 @dataclass
@@ -95,6 +97,14 @@ class Evaluation:
         return numbers
 
 
+def compared_by(measured) -> str:
+    """The measure by which models are compared: the first, but rather the accuracy than a reward
+    that compares the responses to a prompt, because that is the same for any model."""
+    first, *_ = measured.mixtures
+    groups = measured.mixtures[first].sees_groups
+    return "accuracy" if groups and "accuracy" in measured.mixtures else first
+
+
 def means(groups, key) -> list[float]:
     """The mean of a row's `key` for each problem."""
     return [fmean(row[key] for row in group) for group in groups]
@@ -152,18 +162,21 @@ def details(groups, measured, graded=()) -> dict:
         order = sorted(levels, key=lambda level: (len(level), level))
         numbers["by_difficulty"] = {level: mean_of(levels[level], first, graded) for level in order}
     if "accuracy" in measured and len(groups[0]) > 1:
-        normalise = ANSWERS.get(measured["accuracy"], str)
+        rule = measured["accuracy"]
         right = [[row["accuracy"] == 1 for row in group] for group in groups]
-        votes = [[normalise(final_answer(row["response"])) for row in group] for group in groups]
-        numbers |= at_k(votes, right)
+        answers = [votes(rule, [row["response"] for row in group]) for group in groups]
+        numbers |= at_k(answers, right)
     return numbers
 
 
-def sampling_of_runs(runs, temperature) -> Sampling:
-    """How the runs sampled, in which they must agree; with another temperature if it is not 0."""
+def sampling_of_runs(runs, temperature, stop="") -> Sampling:
+    """How the runs sampled, in which they must agree; with another temperature if it is not 0, and
+    other stop tokens if some are given."""
     found = {sampling_of(flags) for flags in runs.values()} or {Sampling()}
     if temperature:
         found = {replace(sampling, temperature=temperature) for sampling in found}
+    if stop:
+        found = {replace(sampling, stop=stop) for sampling in found}
     if len(found) > 1:
         raise UserError(f"--temperature: the runs differ in how they sampled ({found})")
     return found.pop()
@@ -177,6 +190,7 @@ class Config:
     samples: int = flag(1, "responses per problem; above 1 also pass@k and maj@k")
     temperature: float = flag(0.0, "0: the run's, or 1; greedy is measured as well")
     max_new_tokens: int = flag(0, "most tokens of a response; 0: the run's, or 512")
+    stop: str = flag("", "more tokens that end a response; default: the run's")
     reward: str = flag("", "what is measured; default: the run's, or the task's rule")
     rows_at_once: int = flag(256, "responses sampled in parallel; changes no number")
     seed: int = flag(0, "same seed, same responses")
@@ -206,6 +220,13 @@ def main(config, models) -> dict:
     config = replace(config, max_new_tokens=N, reward=config.reward or task.reward)
     load = partial(load_reward, device=device, problems=problems)
     measured = Rewards(measures(task, config.reward), load)
+    first = compared_by(measured)
+    if measured.mixtures[first].sees_groups and config.samples == 1:
+        config = replace(config, samples=GROUP)
+        print(
+            f"--reward {config.reward}: is called with all responses, and may compare those to one "
+            f"prompt. {GROUP} are sampled to each (--samples); greedy is one, so not compared"
+        )
     one_run = len(models) == 1 and models[0] in runs
     output = Path(config.output or (models[0] if one_run else "runs/eval"))
     try:
@@ -216,12 +237,12 @@ def main(config, models) -> dict:
     # a run is compared with its base model, any other model with the first
     bases = {name: runs[name]["model"] if name in runs else models[0] for name in models}
     in_4_bits = [flags["model"] for flags in runs.values() if flags.get("load_in_4bit")]
-    sampled = sampling_of_runs(runs, config.temperature)
+    sampled = sampling_of_runs(runs, config.temperature, config.stop)
     groups, results, rows = {}, {}, []
     for name in dict.fromkeys(chain(*zip(bases.values(), bases))):
         policy, tokenizer = load_policy(name, device, config.dtype, name in in_4_bits)
         prompts = longest_prompts(task, problems, tokenizer)
-        stop = stop_ids(policy, tokenizer)
+        stop = stop_ids(policy, tokenizer, sampled.stop)
         forms = choose(policy, prompts, stop, sampled, N, config.fast)
         memory = Memory({}, rows_at_once=config.rows_at_once)
         sampler = LocalSampler(policy, tokenizer, forms, memory)
@@ -247,7 +268,6 @@ def main(config, models) -> dict:
     print(f"\n{len(problems)} test problems of {task.name}, responses to each: {kinds}\n")
     print(results_table(results))
     comparisons = []
-    first, *_ = measured.texts
     for name, base in bases.items():
         if name != base:
             pair = {"before": base, "after": name, "measured": first}

@@ -20,7 +20,7 @@ from transformers import (
 )
 from transformers.utils import logging
 
-from lib.checks import check_causal
+from lib.checks import check_causal, freeze_unused
 from lib.flags import UserError, first_line
 from lib.lora import adapted_layers, add_adapter, find_base, load_adapter, save_adapter
 
@@ -116,6 +116,8 @@ def load_policy(
         torch.set_num_threads(1 if model.num_parameters() < 10e6 else THREADS)
     model.to(device).eval()
     check_causal(name, model)
+    if frozen := freeze_unused(model):
+        print(f"{name}: {frozen / 1e6:,.2f} M parameters for images or sound are not trained")
     return model, tokenizer
 
 
@@ -154,14 +156,36 @@ def load_reference(config, policy) -> PreTrainedModel | None:
     return load_policy(config.model, policy.device, config.dtype)[0]
 
 
-def stop_ids(model, tokenizer) -> list[int]:
-    """Every token that ends a response: the tokenizer's end of text, and what
-    generation_config.json says (chat models end their turns with a token of their own)."""
+def stop_ids(model, tokenizer, stop="") -> list[int]:
+    """Every token that ends a response: the tokenizer's end of text, what generation_config.json
+    says, the token that the chat template puts after an assistant's turn, and those of --stop."""
     ids = model.generation_config.eos_token_id or []
     ids = ids if isinstance(ids, list) else [ids]
     if not {*map(type, ids)} <= {int}:
         raise UserError(f"model {model.name_or_path}: its eos_token_id {ids} is not a number")
-    return sorted({tokenizer.eos_token_id, *ids})
+    known = tokenizer.get_added_vocab()
+    for token in stop.split():
+        if token not in known:
+            few = ", ".join(list(known)[:9])
+            raise UserError(f"--stop {token}: not a token of its own, as {few} are")
+        ids = [*ids, known[token]]
+    return sorted({tokenizer.eos_token_id, *ids, *end_of_turn(tokenizer)})
+
+
+def end_of_turn(tokenizer) -> list[int]:
+    """The token that the chat template puts after an assistant's turn, if it has one of its own."""
+    if tokenizer.chat_template is None:
+        return []
+    question = {"role": "user", "content": "1+1?"}
+    turn = {"role": "assistant", "content": "It is two."}
+    try:
+        text = tokenizer.apply_chat_template([question, turn], tokenize=False)
+    except Exception:  # of jinja2, or of what a template calls; a prompt will tell
+        return []
+    _, found, rest = text.rpartition(turn["content"])
+    ids = tokenizer(rest.lstrip(), add_special_tokens=False)["input_ids"] if found else []
+    added = set(tokenizer.get_added_vocab().values())
+    return [id for id in ids[:1] if id in added]
 
 
 def save_policy(model, tokenizer, folder) -> None:

@@ -49,7 +49,7 @@ from loss import (
 from policy import fill_in, load_reference, save_policy, start_policy
 from reward import load_rewards
 from sample import Rollout, Sampling, join, sample_and_score
-from tasks import load_task, stable_hash, take_problems
+from tasks import fingerprint, load_task, stable_hash, take_problems
 
 
 @dataclass(frozen=True)
@@ -65,6 +65,7 @@ class Config:
     group_size: int = flag(16, "G, responses to each prompt")
     max_new_tokens: int = flag(512, "tokens after which a response is truncated")
     temperature: float = flag(1.0, "sampling temperature; the loss uses the same")
+    stop: str = flag("", "more tokens that end a response, such as <|im_end|>")
     rows_at_once: int = flag(0, "most responses sampled in parallel, the rest are queued; 0: all")
     fast: Literal["auto", "off"] = flag("auto", "off: plain sampler and log-probs: same, slower")
     # weights and loss (loss.py)
@@ -133,7 +134,7 @@ class Config:
     @property
     def sampling(self) -> Sampling:
         """What the sampler and the learner must agree on."""
-        return Sampling(self.temperature)
+        return Sampling(self.temperature, self.stop)
 
 
 ADD = dict(prompts_per_step=32, max_new_tokens=32, steps=60, warmup_steps=10)
@@ -248,7 +249,9 @@ def sample_groups(run, task, tokenizer, sampler, rewards, config):
         )  # fmt: skip
         rollouts.append(rollout)
         samples += scored
-        by_group = torch.tensor([sample["reward"] for sample in samples]).view(-1, G)
+        # float64 until the weights are made: float32 would not tell 2^24 from 2^24 + 1
+        by_group = torch.tensor([sample["reward"] for sample in samples], dtype=torch.float64)
+        by_group = by_group.view(-1, G)
         informative = by_group.amax(1) != by_group.amin(1)
         if informative.sum() >= P:
             break
@@ -271,7 +274,7 @@ def main(config):
         sampler, tokenizer, task, task.validation[: config.eval_problems], measured,
         config.sampling, config.max_new_tokens, memory.sizes["rows_at_once"],
     )  # fmt: skip
-    config = run.start(config, learner.optimizer)
+    config = run.start(config, learner.optimizer, fingerprint(task))
     if evaluation.problems and run.state["step"] == 0:
         run.write_json("before.json", evaluation.summary(greedy=True))
 
@@ -288,7 +291,7 @@ def main(config):
         weights = group_weights.where(selected, 0.0).view(-1, 1)  # (B, 1)
         token_rewards = [sample.get("token_rewards") for sample in samples]
         weights = token_weights(weights, token_rewards, rollout.response_mask.cpu())
-        weights = weights.to(policy.device)  # (B, 1), or (B, N)
+        weights = weights.float().to(policy.device)  # (B, 1), or (B, N)
         selected = selected.flatten().to(policy.device)  # (B,)
 
         # ---------------------------------------------------------- 3. log-probs to compare with

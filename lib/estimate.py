@@ -164,13 +164,15 @@ def peak(parts) -> float:
     return max(totals)
 
 
-def device_memory(device) -> int:
+def device_memory(device) -> float:
     """Bytes that a run may take on the device, with those that this process has already. On a CPU
-    it is the memory of the host that no other program uses."""
+    it is the memory of the host that no other program uses: inf on Windows, which does not tell."""
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0] + torch.cuda.memory_reserved(device)
     if device.type == "mps":
         return torch.mps.recommended_max_memory()
+    if not hasattr(os, "sysconf"):
+        return math.inf
     try:  # Linux
         [kilobytes] = re.findall(r"MemAvailable: +(\d+) kB", Path("/proc/meminfo").read_text())
         own_pages = int(Path("/proc/self/statm").read_text().split()[1])
@@ -185,6 +187,8 @@ def memory_table(flags, model, available, longest_prompt) -> str:
 
     flags: train.Config; model may be without storage (FakeTensorMode). Not counted: a reward model.
     """
+    if available == math.inf:
+        return "memory: how much there is cannot be found out here, so there is no estimate\n"
     try:
         activations = activation_bytes(model)
         parts = estimate(flags, model, activations, longest_prompt)

@@ -127,6 +127,8 @@ def read_jsonl(path, fields) -> list[dict]:
         for field, check in fields.items():
             if not check(row.get(field)):
                 raise UserError(f'{place}: "{field}" is missing, empty or of the wrong type')
+        if isinstance(row.get("answer"), float):
+            row["answer"] = json.loads(line, parse_float=str)["answer"]  # 1e5 stays 1e5
         rows.append(row)
     if not rows:
         raise UserError(f"{path}: no problems in it")
@@ -134,12 +136,16 @@ def read_jsonl(path, fields) -> list[dict]:
 
 
 def read_problems(path, fields=None) -> list[dict]:
-    """The rows of a user's file of problems: "prompt" and "answer" (text or None), and `fields`."""
+    """The rows of a user's file of problems: "prompt" and "answer" (text or None), and `fields`.
+    An answer that is a number or true becomes the text that stands in the file."""
     fields = {"prompt": is_prompt, "answer": is_answer, **(fields or {})}
     rows = read_jsonl(path, fields)
     for row in rows:
-        if row.setdefault("answer", None) is not None:
-            row["answer"] = str(row["answer"])
+        answer = row.setdefault("answer", None)
+        if isinstance(answer, bool):
+            row["answer"] = json.dumps(answer)
+        elif answer is not None:
+            row["answer"] = str(answer)
     return rows
 
 
@@ -155,12 +161,12 @@ def is_text(value):
 
 
 def is_answer(value):
-    """Text, a number, or None for a problem without an answer."""
+    """Text, a number, true, or None for a problem without an answer."""
     if value is None:
         return True
     if isinstance(value, float):
         return math.isfinite(value)
-    return isinstance(value, int) or is_text(value)
+    return isinstance(value, int) or (is_text(value) and not value.isspace())
 
 
 def is_prompt(value):
