@@ -115,7 +115,7 @@ class Config:
     eval_every: int = flag(20, "steps between evaluations on held-out problems")
     eval_problems: int = flag(200, "held-out problems to evaluate on, 0 for none")
     save_every: int = flag(20, "steps between checkpoints")
-    log_samples: int = flag(4, "responses per step that samples.jsonl keeps")
+    log_samples: int = flag(16, "most responses of each of two groups a step in samples.jsonl")
     tracker: Literal[TRACKERS] = flag("none", "also send metrics there")
     name: str = flag("", "name of the run; default: the task's, numbered")
     runs_dir: str = flag("runs", "folder of the runs")

@@ -2,7 +2,7 @@
 
     runs/<name>/config.json     every flag, versions, device, git commit
                 metrics.jsonl   one object per step; docs/metrics.md defines each key
-                samples.jsonl   a few responses per step, with rewards and weights
+                samples.jsonl   two groups of responses per step, with rewards and weights
                 code/           the scripts as they ran
                 checkpoint/     the policy as a Hugging Face folder, and state.pt to resume from
                 checkpoint.old/ the one before it
@@ -43,6 +43,7 @@ from lib.files import append_rows, read_rows, write_json, write_rows, writing
 from lib.flags import UserError, parse
 from lib.metrics import hint, step_line
 from lib.processes import gather, is_first
+from lib.samples import logged_groups
 
 TRACKERS = ("none", "tensorboard", "trackio", "wandb")
 ROOT = Path(__file__).parent.parent
@@ -317,9 +318,9 @@ class Run:
             write_json(self.folder / name, content)
 
     def record(self, metrics, samples, log_samples):
-        """Writes a step down: its metrics, and `log_samples` of its samples from the largest to the
-        smallest "weight". After three steps in a row with skipped updates, writes all samples of
-        the step to bad-step.jsonl and raises UserError."""
+        """Writes a step down: its metrics, and two groups of its samples (lib/samples.py). After
+        three steps in a row with skipped updates, writes all samples of the step to bad-step.jsonl
+        and raises UserError."""
         self.received = max(gather(self.signals), key=len)  # all processes stop at the same step
         self.recent = [*self.recent[-10:], metrics]
         if not is_first():
@@ -330,10 +331,12 @@ class Run:
             if not isinstance(value, float) or math.isfinite(value):  # nan is not JSON
                 finite[key] = value
         append_rows(path, [finite])
-        rows = [{"step": metrics["step"], **sample} for sample in samples]
-        rows.sort(key=lambda row: row["weight"], reverse=True)
-        every = max(1, len(rows) // max(1, log_samples))
-        append_rows(self.folder / "samples.jsonl", rows[::every][:log_samples])
+        step = metrics["step"]
+        sizes = [self.config["group_size"]] * (len(samples) // self.config["group_size"])
+        first = metrics["prompts_seen"] - len(sizes)  # the place of the step's first prompt
+        rows = logged_groups(samples, sizes, log_samples, step, self.config["seed"])
+        rows = [{"step": step, "prompt_index": first + row["group"], **row} for row in rows]
+        append_rows(self.folder / "samples.jsonl", rows)
         tqdm.write(step_line(metrics))
         if text := hint(self.recent):
             tqdm.write(text)
@@ -342,9 +345,9 @@ class Run:
             return
         if [row["skipped"] > 0 for row in self.recent[-3:]] == [True, True, True]:
             path = self.folder / "bad-step.jsonl"
-            write_rows(path, rows)
+            write_rows(path, [{"step": step, **sample} for sample in samples])
             raise UserError(
-                f"step {metrics['step']}: the third in a row with a loss, a gradient or log-probs "
+                f"step {step}: the third in a row with a loss, a gradient or log-probs "
                 f"that are not finite; those updates were skipped. {path} has the samples: start a "
                 f"new run with a lower --lr, maybe from the last checkpoint (--model {self.folder})"
             )
