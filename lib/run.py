@@ -41,8 +41,9 @@ from tqdm import tqdm
 from lib.checkpoint import catch_signals, find_checkpoint, lock
 from lib.files import append_rows, read_rows, write_json, write_rows, writing
 from lib.flags import UserError, parse
-from lib.metrics import hint, step_line
+from lib.metrics import hint, tokens_per_second
 from lib.processes import gather, is_first
+from lib.progress import Progress
 from lib.samples import logged_groups
 
 TRACKERS = ("none", "tensorboard", "trackio", "wandb")
@@ -290,9 +291,9 @@ class Run:
     def steps(self, first, last):
         """Step numbers, with a progress bar. A signal only sets `stop_requested` meanwhile."""
         self.last = last
-        steps = range(first, last + 1)
+        self.progress = Progress(first, last)
         with catch_signals() as self.signals:
-            yield from tqdm(steps, initial=first - 1, total=last, dynamic_ncols=True)
+            yield from self.progress.steps()
 
     def is_due(self, step, every):
         """Whether the step is the last one, or a multiple of `every`."""
@@ -322,6 +323,7 @@ class Run:
         three steps in a row with skipped updates, writes all samples of the step to bad-step.jsonl
         and raises UserError."""
         self.received = max(gather(self.signals), key=len)  # all processes stop at the same step
+        metrics |= tokens_per_second(metrics, len(samples))
         self.recent = [*self.recent[-10:], metrics]
         if not is_first():
             return
@@ -337,7 +339,7 @@ class Run:
         rows = logged_groups(samples, sizes, log_samples, step, self.config["seed"])
         rows = [{"step": step, "prompt_index": first + row["group"], **row} for row in rows]
         append_rows(self.folder / "samples.jsonl", rows)
-        tqdm.write(step_line(metrics))
+        self.progress.show(metrics)
         if text := hint(self.recent):
             tqdm.write(text)
         self.tracker.send(self.folder, self.config, metrics)

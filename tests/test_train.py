@@ -54,7 +54,7 @@ def run(base, *flags):
 
 def metrics_of(folder):
     rows = read_rows(folder / "metrics.jsonl")
-    return [{key: row[key] for key in row if not key.startswith("seconds")} for row in rows]
+    return [{key: row[key] for key in row if "second" not in key} for row in rows]
 
 
 def weights_of(folder):
