@@ -21,7 +21,7 @@ from tqdm import tqdm
 
 from engine.choose import choose
 from engine.memory import halve_on_oom
-from lib.files import write_json, write_rows
+from lib.files import find_model, write_json, write_rows
 from lib.flags import UserError, check_range, flag, run_script
 from lib.plots import plot_evaluation
 from lib.processes import gather, share
@@ -195,6 +195,8 @@ def main(config, models) -> dict:
     """Evaluates the models, and the base model of each run. Returns the content of eval.json."""
     check_range(config, 0, "limit max_new_tokens seed temperature")
     check_range(config, 1, "samples rows_at_once", most=1e6)
+    for name in models:
+        find_model(name)  # a folder that is not there is named before anything else
     runs = {name: read_config(Path(name)) for name in models if is_run(Path(name))}
     for flags in runs.values():
         flags["reward"] = flags["true_reward"] or flags["reward"]

@@ -23,6 +23,7 @@ from dataclasses import dataclass
 from fractions import Fraction
 from importlib.util import find_spec
 from pathlib import Path
+from typing import ClassVar
 
 import torch
 
@@ -277,6 +278,8 @@ def token_credit(samples, mask) -> torch.Tensor:
 class Config:
     reward: str = flag("number", "what to score with")
     limit: int = flag(512, "the most tokens of a response, for the rule overlong")
+
+    CHOICES: ClassVar = {"reward": REWARDS}  # --help has a line for each rule
 
 
 def main(config, file):

@@ -226,7 +226,10 @@ def main(config, model, prompt=None) -> None:
     check_range(config, 1, "samples max_new_tokens", most=1e6)
     check_range(config, 0, "seed temperature")
     if prompt is None and not config.chat:
-        raise UserError(f"{model}: needs a prompt, or --chat")
+        raise UserError(
+            f"{model}: is taken for the model, and a prompt is missing (or --chat): "
+            'python sample.py MODEL "PROMPT"'
+        )
     policy, tokenizer = load_policy(model, pick_device(config.device))
     room = context_length(policy) or 10**9
     stop = stop_ids(policy, tokenizer)

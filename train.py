@@ -133,6 +133,13 @@ class Config:
         "eval_every": "evaluation and logging",
     }
 
+    CHOICES: ClassVar = {  # --help has a line for each of these
+        "normaliser": NORMALISERS,
+        "filter": FILTERS,
+        "denominator": DENOMINATORS,
+        "loss": LOSSES,
+    }
+
     @property
     def sampling(self) -> Sampling:
         """What the sampler and the learner must agree on."""

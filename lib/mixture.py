@@ -16,7 +16,7 @@ from pathlib import Path
 
 import torch
 
-from lib.flags import UserError, first_line, name_error, shorten
+from lib.flags import UserError, did_you_mean, first_line, name_error, shorten
 
 OPERATORS = {ast.Add: operator.add, ast.Sub: operator.sub, ast.Mult: operator.mul}
 EXTRA = "length", "limit", "tokens"  # what a function gets where it has such a parameter
@@ -73,7 +73,9 @@ def parse_mixture(text, rules, makers) -> Mixture:
                 example = f'text in quotes, as in {name}("runs/rm")'
                 raise UserError(f"--reward {ast.unparse(node)}: needs one {example}")
             case _:
-                raise UserError(f"--reward {ast.unparse(node)}: not one of {known}")
+                word = ast.unparse(node)
+                near = did_you_mean(word, rules) or f"not one of {known}"
+                raise UserError(f"--reward {word}: {near}")
         parts[ast.unparse(node)] = function
         return 0.0  # no value yet: this pass only collects the parts
 

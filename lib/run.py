@@ -39,7 +39,7 @@ import torch
 from tqdm import tqdm
 
 from lib.checkpoint import catch_signals, find_checkpoint, lock
-from lib.files import append_rows, read_rows, write_json, write_rows, writing
+from lib.files import append_rows, near_folder, read_rows, write_json, write_rows, writing
 from lib.flags import UserError, parse
 from lib.metrics import hint, tokens_per_second
 from lib.processes import gather, is_first
@@ -73,7 +73,8 @@ def read_config(folder) -> dict:
         for name in ("model", "task", "data_dir", "reward", "true_reward"):
             Path(flags[name])
     except Exception:  # a damaged file may raise anything
-        raise UserError(f"{folder}: no run there, or its {path.name} is damaged") from None
+        near = near_folder(folder) if not folder.exists() else ""
+        raise UserError(f"{folder}: no run there, or its {path.name} is damaged{near}") from None
     return flags
 
 
