@@ -137,10 +137,8 @@ def read_jsonl(path, fields) -> list[dict]:
             raise UserError(f"{place}: not an object with {' and '.join(fields)}")
         for field, check in fields.items():
             if not check(row.get(field)):
-                problem = "is empty or of the wrong type"
-                if field not in row:
-                    problem = f"is missing, the line has {', '.join(row) or 'nothing'}"
-                raise UserError(f'{place}: "{field}" {problem}')
+                has = "" if field in row else f": the line has {', '.join(row) or 'nothing'}"
+                raise UserError(f'{place}: "{field}" is missing, empty or of the wrong type{has}')
         rows.append(row)
     if not rows:
         raise UserError(f"{path}: no problems in it")

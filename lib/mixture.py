@@ -74,8 +74,8 @@ def parse_mixture(text, rules, makers) -> Mixture:
                 raise UserError(f"--reward {ast.unparse(node)}: needs one {example}")
             case _:
                 word = ast.unparse(node)
-                near = did_you_mean(word, rules) or f"not one of {known}"
-                raise UserError(f"--reward {word}: {near}")
+                near = did_you_mean(word, rules)
+                raise UserError(f"--reward {word}: not one of {known}{near and f': {near}'}")
         parts[ast.unparse(node)] = function
         return 0.0  # no value yet: this pass only collects the parts
 

@@ -40,7 +40,7 @@ def test_help_has_one_line_for_each_flag(capsys):
     assert max(map(len, lines)) <= 100
     for name in [field.name for field in fields(train.Config)]:
         found = [line for line in lines if line.startswith(f"  --{name} ")]
-        assert len(found) == 1 and len(found[0]) > 40, name
+        assert len(found) == 1 and len(found[0]) > 30, name
     assert "-per-step" not in text and "(default" not in text and "()" not in text
     assert re.search(r"--temperature +sampling .* \(1\)", text)
     assert re.search(r"--dtype +.* \(auto, float32, bfloat16\)", text)
@@ -101,7 +101,7 @@ def test_did_you_mean():
     assert refused("--reward", "number", "+", "0.2*format").endswith(
         'a value with spaces needs quotes, as in --reward "number + 0.2*format"'
     )
-    with pytest.raises(UserError, match=r"--reward numbr: did you mean number\?"):
+    with pytest.raises(UserError, match=r"--reward numbr: not one of .*: did you mean number\?"):
         reward.load_reward("2*numbr + format")
     assert did_you_mean("xyz", ["steps"]) == ""
 
@@ -132,7 +132,7 @@ def test_countdown_needs_another_model_than_the_built_in_one(folders):
 
 def test_a_file_with_other_keys_is_told_which_it_has():
     Path("raw.jsonl").write_text(json.dumps({"question": "1+1=", "answer": "#### 2"}))
-    with pytest.raises(UserError, match='"prompt" is missing, the line has question, answer'):
+    with pytest.raises(UserError, match='"prompt" is missing.*: the line has question, answer'):
         load_task("raw.jsonl")
 
 
