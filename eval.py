@@ -10,7 +10,8 @@ run; for several models, or a model that is no run, into runs/eval. Intervals ar
 """
 
 from collections import defaultdict
-from dataclasses import asdict, dataclass, fields, replace
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from itertools import chain
 from pathlib import Path
@@ -18,87 +19,76 @@ from statistics import fmean
 from typing import Literal
 
 from tqdm import tqdm
+from transformers import PreTrainedTokenizerBase
 
 from engine.choose import choose
-from engine.memory import halve_on_oom
+from engine.memory import Memory
+from engine.sampler import LocalSampler
 from lib.files import find_model, write_json, write_rows
 from lib.flags import UserError, check_range, flag, run_script
 from lib.plots import plot_evaluation
-from lib.processes import gather, share
 from lib.report import comparison_text, results_table
 from lib.run import flags_of_runs, is_run, read_config
 from lib.stats import at_k, compare_values, mean_interval
 from policy import DEVICES, DTYPES, load_policy, pick_device, stop_ids
-from reward import ANSWERS, RIGHT_OR_WRONG, final_answer, load_reward, score
-from sample import Sampling
-from tasks import load_task, longest_prompts, prompt_ids, stable_hash
+from reward import ANSWERS, Rewards, final_answer, load_reward, measures
+from sample import Sampling, sample_and_score, sampling_of
+from tasks import Problem, Task, load_task, longest_prompts, stable_hash
 
 
-def measures(task, reward, true_reward="") -> dict[str, str]:
-    """What an evaluation measures: name -> reward, as text. Models are compared by the first.
+@dataclass
+class Evaluation:
+    """Measures a model on problems that it does not learn from."""
 
-    mean_reward: the mean of --true_reward or else --reward, unless that is the rule below
-    accuracy:    the share right by a rule of RIGHT_OR_WRONG: the task's own, or for a JSONL file
-                 (whose rule is only guessed) the one that would be the mean reward
-    """
-    text = true_reward or reward or task.reward
-    rule = text if task.rule_guess else task.reward
-    found = {}
-    if text != rule or rule not in RIGHT_OR_WRONG:
-        found["mean_reward"] = text
-    if rule in RIGHT_OR_WRONG:
-        found["accuracy"] = rule
-    return found
+    sampler: Callable  # see engine/sampler.py
+    tokenizer: PreTrainedTokenizerBase
+    task: Task
+    problems: list[Problem]
+    measured: Rewards  # models are compared by the first
+    sampling: Sampling
+    max_new_tokens: int
+    # responses sampled per call. It changes no response, and neither do the other problems: each
+    # problem has a seed of its own
+    rows: int = 256
+    label: str = "evaluating"
 
+    def respond(self, greedy=False, group_size=1, seed=0) -> list[list[dict]]:
+        """A group for each problem, with a sample for each of its responses: see
+        sample.sample_and_score, and the difficulty of the problem."""
+        sampling = replace(self.sampling, temperature=0) if greedy else self.sampling
+        groups = []
+        count = max(1, self.rows // group_size)
+        for start in tqdm(range(0, len(self.problems), count), self.label, leave=False):
+            problems = self.problems[start : start + count]
+            seeds = [stable_hash(f"{seed}/{problem.prompt}") for problem in problems]
+            _, samples = sample_and_score(
+                problems, seeds, group_size, self.max_new_tokens, sampling,
+                self.task, self.tokenizer, self.sampler, self.measured,
+            )  # fmt: skip
+            for p, problem in enumerate(problems):
+                group = samples[p * group_size : (p + 1) * group_size]
+                groups.append([{**row, "difficulty": problem.difficulty} for row in group])
+        return groups
 
-def respond(
-    forms,
-    policy,
-    tokenizer,
-    task,
-    problems,
-    measured,
-    sampling,
-    max_new_tokens,
-    samples=1,
-    seed=0,
-    rows_at_once=256,
-    label="evaluating",
-) -> list[list[dict]]:
-    """A group for each problem, with a row for each of its `samples` responses: prompt, response,
-    answer, difficulty, length (tokens), finished, the value of each measure, and the parts of the
-    first.
+    def summary(self, greedy=False) -> dict:
+        """`summarise` for one sampled response to each problem, and the responses. greedy: what is
+        measured is measured for greedy responses as well."""
+        measured = self.measured.texts
+        if greedy:
+            at_zero = summarise(self.respond(greedy=True), measured)
+        groups = self.respond()
+        found = summarise(groups, measured)
+        found["responses"] = [group[0]["response"] for group in groups]
+        return beside_greedy(at_zero, found, measured) if greedy else found
 
-    measured:     name -> reward, see `measures`
-    rows_at_once: responses sampled in parallel. It changes no response, and neither do the other
-                  problems: each problem has a seed of its own.
-    """
-    problems = share(problems)  # of several processes, each takes a part
-    stop = stop_ids(policy, tokenizer)
-    sizes = {"rows_at_once": rows_at_once}
-    buffers = {}
-    groups = []
-    count = max(1, rows_at_once // samples)
-    for start in tqdm(range(0, len(problems), count), label, leave=False):
-        batch = problems[start : start + count]
-        prompts = [prompt_ids(task, problem, tokenizer) for problem in batch]
-        seeds = [stable_hash(f"{seed}/{problem.prompt}") for problem in batch]
-        arguments = policy, prompts, samples, max_new_tokens, stop, seeds, sampling
-        memory = dict(sizes=sizes, name="rows_at_once", undo=buffers.clear)
-        rollout = halve_on_oom(forms.generate, *arguments, buffers=buffers, **memory)
-
-        with_tokens = any(reward.wants_tokens for reward in measured.values())
-        rows = rollout.samples(batch, tokenizer, with_tokens)
-        for name, reward in measured.items():
-            for row, found in zip(rows, score(reward, rows, max_new_tokens)):
-                row[name] = found["reward"]
-                row.setdefault("parts", found["parts"])
-        for row in rows:
-            row.pop("tokens", None)
-        for p, problem in enumerate(batch):
-            group = rows[p * samples : (p + 1) * samples]
-            groups.append([{**row, "difficulty": problem.difficulty} for row in group])
-    return [*chain(*gather(groups))]
+    def metrics(self, summary) -> dict:
+        """What metrics.jsonl keeps of a summary."""
+        numbers = {}
+        for name in self.measured.texts:
+            sampled = summary[name].get("sampled", summary[name])
+            numbers[f"eval_{name}"] = sampled["mean"]
+            numbers[f"eval_{name}_interval"] = sampled["interval"]
+        return numbers
 
 
 def means(groups, key) -> list[float]:
@@ -113,7 +103,10 @@ def mean_of(groups, name) -> dict:
 
 def summarise(groups, measured) -> dict:
     """The mean of each measure with its interval; thinking and finished (shares), response_length
-    (tokens)."""
+    (tokens).
+
+    measured: the names of what is measured
+    """
     rows = list(chain(*groups))
     numbers = {name: mean_of(groups, name) for name in measured}
     return {
@@ -122,13 +115,6 @@ def summarise(groups, measured) -> dict:
         "finished": fmean(row["finished"] for row in rows),
         "response_length": fmean(row["length"] for row in rows),
     }
-
-
-def evaluate(*arguments, measured, **options) -> dict:
-    """`summarise` for one response to each problem, and the responses. Arguments: see `respond`."""
-    groups = respond(*arguments, measured=measured, **options)
-    responses = [group[0]["response"] for group in groups]
-    return {**summarise(groups, measured), "responses": responses}
 
 
 def beside_greedy(greedy, sampled, measured) -> dict:
@@ -153,8 +139,7 @@ def details(groups, measured) -> dict:
         order = sorted(levels, key=lambda level: (len(level), level))
         numbers["by_difficulty"] = {level: mean_of(levels[level], first) for level in order}
     if "accuracy" in measured and len(groups[0]) > 1:
-        [rule] = measured["accuracy"].parts
-        normalise = ANSWERS.get(rule, str)
+        normalise = ANSWERS.get(measured["accuracy"], str)
         right = [[row["accuracy"] == 1 for row in group] for group in groups]
         votes = [[normalise(final_answer(row["response"])) for row in group] for group in groups]
         numbers |= at_k(votes, right)
@@ -163,10 +148,7 @@ def details(groups, measured) -> dict:
 
 def sampling_of_runs(runs, temperature) -> Sampling:
     """How the runs sampled, in which they must agree; with another temperature if it is not 0."""
-    names = {field.name for field in fields(Sampling)}
-    # a run that is older than a field does not have it
-    known = [{name: flags[name] for name in names & flags.keys()} for flags in runs.values()]
-    found = {Sampling(**flags) for flags in known} or {Sampling()}
+    found = {sampling_of(flags) for flags in runs.values()} or {Sampling()}
     if temperature:
         found = {replace(sampling, temperature=temperature) for sampling in found}
     if len(found) > 1:
@@ -211,8 +193,8 @@ def main(config, models) -> dict:
     task = load_task(config.task, config.data_dir)
     problems = task.test[: config.limit or None]
     config = replace(config, max_new_tokens=N, reward=config.reward or task.reward)
-    measured = measures(task, config.reward)
-    measured = {name: load_reward(text, device, problems) for name, text in measured.items()}
+    load = partial(load_reward, device=device, problems=problems)
+    measured = Rewards(measures(task, config.reward), load)
     one_run = len(models) == 1 and models[0] in runs
     output = Path(config.output or (models[0] if one_run else "runs/eval"))
     try:
@@ -230,26 +212,19 @@ def main(config, models) -> dict:
         prompts = longest_prompts(task, problems, tokenizer)
         stop = stop_ids(policy, tokenizer)
         forms = choose(policy, prompts, stop, sampled, N, config.fast)
-        ask = partial(
-            respond,
-            forms,
-            policy,
-            tokenizer,
-            task,
-            problems,
-            measured,
-            max_new_tokens=N,
-            seed=config.seed,
-            rows_at_once=config.rows_at_once,
-            label=name,
+        memory = Memory({}, rows_at_once=config.rows_at_once)
+        sampler = LocalSampler(policy, tokenizer, forms, memory)
+        evaluation = Evaluation(
+            sampler, tokenizer, task, problems, measured, sampled, N, config.rows_at_once, name
         )
         groups[name] = {
-            "greedy": ask(sampling=replace(sampled, temperature=0)),
-            "sampled": ask(sampling=sampled, samples=config.samples),
+            "greedy": evaluation.respond(greedy=True, seed=config.seed),
+            "sampled": evaluation.respond(group_size=config.samples, seed=config.seed),
         }
-        summaries = [summarise(found, measured) for found in groups[name].values()]
-        results[name] = beside_greedy(*summaries, measured)
-        results[name] |= details(groups[name]["sampled"], measured)
+        names = measured.texts
+        summaries = [summarise(found, names) for found in groups[name].values()]
+        results[name] = beside_greedy(*summaries, names)
+        results[name] |= details(groups[name]["sampled"], names)
         for kind, found in groups[name].items():
             rows += [{"model": name, "decoding": kind, **row} for row in chain(*found)]
 
@@ -257,7 +232,7 @@ def main(config, models) -> dict:
     print(f"\n{len(problems)} test problems of {task.name}, responses to each: {kinds}\n")
     print(results_table(results))
     comparisons = []
-    first, *_ = measured
+    first, *_ = measured.texts
     for name, base in bases.items():
         if name != base:
             pair = {"before": base, "after": name, "measured": first}

@@ -93,6 +93,31 @@ NORMALISERS = {
 # these compare with the group: pointless in a group of one
 BASELINED = set(NORMALISERS) - {"positive", "raw"}
 
+
+def token_weights(weights, token_rewards, mask):
+    """(B, 1) weights of responses -> the weights of their tokens: as they are, or (B, N) where a
+    reward returned a number for each token.
+
+    Numbers of one sign say how much each token matters: weight 1 with (0, 0, 1, 1), or with
+    (0, 0, -1, -1), -> (0, 0, 2, 2), the same mean. With numbers of both signs each token's weight
+    has its own sign, whatever that of the response: 1 or -1 with (3, 0, 0, -1) -> (3, 0, 0, -1).
+
+    token_rewards: B lists of numbers, or None for a response without
+    mask:          (B, N) response mask
+    """
+    if not any(token_rewards):
+        return weights
+    numbers = torch.zeros(mask.shape)
+    for row, each in zip(numbers, token_rewards):
+        row[: len(each or [])] = torch.tensor(each or [])
+    numbers = numbers * mask
+    sizes = numbers.abs()
+    sizes = sizes / sizes.sum(1, keepdim=True)
+    sizes = torch.where(sizes.isnan(), 1.0, sizes * mask.sum(1, keepdim=True))
+    both_signs = (numbers > 0).any(1, keepdim=True) & (numbers < 0).any(1, keepdim=True)
+    return torch.where(both_signs, weights.abs() * numbers.sign(), weights) * sizes
+
+
 # -------------------------------------------------------------------------------------------------
 # FILTERS: rewards (P, G), finished (P, G) bool -> which responses are trained on, (P, G) bool. The
 # weights are taken from the whole group, before the filter.
@@ -111,10 +136,11 @@ def informative(rewards, finished, config=None):
     return differ.expand_as(rewards)
 
 
-def resample(rewards, finished, config=None):
-    """The same, after train.py has sampled more prompts until P such groups are there. DAPO, arXiv
-    2503.14476."""
-    return informative(rewards, finished)
+def resample(rewards, finished, config):
+    """The first P of such groups, after train.py has sampled prompts until there are as many. DAPO,
+    arXiv 2503.14476."""
+    differ = informative(rewards, finished)
+    return differ & (differ[:, :1].cumsum(0) <= config.prompts_per_step)
 
 
 def finished(rewards, finished, config=None):

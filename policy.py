@@ -1,9 +1,11 @@
-"""The policy: loading and saving it with its tokenizer, adapters, stop tokens, the learning rate.
+"""The policy: loading and saving it with its tokenizer, adapters, stop tokens.
 
 A policy is any causal language model that transformers loads. It stays in eval mode throughout:
 dropout would make the trained policy another one than the sampling policy."""
 
 import os
+import random
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -19,9 +21,10 @@ from transformers.utils import logging
 from lib.checks import check_causal
 from lib.files import find_model
 from lib.flags import UserError, first_line
-from lib.lora import adapted_layers, find_base, load_adapter, save_adapter
+from lib.lora import adapted_layers, add_adapter, find_base, load_adapter, save_adapter
 
 logging.disable_progress_bar()  # of loading and saving: they garble the bar of the steps
+THREADS = torch.get_num_threads()
 DEVICES = ("auto", "cuda", "mps", "cpu")
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
@@ -95,15 +98,43 @@ def load_policy(
             f"model {name}: its tokenizer ends by token {eos}, but the model knows "
             f"{vocabulary}: that tokenizer is another model's"
         )
-    if (
-        device.type == "cpu"
-        and model.num_parameters() < 10e6
-        and not os.environ.get("OMP_NUM_THREADS")
-    ):
-        torch.set_num_threads(1)  # small matrices: threads would mostly wait for each other
+    if device.type == "cpu" and not os.environ.get("OMP_NUM_THREADS"):
+        # with small matrices threads would mostly wait for each other
+        torch.set_num_threads(1 if model.num_parameters() < 10e6 else THREADS)
     model.to(device).eval()
     check_causal(name, model)
     return model, tokenizer
+
+
+def start_policy(config, checkpoint) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """The policy that a run trains, as it starts or resumes, and its tokenizer.
+
+    config: train.Config; with lora_rank the policy is the base model with an adapter
+    checkpoint: the folder to resume from, or None
+    """
+    name = config.model if config.lora_rank or not checkpoint else str(checkpoint)
+    device = pick_device(config.device)
+    policy, tokenizer = load_policy(name, device, config.dtype, config.load_in_4bit)
+    torch.manual_seed(config.seed)  # for a new adapter and rewards; sampling has its own generators
+    random.seed(config.seed)
+    add_adapter(policy, config.lora_rank, checkpoint)
+    return policy, tokenizer
+
+
+def fill_in(config, policy):
+    """The config of a run, with the values that its flags leave to the model."""
+    lr = config.lr or default_learning_rate(policy, config.lora_rank)
+    return replace(config, lr=lr, dtype=str(policy.dtype).removeprefix("torch."))
+
+
+def load_reference(config, policy) -> PreTrainedModel | None:
+    """The model that the run started from, also after --resume; None where no KL is wanted. With
+    lora_rank it is the policy, whose adapter the learner leaves out."""
+    if not (config.kl_beta or config.log_kl):
+        return None
+    if config.lora_rank:
+        return policy
+    return load_policy(config.model, policy.device, config.dtype)[0]
 
 
 def stop_ids(model, tokenizer) -> list[int]:
@@ -131,12 +162,3 @@ def default_learning_rate(model, lora_rank) -> float:
     if model.num_parameters() < 10e6:
         return 2e-4
     return 1e-5 if lora_rank else 1e-6
-
-
-def learning_rate(step, lr, warmup_steps, steps) -> float:
-    """Steps count from 1. Rises to `lr` over the warm-up, then falls in a straight line to a
-    tenth."""
-    if step <= warmup_steps:
-        return lr * step / warmup_steps
-    progress = (step - warmup_steps) / max(1, steps - warmup_steps)
-    return lr * (1 - 0.9 * progress)

@@ -9,7 +9,7 @@
 A rule is a function of three texts that returns a number. Add yours to this file and to RULES, or
 put `def politeness(prompt, response, answer)` into my_rewards.py in the current folder. If it has a
 parameter `length` it gets the number of tokens of the response, as `limit` the most allowed. With a
-parameter `tokens`, the text of each token, it may return a number for each, see `token_credit`. If
+parameter `tokens`, the text of each token, it may return a number for each: loss.token_weights. If
 its first parameter is `prompts`, it is called once, with three lists, and returns a list.
 
 The lines `response | answer -> reward` in the docstrings are examples, which are run as tests. No
@@ -21,7 +21,9 @@ import operator
 import re
 from dataclasses import dataclass
 from fractions import Fraction
+from functools import lru_cache, partial
 from importlib.util import find_spec
+from itertools import chain
 from pathlib import Path
 from typing import ClassVar
 
@@ -29,7 +31,16 @@ import torch
 
 from lib.files import is_string, read_problems
 from lib.flags import UserError, align, check_range, flag, run_script, shorten
-from lib.mixture import OPERATORS, Mixture, arithmetic, call_part, evaluate_mixture, parse_mixture
+from lib.mixture import (
+    OPERATORS,
+    Mixture,
+    arithmetic,
+    call_part,
+    evaluate_mixture,
+    evaluate_tokens,
+    parse_mixture,
+)
+from lib.processes import gather, share
 from lib.reward_model import RewardModel
 from policy import pick_device
 
@@ -238,40 +249,98 @@ def load_reward(text, device=torch.device("cpu"), problems=()) -> Mixture:
 
 
 def score(reward, samples, limit=0) -> list[dict]:
-    """Samples {"prompt", "response", "answer", "length"} -> {"reward", "parts"} for each.
+    """Samples {"prompt", "response", "answer", "length"} -> {"reward", "parts"} for each, and
+    "token_rewards" where a part returned a number for each token.
 
     '2*number + format' -> [{"reward": 3.0, "parts": {"number": 1.0, "format": 1.0}}, ...]
     limit: most tokens that a response may have; "length" is needed only by parts that look at it
     UserError names the sample: a part raised, or returned what is not a finite number
     """
-    parts = {
+    found = {
         part: call_part(part, function, samples, limit) for part, function in reward.parts.items()
     }
+    totals = {
+        part: [sum(value) if isinstance(value, list) else value for value in values]
+        for part, values in found.items()
+    }
     scores = []
-    for i, value in enumerate(evaluate_mixture(reward, parts)):
+    for i, value in enumerate(evaluate_mixture(reward, totals)):
         if not abs(value) < 1e15:  # its square must fit into float32
             response = shorten(samples[i]["response"], 100)
             raise UserError(f"--reward: {value:g} is too large a number (response: {response})")
-        scores.append({"reward": value, "parts": {part: parts[part][i] for part in parts}})
+        scored = {"reward": value, "parts": {part: totals[part][i] for part in totals}}
+        token_rewards = evaluate_tokens(reward, {part: found[part][i] for part in found})
+        if token_rewards is not None:
+            scored["token_rewards"] = token_rewards
+        scores.append(scored)
     return scores
 
 
-def token_credit(samples, mask) -> torch.Tensor:
-    """How much of its response's weight each token gets: (B, 1) ones, or where a reward returned a
-    number for each token (B, N), in proportion to their sizes, 1 on average.
+class Rewards:
+    """Several rewards, each under the name that its values have in a sample.
 
-    numbers (0, 0, 1, 1) -> (0, 0, 2, 2), (0, -1, 0, 0) -> (0, 4, 0, 0), zeros -> ones
-    mask: (B, N) response mask
+    mixtures: {"reward": what is trained on, "true_reward": what really counts}
+    texts:    the same as the user writes them
     """
-    if not any("credit" in sample for sample in samples):
-        return torch.ones(len(mask), 1)
-    credit = torch.zeros(mask.shape)
-    for b, sample in enumerate(samples):
-        numbers = torch.tensor(sample.get("credit", [])).abs()
-        credit[b, : len(numbers)] = numbers
-    credit = credit * mask
-    share = credit / credit.sum(1, keepdim=True)
-    return torch.where(share.isnan(), 1.0, share * mask.sum(1, keepdim=True))
+
+    def __init__(self, texts, load):
+        self.texts = texts
+        self.mixtures = {name: load(text) for name, text in texts.items()}
+
+    @property
+    def wants_tokens(self) -> bool:
+        return any(mixture.wants_tokens for mixture in self.mixtures.values())
+
+    def score(self, samples, limit) -> list[dict]:
+        """The samples with the value of each reward, the parts of the first, and its token_rewards
+        if it has them. Several processes score a share each, and all get all."""
+        mine = [*map(dict, share(samples))]
+        scores = {}  # by text: the same reward may have two names
+        for name, mixture in self.mixtures.items():
+            text = self.texts[name]
+            if text not in scores:
+                scores[text] = score(mixture, mine, limit)
+            for sample, scored in zip(mine, scores[text]):
+                sample[name] = scored["reward"]
+        first, *_ = self.texts.values()
+        for sample, scored in zip(mine, scores[first]):
+            sample.pop("tokens", None)
+            sample |= {name: scored[name] for name in scored if name != "reward"}
+        return [*chain(*gather(mine))]
+
+
+def measures(task, reward, true_reward="") -> dict[str, str]:
+    """What an evaluation measures: name -> reward, as text. Models are compared by the first.
+
+    mean_reward: the mean of --true_reward or else --reward, unless that is the rule below
+    accuracy:    the share right by a rule of RIGHT_OR_WRONG: the task's own, or for a JSONL file
+                 (whose rule is only guessed) the one that would be the mean reward
+    """
+    text = true_reward or reward or task.reward
+    rule = text if task.rule_guess else task.reward
+    found = {}
+    if text != rule or rule not in RIGHT_OR_WRONG:
+        found["mean_reward"] = text
+    if rule in RIGHT_OR_WRONG:
+        found["accuracy"] = rule
+    return found
+
+
+def load_rewards(task, reward, true_reward, device="auto") -> tuple[Rewards, Rewards]:
+    """-> what a run scores its responses by, and what its evaluations measure.
+
+    The first has "reward", which is trained on, and "true_reward", which really counts: by default
+    the rule that says right or wrong. Where that is so, its values are called "accuracy" too.
+    """
+    measured = measures(task, reward, true_reward)
+    rule = measured.get("accuracy")
+    trained = {"reward": reward or task.reward}
+    trained["true_reward"] = true_reward or rule or trained["reward"]
+    if trained["true_reward"] == rule:
+        trained["accuracy"] = rule
+    # cached: a learned reward is loaded once
+    load = lru_cache(partial(load_reward, device=pick_device(device), problems=task.train))
+    return Rewards(trained, load), Rewards(measured, load)
 
 
 @dataclass(frozen=True)

@@ -10,17 +10,21 @@ change there is a change of both.
 
 import math
 import sys
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
+from functools import partial
+from pathlib import Path
 from typing import Literal
 
 import torch
 from torch import Tensor
 from torch.nn.functional import pad
+from torch.nn.utils.rnn import pad_sequence
 
 from lib.checks import CACHE, check_prompts, context_length
 from lib.flags import UserError, check_range, flag, run_script
+from lib.run import is_run, read_config
 from policy import DEVICES, load_policy, pick_device, stop_ids
-from tasks import NO_TASK, Problem, prompt_ids
+from tasks import NO_TASK, Problem, load_task, prompt_ids
 
 
 @dataclass(frozen=True)
@@ -43,6 +47,31 @@ class Rollout:
     old_logprobs: Tensor  # (B, N) float32, under the policy that sampled; 0 outside the mask
     finished: Tensor  # (B,) bool: ended by a stop token; False: truncated
 
+    @classmethod
+    def from_lists(cls, prompts, responses, logprobs, finished, written=None) -> "Rollout":
+        """A rollout of B rows, from whoever sampled them.
+
+        prompts, responses: B lists of token ids
+        logprobs: a number for each token of a response, under the policy that sampled it
+        finished: B times whether the last token is a stop token
+        written:  whether the policy wrote each token of a response; None: all
+        """
+        rows = [torch.tensor([*prompt, *ids]) for prompt, ids in zip(prompts, responses)]
+        written = written or [[True] * len(ids) for ids in responses]
+        mask = pad_sequence([torch.tensor(each) for each in written], batch_first=True)
+        old_logprobs = pad_sequence([torch.tensor(each) for each in logprobs], batch_first=True)
+        return cls(
+            pad_sequence(rows, batch_first=True),
+            torch.tensor([len(prompt) for prompt in prompts]),
+            torch.tensor([len(row) for row in rows]),
+            mask,
+            old_logprobs.float().where(mask, 0.0),
+            torch.tensor(finished),
+        )
+
+    def to(self, device) -> "Rollout":
+        return type(self)(*(column.to(device) for column in vars(self).values()))
+
     @property
     def response_lengths(self) -> Tensor:
         """(B,) tokens that the policy wrote"""
@@ -50,7 +79,7 @@ class Rollout:
 
     def rows(self, index) -> "Rollout":
         """A rollout of some of the rows."""
-        return type(self)(*(getattr(self, field.name)[index] for field in fields(self)))
+        return type(self)(*(column[index] for column in vars(self).values()))
 
     def samples(self, problems, tokenizer, with_tokens=False) -> list[dict]:
         """A dict for each row: prompt, response, answer, length (tokens), finished, and if wanted
@@ -79,6 +108,13 @@ class Rollout:
                 "the model's log-probs are nan: its parameters are damaged, or --lr was too high"
             )
         return tokenizer.batch_decode(self.response_ids(), skip_special_tokens=True)
+
+
+def sampling_of(flags) -> Sampling:
+    """How a run samples, by its flags; one that is older than a field of Sampling does not have
+    it."""
+    known = {field.name for field in fields(Sampling)} & flags.keys()
+    return Sampling(**{name: flags[name] for name in known})
 
 
 def join(rollouts) -> Rollout:
@@ -152,10 +188,26 @@ def inverse_cdf(weights, uniforms) -> tuple[Tensor, Tensor]:
     return index[:, 0], within[:, 0].clamp(0, 1 - 2**-53)
 
 
+# A function of yours that writes tokens in the place of the policy: the result of a tool, the other
+# side of a conversation, the beginning of a response. It is called before the first token of each
+# response, and after each token that the policy writes:
+#
+#     def interject(response, finished, tokenizer, sampling) -> list of token ids, mostly []
+#
+# response: the ids so far; finished: the last of them is a stop token. If it returns some, the
+# response goes on after them. They are in the row, and out of response_mask.
+interject = None
+
+
+def interjection(tokenizer, sampling):
+    """`interject` as `generate` wants it, or None."""
+    return interject and partial(interject, tokenizer=tokenizer, sampling=sampling)
+
+
 @torch.no_grad()
 def generate(
     policy, prompts, group_size, max_new_tokens, stop, seeds,
-    sampling=Sampling(), rows_at_once=None, buffers=None,
+    sampling=Sampling(), rows_at_once=None, buffers=None, interject=None,
 ) -> Rollout:  # fmt: skip
     """Samples `group_size` responses to each of P prompts (token ids), one prompt at a time.
 
@@ -167,56 +219,78 @@ def generate(
     """
     check_prompts(policy, prompts, max_new_tokens)
     rollouts = []
-    for prompt, seed in zip(prompts, seeds):
+    for prompt, seed in zip(prompts, seeds, strict=True):
         uniforms = uniform_numbers(seed, group_size, max_new_tokens, policy.device)
-        for rows in uniforms.split(rows_at_once or group_size):
-            rollouts.append(sample_rows(policy, prompt, rows, stop, sampling))
+        for numbers in uniforms.split(rows_at_once or group_size):
+            rollouts.append(sample_rows(policy, prompt, numbers, stop, sampling, interject))
     return join(rollouts)
 
 
-def sample_rows(policy, prompt, uniforms, stop, sampling) -> Rollout:
+def sample_rows(policy, prompt, uniforms, stop, sampling, interject=None) -> Rollout:
     """R responses to one prompt, with random numbers (R, max_new_tokens): all rows have the same
     length, so there is no attention mask. Right for every architecture; engine/generate.py has the
     fast form."""
     R, max_new_tokens = uniforms.shape
-    ids = torch.tensor(prompt, device=policy.device).repeat(R, 1)
-    stop_tokens = ids.new_tensor(stop)
-    finished = torch.zeros(R, dtype=torch.bool, device=policy.device)
-    logprobs, real = [], []
-    new, cache = ids, None
+    responses, logprobs, written = ([[] for _ in range(R)] for _ in range(3))
+    # tokens to come that something other than the policy writes
+    forced = [interject([], False) if interject else [] for _ in range(R)]
+    finished = [False] * R
+    new, cache = torch.tensor([prompt] * R, device=policy.device), None
     for n in range(max_new_tokens):
         output = policy(new, use_cache=True, logits_to_keep=1, **{CACHE: cache})
-        token, logprob = sample_token(output.logits[:, -1], uniforms[:, n], sampling)
-        ids = torch.cat([ids, token[:, None]], 1)
-        logprobs.append(logprob)
-        real.append(~finished)  # what follows a stop token is padding
-        finished = finished | torch.isin(token, stop_tokens)
-        if finished.all():
+        tokens, token_logprobs = sample_token(output.logits[:, -1], uniforms[:, n], sampling)
+        tokens, token_logprobs = tokens.tolist(), token_logprobs.tolist()
+        for r in range(R):
+            if finished[r]:
+                continue  # what follows a stop token is padding
+            by_policy = not forced[r]
+            if forced[r]:
+                tokens[r] = forced[r].pop(0)
+            responses[r].append(tokens[r])
+            logprobs[r].append(token_logprobs[r])
+            written[r].append(by_policy)
+            if by_policy:
+                finished[r] = tokens[r] in stop
+                if interject:
+                    forced[r] = interject(responses[r], finished[r])
+                    finished[r] = finished[r] and not forced[r]
+        if all(finished):
             break
-        new, cache = token[:, None], output[CACHE]
+        new, cache = torch.tensor(tokens, device=policy.device)[:, None], output[CACHE]
+    rollout = Rollout.from_lists([prompt] * R, responses, logprobs, finished, written)
+    return rollout.to(policy.device)
 
-    real = torch.stack(real, 1)  # (R, N) tokens; the rest is padding
-    mask = real  # without the tokens of a tool, if you add one
-    logprobs = torch.stack(logprobs, 1).where(mask, 0.0)
-    ids[:, len(prompt) :] *= real
-    prompt_lengths = torch.full_like(ids[:, 0], len(prompt))
-    return Rollout(ids, prompt_lengths, prompt_lengths + real.sum(1), mask, logprobs, finished)
+
+def sample_and_score(
+    problems, seeds, group_size, max_new_tokens, sampling, task, tokenizer, sampler, rewards
+) -> tuple[Rollout, list[dict]]:
+    """`group_size` responses to each problem, in the order of the problems, and the same as dicts
+    with their rewards: see `Rollout.samples` and reward.Rewards. For training and evaluation.
+
+    sampler: see engine/sampler.py
+    """
+    prompts = [prompt_ids(task, problem, tokenizer) for problem in problems]
+    rollout = sampler(prompts, group_size, max_new_tokens, seeds, sampling)
+    samples = rollout.samples(problems, tokenizer, rewards.wants_tokens)
+    return rollout, rewards.score(samples, max_new_tokens)
 
 
 def uniform_numbers(seed, rows, columns, device) -> Tensor:
     """(rows, columns) random numbers in [0, 1): the same for a seed on every device."""
     generator = torch.Generator().manual_seed(seed)
     numbers = torch.rand(rows, columns, dtype=torch.float64, generator=generator)
-    if device.type == "mps":  # it has no float64
-        numbers = numbers.float()
-    return numbers.to(device)
+    return numbers.to(float64(device)).to(device)
+
+
+def float64(device) -> torch.dtype:
+    return torch.float32 if device.type == "mps" else torch.float64  # mps has no float64
 
 
 @dataclass(frozen=True)
 class Config:
     samples: int = flag(4, "responses to the prompt")
     chat: bool = flag(False, "a conversation: read a line, print a response, and so on")
-    temperature: float = flag(1.0, "0 takes the most likely token")
+    temperature: float = flag(-1.0, "0 takes the most likely token; default: the run's, or 1")
     max_new_tokens: int = flag(256, "tokens after which a response is truncated")
     seed: int = flag(0, "same seed, same responses")
     device: Literal[DEVICES] = flag("auto", "auto: the first of the others that is available")
@@ -224,34 +298,45 @@ class Config:
 
 def main(config, model, prompt=None) -> None:
     check_range(config, 1, "samples max_new_tokens", most=1e6)
-    check_range(config, 0, "seed temperature")
+    check_range(config, 0, "seed")
+    check_range(config, -1, "temperature")
     if prompt is None and not config.chat:
         raise UserError(
             f"{model}: is taken for the model, and a prompt is missing (or --chat): "
             'python sample.py MODEL "PROMPT"'
         )
+    task, sampling = NO_TASK, Sampling()
+    if is_run(Path(model)):  # asks as in training: the task's instruction, the run's sampling
+        flags = read_config(Path(model))
+        task = load_task(flags["task"], flags["data_dir"])
+        sampling = sampling_of(flags)
+    if config.temperature >= 0:
+        sampling = replace(sampling, temperature=config.temperature)
     policy, tokenizer = load_policy(model, pick_device(config.device))
     room = context_length(policy) or 10**9
     stop = stop_ids(policy, tokenizer)
 
     def encode(prompt):
-        return prompt_ids(NO_TASK, Problem(prompt, ""), tokenizer)
+        return prompt_ids(task, Problem(prompt, ""), tokenizer)
 
     def respond(prompt, samples):
         ids = encode(prompt)
         limit = max(1, min(config.max_new_tokens, room - len(ids)))
-        sampling = Sampling(config.temperature)
-        rollout = generate(policy, [ids], samples, limit, stop, [config.seed], sampling)
+        write = interjection(tokenizer, sampling)
+        rollout = generate(
+            policy, [ids], samples, limit, stop, [config.seed], sampling, interject=write
+        )
         return rollout.responses(tokenizer)
 
     if not config.chat:
         print("\n".join(respond(prompt, config.samples)))
         return
+    system = [{"role": "system", "content": task.system}] if task.system else []
     turns = []  # the conversation; a model without a chat template sees only the line
     print("> ", end="", flush=True)
     for line in filter(str.strip, sys.stdin):
         turns.append({"role": "user", "content": line.strip()})
-        prompt = turns if tokenizer.chat_template else line.strip()
+        prompt = [*system, *turns] if tokenizer.chat_template else line.strip()
         while len(turns) > 1 and 2 * len(encode(prompt)) > room:  # half of it is for the response
             del turns[:2]
         [text] = respond(prompt, 1)

@@ -78,7 +78,7 @@ def main(config):
         step["bytes of gradients"] += 4 * sum(master.numel() for master in masters)
 
     def timed_record(run, metrics, *rest):
-        step.update({"step": metrics["seconds"], "sampling": metrics["seconds_generate"]})
+        step.update({"step": metrics["seconds"], "sampling": metrics["seconds_sample"]})
         step["CPU"] += time.process_time()
         step["CPU"] = max(gather(step["CPU"]))
         steps.append(dict(step))

@@ -40,7 +40,8 @@ from transformers import (
 
 import engine.choose
 import train
-from engine.optimizer import Optimizer
+from engine.learner import Learner
+from engine.memory import Memory
 from lib.estimate import shape
 from lib.flags import flag, run_script
 from loss import DENOMINATORS, NORMALISERS
@@ -139,10 +140,11 @@ class Ours:
         self.tokenizer = make_tokenizer(setting["vocab"])
         self.answers = make_problems(setting["prompt"])
         self.prompts = [self.tokenizer(prompt)["input_ids"] for prompt in self.answers]
-        self.optimizer = Optimizer(self.model, weight_decay=0.0)
         self.forms = engine.choose.choose(
             self.model, self.prompts[:8], self.stop, Sampling(), self.flags.max_new_tokens
         )
+        memory = Memory({}, micro_batch_tokens=config.micro_batch_tokens, rows_at_once=P * G)
+        self.learner = Learner(self.model, self.forms, memory, self.flags)
         self.buffers = {}
         self.log = []
 
@@ -164,32 +166,20 @@ class Ours:
         rewards = score(rollout.responses(self.tokenizer), answers, self.config)
         normalise = NORMALISERS[self.flags.normaliser]
         weights = normalise(torch.tensor(rewards).view(P, G), self.flags).view(P * G, 1)
-        loss_scale = DENOMINATORS[self.flags.denominator](rollout.response_lengths, self.flags)
-        few = rollout.rows(slice(0, 2))  # as train.py does in each step
-        logprobs = train.all_logprobs(self.forms, self.model, few, Sampling(), 10**6)
-        assert (logprobs - few.old_logprobs).abs().max() < 1e-4
-        rows = train.has_gradient(weights, self.flags).nonzero()[:, 0]
-        train.backward(
-            self.forms,
-            self.model,
-            rollout,
-            rows,
-            weights,
-            loss_scale,
-            ref_logprobs=None,
-            on_policy=True,
-            config=self.flags,
-            micro_batch_tokens=self.config.micro_batch_tokens,
-        )
-        norm = self.optimizer.step(1e-5, max_grad_norm=1.0)
+        scale = DENOMINATORS[self.flags.denominator](rollout.response_lengths, self.flags)
+        assert self.learner.sampler_gap(rollout, 0) < 1e-4  # as train.py does in each step
+        columns = vars(rollout).values()
+        batch = train.Batch(*columns, weights, rollout.old_logprobs, scale[:, None])
+        batch = batch.rows(train.contributes(weights, self.flags))
+        update = self.learner.update(train.backward, batch, 1e-5, on_policy=True)
         self.log.append(
             {
                 "step": time.process_time() - start,
                 "sampling": sampled - start,
                 "reward": mean(rewards),
                 "tokens": int(rollout.response_lengths.sum()),
-                "norm": norm,
-                "trained": len(rows) / (P * G),
+                "norm": update.grad_norm,
+                "trained": len(batch.ids) / (P * G),
             }
         )
 

@@ -19,7 +19,7 @@ from torch.nn.utils.rnn import pad_sequence
 from transformers import AttentionInterface, Cache, DynamicCache
 
 from lib.checks import CACHE, check_prompts
-from sample import Rollout, Sampling, sample_token, uniform_numbers
+from sample import Rollout, Sampling, float64, sample_token, uniform_numbers
 
 # decode steps between checks for finished rows
 CHECK_EVERY = {"cuda": 16, "mps": 16, "cpu": 1}
@@ -38,6 +38,7 @@ def generate(
     sampling=Sampling(),
     rows_at_once=None,
     buffers=None,
+    interject=None,
 ) -> Rollout:
     """See sample.py. The rows beyond rows_at_once are queued for a slot, so a rollout may be larger
     than the memory."""
@@ -46,23 +47,27 @@ def generate(
     B = len(prompts) * group_size
     slots = min(B, rows_at_once or B)
     columns = round_up(max(map(len, prompts)) + max_new_tokens, LENGTH_MULTIPLE[policy.device.type])
-    # what CUDA graphs depend on; they also hold the addresses of the parameters
-    addresses = tuple(parameter.data_ptr() for parameter in policy.parameters())
-    key = (B, slots, max_new_tokens, sampling, addresses)
-    if key not in buffers or buffers[key].cache.columns < columns:
+    # CUDA graphs hold the addresses of the parameters
+    key = (max_new_tokens, *(parameter.data_ptr() for parameter in policy.parameters()))
+    state = buffers.get(key)
+    if state is None or not state.has_room(B, slots, columns):
         buffers.clear()
-        buffers[key] = DecodeState(policy, B, slots, columns, max_new_tokens)
-    state = buffers[key]
+        state = buffers[key] = DecodeState(policy, B, slots, columns, max_new_tokens)
     state.prefill(policy, prompts, group_size, stop, seeds)
+    if interject:
+        state.begin_responses(interject)
 
-    check_every = CHECK_EVERY[policy.device.type]
+    check_every = 1 if interject else CHECK_EVERY[policy.device.type]
     with decode_attention(policy):
         for step in itertools.count():
             if step % check_every == 0:
                 state.assign_slots(group_size, check_every)
                 if state.slots == 0:
                     break
-            state.run_step(policy, sampling)
+            if interject:
+                state.run_step_and_interject(policy, sampling, interject)
+            else:
+                state.run_step(policy, sampling)
     rollout = state.rollout()
     if not state.cache.static:
         buffers.clear()  # a CPU captures nothing: the update gets the memory until the next rollout
@@ -138,25 +143,31 @@ class SlotCache(Cache):
 
 
 class DecodeState:
-    """All that a decode step reads and writes, for B rows. Row B is a dummy: idle slots read and
-    write it."""
+    """All that a decode step reads and writes, for up to `most_rows` rows. One row more, the last,
+    is a dummy: idle slots read and write it."""
 
-    def __init__(self, policy, B, slots, columns, N):
+    def __init__(self, policy, most_rows, slots, columns, N):
         device = policy.device
         captures = device.type == "cuda"
         vocabulary = policy.config.get_text_config().vocab_size
-        self.ids = torch.zeros(B + 1, columns, dtype=torch.long, device=device)
-        self.lengths = torch.zeros(B + 1, dtype=torch.long, device=device)
+        self.ids = torch.zeros(most_rows + 1, columns, dtype=torch.long, device=device)
+        self.lengths = torch.zeros(most_rows + 1, dtype=torch.long, device=device)
         self.prompt_lengths = torch.zeros_like(self.lengths)
-        self.logprobs = torch.zeros(B + 1, N, device=device)
-        self.uniforms = uniform_numbers(0, B + 1, N, device)
-        self.finished = torch.zeros(B + 1, dtype=torch.bool, device=device)
+        self.logprobs = torch.zeros(most_rows + 1, N, device=device)
+        self.uniforms = torch.zeros(most_rows + 1, N, dtype=float64(device), device=device)
+        # tokens that `interject` writes, by their place in the response; -1 where the policy does
+        self.forced = torch.full((most_rows + 1, N), -1, device=device)
+        self.finished = torch.zeros(most_rows + 1, dtype=torch.bool, device=device)
         self.row_of_slot = torch.zeros(slots, dtype=torch.long, device=device)
         self.is_stop_token = torch.zeros(vocabulary, dtype=torch.bool, device=device)
+        self.dummy = most_rows
         self.most_slots = slots
         self.cache = SlotCache(slots, columns, static=captures)
         self.graphs = {} if captures else None
         self.pool = None  # memory shared by all graphs, which never run at the same time
+
+    def has_room(self, rows, slots, columns) -> bool:
+        return rows <= self.dummy and slots <= self.most_slots and columns <= self.cache.columns
 
     def prefill(self, policy, prompts, group_size, stop, seeds) -> None:
         """Runs each prompt once, without its last token: the first decode step feeds that one, so
@@ -169,13 +180,15 @@ class DecodeState:
         uniforms = [uniform_numbers(seed, group_size, N, policy.device) for seed in seeds]
         for tensor in (self.ids, self.logprobs, self.finished, self.is_stop_token):
             tensor.zero_()
+        self.forced.fill_(-1)
         self.ids[:B, : table.shape[1]] = table.repeat_interleave(group_size, 0)
         self.prompt_lengths[:B] = lengths.repeat_interleave(group_size)
-        self.prompt_lengths[B] = 1
+        self.prompt_lengths[self.dummy] = 1
         self.lengths.copy_(self.prompt_lengths)
         self.uniforms[:B] = torch.cat(uniforms)
-        self.row_of_slot.fill_(B)
-        self.slots = self.most_slots  # slots in use
+        self.row_of_slot.fill_(self.dummy)
+        self.rows = B
+        self.slots = min(B, self.most_slots)  # slots in use
         self.attended = 0  # columns of the cache that attention reads
         self.queued = 0  # first row of the queue
         self.is_stop_token[stop] = True
@@ -188,13 +201,12 @@ class DecodeState:
         """Gives free slots to queued rows, drops slots when a quarter of them is free, and makes
         room for the next `steps` tokens. No slots are left when every row has ended. This looks at
         values, so a GPU is waited for."""
-        B = len(self.ids) - 1
         kind = self.ids.device.type
         before = (self.slots, self.attended)
         rows = self.row_of_slot[: self.slots]
-        free = (rows == B).nonzero()[:, 0]
+        free = (rows == self.dummy).nonzero()[:, 0]
         first_new = self.queued
-        self.queued = min(B, self.queued + len(free))
+        self.queued = min(self.rows, self.queued + len(free))
         new_rows = torch.arange(first_new, self.queued, device=rows.device)
         rows[free[: len(new_rows)]] = new_rows
         active = len(rows) - len(free) + len(new_rows)
@@ -207,7 +219,7 @@ class DecodeState:
         granularity = max(1, self.most_slots // 8) if kind == "cuda" else 1
         wanted = round_up(active, granularity)
         if wanted <= self.slots * 3 / 4:  # not for every free slot: dropping slots copies the cache
-            survivors = (rows == B).to(torch.uint8).argsort(stable=True)[:wanted]
+            survivors = (rows == self.dummy).to(torch.uint8).argsort(stable=True)[:wanted]
             self.row_of_slot[:wanted] = rows[survivors]
             self.slots = wanted
             rows = self.row_of_slot[:wanted]
@@ -215,13 +227,13 @@ class DecodeState:
         self.attended = min(round_up(longest, LENGTH_MULTIPLE[kind]), self.cache.columns)
         if before != (self.slots, self.attended):
             self.cache.resize(survivors, self.attended)
-        new = ((rows >= first_new) & (rows < B)).nonzero()[:, 0]
+        new = ((rows >= first_new) & (rows < self.dummy)).nonzero()[:, 0]
         if len(new_rows):
             self.cache.load_prompts(new, rows[new] // group_size)
 
     def decode_step(self, policy, sampling) -> None:
         """Samples one token for the row of each slot. Nothing in here looks at a value."""
-        B, N = len(self.ids) - 1, self.logprobs.shape[1]
+        N = self.logprobs.shape[1]
         rows = self.row_of_slot[: self.slots].clone()
         positions = self.lengths[rows] - 1  # of the last token, from which the next is predicted
         n = self.lengths[rows] - self.prompt_lengths[rows]  # response tokens so far
@@ -236,17 +248,19 @@ class DecodeState:
         )
         logits, uniforms = output.logits[:, -1], self.uniforms[rows, n]
         token, self.logprobs[rows, n] = sample_token(logits, uniforms, sampling)
-        stopped = self.is_stop_token[token]
+        forced = self.forced[rows, n]
+        token = torch.where(forced < 0, token, forced)
+        stopped = self.is_stop_token[token] & (forced < 0)
         self.ids[rows, positions + 1] = token
         self.lengths[rows] += 1
         self.finished[rows] = stopped
-        self.row_of_slot[: self.slots] = torch.where(stopped | (n + 1 == N), B, rows)
+        self.row_of_slot[: self.slots] = torch.where(stopped | (n + 1 == N), self.dummy, rows)
         self.lengths[-1] = self.prompt_lengths[-1]  # the dummy row never grows
 
     def run_step(self, policy, sampling) -> None:
         """A decode step. On CUDA it is captured the first time that its sizes are seen, and then
         replayed."""
-        sizes = (self.slots, self.attended)
+        sizes = (self.slots, self.attended, sampling)
         if self.graphs and sizes in self.graphs:
             self.graphs[sizes].replay()
             return
@@ -258,15 +272,44 @@ class DecodeState:
             self.graphs[sizes] = graph
             self.pool = graph.pool()
 
+    def begin_responses(self, interject) -> None:
+        """What `interject` writes before the first token of each response."""
+        for row in range(self.rows):
+            self.force(row, 0, interject([], False))
+
+    def run_step_and_interject(self, policy, sampling, interject) -> None:
+        """A decode step, and after each token that the policy wrote what `interject` writes."""
+        rows = self.row_of_slot[: self.slots].tolist()
+        self.run_step(policy, sampling)
+        prompt_lengths, lengths = self.prompt_lengths.tolist(), self.lengths.tolist()
+        for slot, row in enumerate(rows):
+            n = lengths[row] - prompt_lengths[row]  # response tokens so far
+            if row == self.dummy or self.forced[row, n - 1] >= 0:
+                continue
+            response = self.ids[row, prompt_lengths[row] : lengths[row]].tolist()
+            tokens = interject(response, bool(self.finished[row]))
+            if tokens:
+                self.force(row, n, tokens)
+                self.finished[row] = False
+                if n < self.logprobs.shape[1]:
+                    self.row_of_slot[slot] = row  # it goes on
+
+    def force(self, row, n, tokens) -> None:
+        """The tokens come at place n of the row's response, as many as there is room for."""
+        tokens = tokens[: self.forced.shape[1] - n]
+        self.forced[row, n : n + len(tokens)] = torch.tensor(tokens, dtype=torch.long)
+
     def rollout(self) -> Rollout:
-        """Copies of the B rows, as short as they are."""
-        lengths, prompt_lengths = self.lengths[:-1].clone(), self.prompt_lengths[:-1].clone()
+        """Copies of the rows, as short as they are."""
+        B = self.rows
+        lengths, prompt_lengths = self.lengths[:B].clone(), self.prompt_lengths[:B].clone()
         response_lengths = lengths - prompt_lengths
         N = int(response_lengths.max())
         mask = torch.arange(N, device=lengths.device) < response_lengths[:, None]
-        ids = self.ids[:-1, : int(lengths.max())].clone()
-        logprobs, finished = self.logprobs[:-1, :N].clone(), self.finished[:-1].clone()
-        return Rollout(ids, prompt_lengths, lengths, mask, logprobs, finished)
+        mask &= self.forced[:B, :N] < 0
+        ids = self.ids[:B, : int(lengths.max())].clone()
+        logprobs = self.logprobs[:B, :N].where(mask, 0.0)
+        return Rollout(ids, prompt_lengths, lengths, mask, logprobs, self.finished[:B].clone())
 
 
 def attend(

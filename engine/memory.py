@@ -1,7 +1,6 @@
 """Out of memory: what to do when it happens, and gradient checkpointing to avoid it."""
 
 import warnings
-from collections import ChainMap
 
 import torch
 from tqdm import tqdm
@@ -9,38 +8,42 @@ from tqdm import tqdm
 from lib.flags import UserError
 
 
-def halve_on_oom(work, *arguments, sizes, name, least=1, undo=None, **options):
-    """work(*arguments, **options), with sizes[name] as one more option of that name. Where the GPU
-    runs out of memory: again with half the size, and so on; sizes[name] stays as small as that.
+class Memory:
+    """Sizes that affect memory only, and are halved where the GPU runs out of it.
 
-    least: no smaller size would help
-    undo:  drops what a failed attempt has left behind, so that nothing is counted twice
+    sizes:    by name, as {"micro_batch_tokens": 4096}; those that are in use
+    halved:   the sizes that were halved: a part of what a run remembers
+    cleanups: functions that drop what a failed attempt has left behind
     """
-    while True:
-        try:
-            return work(*arguments, **options, **{name: sizes[name]})
-        except torch.OutOfMemoryError:
-            if sizes[name] <= least:
-                raise UserError(
-                    f"--{name} {sizes[name]}: out of memory, and less would not help; shorter "
-                    "responses, --gradient_checkpointing, --offload, --lora_rank 16 and with it "
-                    "--load_in_4bit take less"
-                ) from None
-        # outside the except block: the traceback no longer keeps tensors alive
-        if undo:
-            undo()
-        torch.cuda.empty_cache()
-        sizes[name] = max(least, sizes[name] // 2)
-        tqdm.write(f"out of memory: --{name} is {sizes[name]} from now on")
 
+    def __init__(self, halved, **sizes):
+        self.halved = halved
+        self.sizes = {name: min(size, halved.get(name, size)) for name, size in sizes.items()}
+        self.cleanups = []
 
-def remember_halved(sizes, halved) -> ChainMap:
-    """The sizes to start with: the flags' `sizes`, or the smaller ones a resumed run remembers.
+    def run(self, work, name, least=1):
+        """work(size), with the size of that name. Where the GPU runs out of memory: again with half
+        of it, and so on; later calls start with the size that was small enough.
 
-    halved: a part of the run's state. A size that is set later is written into it."""
-    for name in halved:
-        halved[name] = min(halved[name], sizes[name])
-    return ChainMap(halved, sizes)
+        least: no smaller size would help
+        """
+        while True:
+            size = self.sizes[name]
+            try:
+                return work(size)
+            except torch.OutOfMemoryError:
+                if size <= least:
+                    raise UserError(
+                        f"--{name} {size}: out of memory, and less would not help; shorter "
+                        "responses, --gradient_checkpointing, --offload, --lora_rank 16 and with "
+                        "it --load_in_4bit take less"
+                    ) from None
+            # outside the except block: the traceback no longer keeps tensors alive
+            for cleanup in self.cleanups:
+                cleanup()
+            torch.cuda.empty_cache()
+            self.sizes[name] = self.halved[name] = max(least, size // 2)
+            tqdm.write(f"out of memory: --{name} is {self.sizes[name]} from now on")
 
 
 def enable_gradient_checkpointing(model) -> None:

@@ -16,7 +16,7 @@ from typing import get_args
 from transformers import HfArgumentParser
 from transformers.hf_argparser import HfArg
 
-from lib.processes import fail
+TORCHRUN = "TORCHELASTIC_RUN_ID" in os.environ  # it has started this process
 
 
 class UserError(Exception):
@@ -178,6 +178,10 @@ def run_script(main, config_class, doc, fill=None, epilog="", on_error=str, **po
     """
     try:
         config, arguments = parse(config_class, doc, sys.argv[1:], fill, epilog, **positionals)
+        if TORCHRUN:
+            from lib.processes import together
+
+            main = together(main)
         main(config, **arguments)
         sys.stdout.flush()
         return
@@ -194,6 +198,21 @@ def run_script(main, config_class, doc, fill=None, epilog="", on_error=str, **po
         sys.exit(130)
     message = " ".join(message.split())
     fail(f"{Path(sys.argv[0]).name}: error: {message}{on_error()}")
+
+
+def fail(line):
+    """Ends with status 2. Where torchrun has started several processes and they fail, only the
+    first of them prints its line."""
+    if not TORCHRUN:
+        print(line, file=sys.stderr)
+        sys.exit(2)
+    import torch.distributed as dist
+
+    address = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+    store = dist.TCPStore(*address, is_master=False)
+    if store.add("failed", 1) == 1:
+        print(f"\n{line}", file=sys.stderr, flush=True)  # below a progress bar
+    os._exit(2)  # an ordinary exit might wait for the other processes
 
 
 def shorten(text, limit=300):

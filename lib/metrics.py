@@ -9,22 +9,23 @@ import torch
 from lib.processes import gather
 
 
-def rollout_metrics(rollout, samples, rewards, weights, right_or_wrong=True) -> dict:
+def rollout_metrics(batch, samples, rewards) -> dict:
     """The responses of a step in numbers. A number without a meaning (NaN) is omitted, such as the
     mean length of truncated responses if there are none.
 
-    samples: B = P * G dicts with "response", "reward", "true_reward" and "parts"
-    rewards: (P, G); weights: (B, 1), 0 for responses that were filtered out
-    right_or_wrong: true rewards are 1 or 0
+    batch:   train.Batch; weights are 0 for responses that were filtered out
+    samples: B = P * G dicts with "response", "reward", "true_reward", "parts", and "accuracy" where
+             the true rewards say right or wrong
+    rewards: (P, G)
     """
-    lengths = rollout.response_lengths.cpu()
-    finished = rollout.finished.cpu()
+    lengths = batch.response_lengths.cpu()
+    finished = batch.finished.cpu()
+    sizes = batch.row_weights().abs().cpu()
 
     def column(key):  # float32 would round 0.99999999 to 1
         values = [sample[key] for sample in samples]
         return torch.tensor(values, dtype=torch.float64).view_as(rewards)
 
-    right = column("true_reward") == 1
     numbers = {
         "reward": column("reward"),
         "reward_std": rewards.std(1, correction=0),
@@ -36,10 +37,11 @@ def rollout_metrics(rollout, samples, rewards, weights, right_or_wrong=True) -> 
         "response_length_finished": lengths[finished],
         "response_length_truncated": lengths[~finished],
         "finished": finished,
-        "entropy": -rollout.old_logprobs[rollout.response_mask].cpu(),  # its mean: an estimate
-        "effective_samples": weights.abs().sum() ** 2 / weights.square().sum(),
+        "entropy": -batch.old_logprobs[batch.response_mask].cpu(),  # its mean: an estimate
+        "effective_samples": sizes.sum() ** 2 / sizes.square().sum(),
     }
-    if right_or_wrong:
+    if "accuracy" in samples[0]:
+        right = column("accuracy") == 1
         numbers |= {"accuracy": right, "all_right": right.all(1), "all_wrong": ~right.any(1)}
     for part in samples[0]["parts"]:
         numbers[f"reward/{part}"] = torch.tensor([sample["parts"][part] for sample in samples])
@@ -50,11 +52,13 @@ def rollout_metrics(rollout, samples, rewards, weights, right_or_wrong=True) -> 
 class UpdateStatistics:
     """One optimizer step in numbers, collected over its micro-batches.
 
+    on_policy: the ratios are 1 because they are to the policy itself, so there are none to report
     loss:      sum of the losses of the micro-batches
     grad_norm: set by the caller after the step; not finite if the step was skipped
     """
 
-    def __init__(self):
+    def __init__(self, on_policy=False):
+        self.on_policy = on_policy
         self.loss = 0.0
         self.grad_norm = 0.0
         self.columns = []  # ratios, clipped and entropies of each micro-batch, (K,) with K tokens
@@ -93,7 +97,7 @@ def update_metrics(updates) -> dict:
     """The UpdateStatistics of one rollout: means over them, except the largest ratio.
 
     Skipped steps (a gradient that is not finite) are only counted. Ratios are left out if there is
-    a single step: its policy is the one that sampled.
+    a single step on the policy that sampled.
     """
     done = [update.summary() for update in updates if math.isfinite(update.grad_norm)]
     counts = {"updates": len(done), "skipped": len(updates) - len(done)}
@@ -101,7 +105,7 @@ def update_metrics(updates) -> dict:
         return {**counts, "loss": 0.0, "grad_norm": 0.0}
     means = {key: fmean(update[key] for update in done) for key in done[0]}
     means["ratio_max"] = max(update["ratio_max"] for update in done)
-    if len(done) == 1:
+    if len(updates) == 1 and updates[0].on_policy:
         for key in ("ratio_mean", "ratio_max", "clip_share"):
             del means[key]
     return {**counts, **means}
@@ -133,11 +137,11 @@ def hint(rows) -> str:
 def tokens_per_second(metrics, responses) -> dict:
     """How fast a step sampled and trained, in response tokens. A prompt is not counted.
 
-    {"response_length": 10, "trained": 0.5, "seconds_generate": 2, "seconds": 6}, 100 responses
+    {"response_length": 10, "trained": 0.5, "seconds_sample": 2, "seconds": 6}, 100 responses
     -> 1,000 tokens: sampled 500 per second, trained 500 / 4 = 125 per second
     """
     tokens = metrics["response_length"] * responses
-    sampling = metrics["seconds_generate"]
+    sampling = metrics["seconds_sample"]
     training = metrics["seconds"] - sampling
     return {
         "tokens_per_second_sampled": tokens / max(sampling, 1e-9),

@@ -121,14 +121,41 @@ def evaluate_mixture(mixture, values) -> list[float]:
     return arithmetic(mixture.tree, value_of, SIGNED).tolist()
 
 
-def call_part(part, function, rows, limit) -> list[float]:
-    """The value of one part for each row.
+def evaluate_tokens(mixture, values) -> list[float] | None:
+    """The mixture for each token of one response. What is a number for the whole response is spread
+    evenly where it is added, and is a factor where it multiplies. None: nothing is per token.
+
+    'number + 2*mine.steps', {"number": 1.0, "mine.steps": [0.0, 0.5]} -> [0.5, 1.5]
+    """
+
+    def value_of(node):
+        value = node.value if isinstance(node, ast.Constant) else values[ast.unparse(node)]
+        is_list = isinstance(value, list)
+        return torch.tensor(value, dtype=torch.float64) if is_list else float(value)
+
+    def spread(operation):
+        def apply(*operands):
+            count = max(len(one) for one in operands if torch.is_tensor(one))
+            return operation(*(one if torch.is_tensor(one) else one / count for one in operands))
+
+        def either(*operands):
+            return (apply if any(map(torch.is_tensor, operands)) else operation)(*operands)
+
+        return either
+
+    added = {kind: spread(SIGNED[kind]) for kind in (ast.Add, ast.Sub)}
+    found = arithmetic(mixture.tree, value_of, SIGNED | added)
+    return found.tolist() if torch.is_tensor(found) else None
+
+
+def call_part(part, function, rows, limit) -> list[float | list[float]]:
+    """The value of one part for each row: a number, or a list with one for each token, whose value
+    is their sum.
 
     rows:  {"prompt", "response", "answer"} each, and "length" and "tokens" (texts) if known
     limit: most tokens of a response. A function with a parameter `length`, `tokens` or `limit` gets
-           that too. It may return a list, a number for each token: its value is their sum, and the
-           list becomes row["credit"]. One whose first parameter is `prompts` is called once, with
-           three lists, and has none of these.
+           that too, and only one with `tokens` may return a list. One whose first parameter is
+           `prompts` is called once, with three lists, and has none of these.
     UserError names the row for which the function raised, or returned no finite number.
     """
     names = parameters_of(function)
@@ -146,12 +173,7 @@ def call_part(part, function, rows, limit) -> list[float]:
 
     def call(row, *arguments):
         known = {**row, "limit": limit}
-        value = function(*arguments, **{name: known[name] for name in EXTRA if name in names})
-        if isinstance(value, list) and len(value) == len(row.get("tokens", [])):
-            # a float64 of numpy is a float, but not a plain one
-            row["credit"] = [float(x) if isinstance(x, float) else x for x in value]
-            return sum(value)
-        return value
+        return function(*arguments, **{name: known[name] for name in EXTRA if name in names})
 
     values = []
     try:
@@ -163,9 +185,10 @@ def call_part(part, function, rows, limit) -> list[float]:
         else:
             found = map(call, rows, *texts)
         for i, value in enumerate(found):
-            if not is_finite(value):
+            per_token = isinstance(value, list) and len(value) == len(rows[i].get("tokens", []))
+            if not is_finite(sum(value) if per_token else value):
                 raise error_at(i, f"returned {shorten(repr(value), 50)}, not a finite number")
-            values.append(float(value))
+            values.append([*map(float, value)] if per_token else float(value))
     except (KeyboardInterrupt, UserError):
         raise
     except BaseException as error:  # a function of the user's may raise anything

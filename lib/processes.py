@@ -10,9 +10,11 @@ from datetime import timedelta
 from functools import wraps
 
 import torch
-import torch.distributed as dist
 
-TORCHRUN = "TORCHELASTIC_RUN_ID" in os.environ  # it has started this process
+from lib.flags import TORCHRUN
+
+if TORCHRUN:
+    import torch.distributed as dist
 PATIENCE = timedelta(hours=1)  # how long a process waits for the others before it gives up
 
 
@@ -41,7 +43,7 @@ def together(main):
 
 
 def processes() -> int:
-    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
+    return dist.get_world_size() if TORCHRUN and dist.is_initialized() else 1
 
 
 def is_first() -> bool:
@@ -75,16 +77,6 @@ def to_own_gpu(storage, device):
     return storage.cuda() if device.startswith("cuda") else storage
 
 
-def by_rows(compute):
-    """compute(policy, rollout, ...) -> (B, N), of which each process does its share of the rows."""
-
-    def divided(policy, rollout, *arguments, **options):
-        rows = share(torch.arange(len(rollout.ids), device=rollout.ids.device))
-        return torch.cat(gather(compute(policy, rollout.rows(rows), *arguments, **options)))
-
-    return compute if processes() == 1 else divided
-
-
 def sum_gradients(parameters) -> None:
     """Adds up the gradients of all processes. One that is None everywhere stays None."""
     if processes() == 1:
@@ -106,15 +98,3 @@ def others_alive():
     except RuntimeError as error:
         message = "another process of this run has ended; --resume goes on from the last checkpoint"
         raise ConnectionError(message) from error
-
-
-def fail(line):
-    """Ends with status 2. Where several processes fail, only the first of them prints its line."""
-    if not TORCHRUN:
-        print(line, file=sys.stderr)
-        sys.exit(2)
-    address = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
-    store = dist.TCPStore(*address, is_master=False)
-    if store.add("failed", 1) == 1:
-        print(f"\n{line}", file=sys.stderr, flush=True)  # below a progress bar
-    os._exit(2)  # an ordinary exit might wait for the other processes

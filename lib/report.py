@@ -99,10 +99,13 @@ def before_and_after(folder, name, problems):
     return "\n".join(lines)
 
 
-def model_card(folder, config, reward, step) -> str:
-    """The README.md of a checkpoint, for those who find it on the Hugging Face hub."""
+def model_card(folder, config, step) -> str:
+    """The README.md of a checkpoint, for those who find it on the Hugging Face hub.
+
+    config: the flags of the run, {"model": ...}
+    """
     auto, package = "AutoModelForCausalLM", "transformers"
-    if config.lora_rank:
+    if config["lora_rank"]:
         auto, package = "AutoPeftModelForCausalLM", "peft"
     results = read_results(folder)
     table = ""
@@ -116,9 +119,9 @@ tags: [grpo]
 ---
 # {folder.name}
 
-{config.model}, trained by GRPO: {step} steps of {config.prompts_per_step} prompts x \
-{config.group_size} responses of at most {config.max_new_tokens} tokens, \
-on the task `{config.task}` with the reward `{reward}`.
+{config["model"]}, trained by GRPO: {step} steps of {config["prompts_per_step"]} prompts x \
+{config["group_size"]} responses of at most {config["max_new_tokens"]} tokens, \
+on the task `{config["task"]}` with the reward `{config["reward"] or "of the task"}`.
 {table}
 ```python
 from {package} import {auto}

@@ -1,22 +1,19 @@
 """The run folder: everything that a run leaves on disk.
 
-    runs/<name>/config.json     every flag, versions, device, git commit
-                metrics.jsonl   one object per step; docs/metrics.md defines each key
-                samples.jsonl   two groups of responses per step, with rewards and weights
-                code/           the scripts as they ran
-                checkpoint/     the policy as a Hugging Face folder, and state.pt to resume from
-                checkpoint.old/ the one before it
-                curves.png      redrawn while the run trains
-                lock            held while a process is at work on the run
+runs/<name>/config.json     every flag, versions, device, git commit
+            metrics.jsonl   one object per step; docs/metrics.md defines each key
+            samples.jsonl   two groups of responses per step, with rewards and weights
+            code/           the scripts as they ran
+            checkpoint/     the policy as a Hugging Face folder, and state.pt to resume from
+            checkpoint.old/ the one before it
+            curves.png      redrawn while the run trains
+            lock            held while a process is at work on the run
 
-    run = Run(config)                                       # checks the name, makes nothing
-    config = run.start(config, device, 0, Tracker("none"))
-    for step in run.steps(1, config.steps):
-        ...
-        run.record(metrics, samples, log_samples=4)
-        run.exit_if_stopped(step)
-
-Nothing here knows what GRPO is.
+run = Run(config)                       # checks the name, makes nothing
+config = run.start(config, optimizer)   # makes the folder, or goes on from the checkpoint
+for step in run.steps():
+    ...
+    run.finish(metrics, samples, optimizer, save_model)
 """
 
 import importlib
@@ -38,12 +35,29 @@ from tempfile import TemporaryFile
 import torch
 from tqdm import tqdm
 
-from lib.checkpoint import catch_signals, find_checkpoint, lock
-from lib.files import append_rows, near_folder, read_rows, write_json, write_rows, writing
+from lib.checkpoint import (
+    catch_signals,
+    find_checkpoint,
+    lock,
+    new_checkpoint,
+    restore_random_state,
+    save_state,
+)
+from lib.files import (
+    append_rows,
+    near_folder,
+    read_rows,
+    write_json,
+    write_rows,
+    write_text,
+    writing,
+)
 from lib.flags import UserError, parse
-from lib.metrics import hint, tokens_per_second
-from lib.processes import gather, is_first
+from lib.metrics import hint, is_idle, tokens_per_second
+from lib.plots import plot_run
+from lib.processes import gather, is_first, processes
 from lib.progress import Progress
+from lib.report import before_and_after, model_card
 from lib.samples import logged_groups
 
 TRACKERS = ("none", "tensorboard", "trackio", "wandb")
@@ -218,17 +232,28 @@ class Run:
 
     folder:     where it is
     checkpoint: the folder to resume from, or None
-    state:      what the run remembered at that checkpoint, or None
+    state:      all that a run must remember, saved and loaded whole. A key of your own may be
+                added: plain Python types and tensors
     """
 
-    folder = checkpoint = state = None
-
     def __init__(self, config):
+        if config.prompts_per_step < processes():
+            raise UserError(
+                f"--prompts_per_step {config.prompts_per_step}: must be at least {processes()}, "
+                "one for each process"
+            )
+        self.tracker = Tracker(config.tracker)
+        self.folder = self.checkpoint = None
+        self.state = {"step": 0, "prompts_seen": 0, "halved": {}}
         if is_first():
             self.open(config)
         self.folder = Path(gather(str(self.folder))[0])
-        if config.resume and not is_first():
-            self.checkpoint, self.state = find_checkpoint(self.folder)
+        if not is_first() and config.resume:
+            self.find_checkpoint()
+
+    def find_checkpoint(self):
+        self.checkpoint, state = find_checkpoint(self.folder)
+        self.state = state or self.state
 
     def open(self, config):
         """A run to resume must be there, with the same flags except MAY_CHANGE, and is locked. A
@@ -249,17 +274,23 @@ class Run:
                     "--resume"
                 )
         self.lock_file = lock(self.folder)
-        self.checkpoint, self.state = find_checkpoint(self.folder)
+        self.find_checkpoint()
 
-    def start(self, config, device, step, tracker):
-        """Writes config.json and code/, and removes what was recorded after `step`.
+    def start(self, config, optimizer):
+        """Writes config.json and code/. A run that resumes gets its optimizer and random states
+        back, and what was recorded after its checkpoint is removed.
 
         Returns the config with the run's name filled in.
         """
+        if self.checkpoint:
+            optimizer.load_state_dict(self.state.pop("optimizer"))
+            restore_random_state(self.state)
+        step = self.state["step"]
         if step > config.steps:
             raise UserError(f"--steps {config.steps}: {self.folder} has done {step} steps already")
         if not is_first():
             self.recent = gather(None)[0]
+            self.config = asdict(config)
             return config
         if not config.resume:
             self.folder = free_folder(config)  # again: another process may have been faster
@@ -268,10 +299,9 @@ class Run:
             self.lock_file = lock(self.folder)
         config = replace(config, name=self.folder.name, resume=False)
         self.config = asdict(config)
-        self.tracker = tracker
         versions = {name: version(name) for name in ("torch", "transformers", "tokenizers")}
-        hardware = f"{device} ({platform.machine()})"
-        if device.type == "cuda":
+        hardware = platform.machine()
+        if torch.cuda.is_available() and config.device in ("auto", "cuda"):
             hardware = torch.cuda.get_device_name()
         content = {
             "config": self.config,
@@ -289,10 +319,16 @@ class Run:
         gather(self.recent)
         return config
 
-    def steps(self, first, last):
-        """Step numbers, with a progress bar. A signal only sets `stop_requested` meanwhile."""
+    @property
+    def is_idle(self) -> bool:
+        """Whether the last ten steps had nothing to learn from."""
+        return is_idle(self.recent)
+
+    def steps(self, last):
+        """Numbers of the steps to do, with a progress bar. A signal no longer ends the process: the
+        step is finished and saved first."""
         self.last = last
-        self.progress = Progress(first, last)
+        self.progress = Progress(self.state["step"] + 1, last)
         with catch_signals() as self.signals:
             yield from self.progress.steps()
 
@@ -300,20 +336,42 @@ class Run:
         """Whether the step is the last one, or a multiple of `every`."""
         return step == self.last or step % every == 0
 
-    @property
-    def stop_requested(self):
-        return bool(self.received)
+    def finish(self, metrics, samples, optimizer, save_model):
+        """Records a step; draws curves and saves a checkpoint where they are due. Then, after a
+        signal, says how to resume, and exits with 130 (SIGINT) or 143 (SIGTERM).
 
-    def exit_if_stopped(self, step):
-        """After a signal: says how to resume, and exits with 130 (SIGINT) or 143 (SIGTERM)."""
-        if not self.received or step == self.last:
-            return
-        gather(None)  # the others wait until the first process has saved
-        command = f"python {sys.argv[0]} --name {shlex.quote(self.folder.name)} --resume"
-        if self.folder.parent != Path("runs"):
-            command += f" --runs_dir {shlex.quote(str(self.folder.parent))}"
-        tqdm.write(f"stopped; step {step} is saved. To go on:\n\n    {command}")
-        raise SystemExit(128 + self.received[0])
+        save_model: writes model and tokenizer into a folder
+        """
+        config, step = self.config, metrics["step"]
+        # all processes stop at the same step; a signal that comes later is for the next one
+        received = [*max(gather(self.signals), key=len)]
+        self.record(metrics, samples, config["log_samples"])
+        self.state["step"] = step
+        saving = self.is_due(step, config["save_every"])
+        if is_first():
+            if self.is_due(step, config["eval_every"]) or received:
+                plot_run(self.folder)
+            if saving and config["true_reward"] and self.track_true_reward(config["save_every"]):
+                with new_checkpoint(self.folder, "best") as folder:
+                    save_model(folder)
+            if saving or received:  # last: a saved final step is a finished run
+                with new_checkpoint(self.folder) as folder:
+                    save_model(folder)
+                    write_text(folder / "README.md", model_card(self.folder, config, step))
+                    save_state(folder, {**self.state, "optimizer": optimizer.state_dict()})
+        if received and step < self.last:
+            gather(None)  # the others wait until the first process has saved
+            command = f"python {sys.argv[0]} --name {shlex.quote(self.folder.name)} --resume"
+            if self.folder.parent != Path("runs"):
+                command += f" --runs_dir {shlex.quote(str(self.folder.parent))}"
+            tqdm.write(f"stopped; step {step} is saved. To resume:\n\n    {command}")
+            raise SystemExit(128 + received[0])
+
+    def summary(self, task, problems) -> str:
+        """What to read at the end."""
+        table = before_and_after(self.folder, task, problems) if problems else ""
+        command = f"python eval.py {self.folder}      # on the test problems, unseen in training"
+        return f"\n{table}\n\n{command}"
 
     def write_json(self, name, content):
         if is_first():
@@ -323,7 +381,6 @@ class Run:
         """Writes a step down: its metrics, and two groups of its samples (lib/samples.py). After
         three steps in a row with skipped updates, writes all samples of the step to bad-step.jsonl
         and raises UserError."""
-        self.received = max(gather(self.signals), key=len)  # all processes stop at the same step
         metrics |= tokens_per_second(metrics, len(samples))
         self.recent = [*self.recent[-10:], metrics]
         if not is_first():

@@ -5,7 +5,9 @@ import torch
 from transformers import AutoModelForCausalLM
 
 import engine.choose
-from engine.optimizer import Optimizer
+import train
+from engine.learner import Learner
+from engine.memory import Memory
 from lib.estimate import shape
 from sample import Rollout, generate
 from tools import bench
@@ -49,7 +51,8 @@ def test_an_update_has_gradients_and_leaves_the_model_as_it_was(model):
     gradients = []
     model.lm_head.weight.register_hook(gradients.append)
     rollout = generate(model, [[5, 6, 7]], 4, 6, [], [0])
-    bench.update(engine.choose.Forms(), model, rollout, Optimizer(model, weight_decay=0.0))
+    forms, memory = engine.choose.Forms(), Memory({}, micro_batch_tokens=64)
+    bench.update(Learner(model, forms, memory, train.Config()), rollout)
     assert gradients[0].any()
     torch.testing.assert_close(model.state_dict(), before, atol=0, rtol=0)
 

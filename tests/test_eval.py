@@ -9,11 +9,13 @@ from conftest import CPU, parse_train
 
 import engine.choose
 import train
-from eval import Config, details, evaluate, main, measures, respond, sampling_of_runs
+from engine.memory import Memory
+from engine.sampler import LocalSampler
+from eval import Config, Evaluation, details, main, sampling_of_runs
 from lib.flags import UserError
 from lib.report import results_table
 from policy import load_policy
-from reward import REWARDS, final_answer, load_reward
+from reward import REWARDS, Rewards, final_answer, load_reward, measures
 from sample import Sampling
 from tasks import Problem, load_task
 
@@ -27,32 +29,35 @@ def details_by(rule, answer, *groups):
         return ROW | {"response": text, "accuracy": REWARDS[rule]("?", text, answer)}
 
     rows = [list(map(row, texts)) for texts in groups]
-    return details(rows, {"accuracy": load_reward(rule)})
+    return details(rows, {"accuracy": rule})
 
 
 def test_responses_depend_on_neither_the_batch_nor_the_other_problems(base):
     policy, tokenizer = load_policy(base, CPU)
     task = load_task("add")
     forms = engine.choose.Forms(generate=engine.generate.generate)
-    measured = {"accuracy": load_reward("exact")}
+    sampler = LocalSampler(policy, tokenizer, forms, Memory({}, rows_at_once=16))
+    measured = Rewards({"accuracy": "exact"}, load_reward)
 
-    def ask(problems, form=respond, temperature=1.0, **options):
-        options |= {"sampling": Sampling(temperature), "measured": measured, "max_new_tokens": 8}
-        return form(forms, policy, tokenizer, task, problems, **options)
+    def evaluation(problems, rows=256):
+        return Evaluation(sampler, tokenizer, task, problems, measured, Sampling(), 8, rows)
+
+    def ask(problems, rows=256, **options):
+        return evaluation(problems, rows).respond(**options)
 
     problems = task.test[:20]
-    assert ask(problems, temperature=0) == ask(problems, temperature=0, rows_at_once=7)
-    groups = ask(problems, samples=4)
-    assert groups == ask(problems, samples=4, rows_at_once=3)
-    assert groups[3:4] == ask(problems[3:4], samples=4)
-    assert groups != ask(problems, samples=4, seed=1)
+    assert ask(problems, greedy=True) == ask(problems, greedy=True, rows=7)
+    groups = ask(problems, group_size=4)
+    assert groups == ask(problems, group_size=4, rows=3)
+    assert groups[3:4] == ask(problems[3:4], group_size=4)
+    assert groups != ask(problems, group_size=4, seed=1)
     assert len({row["response"] for row in chain(*groups)}) > 20
 
     # the same problems, where every other response is right
     texts = [group[0]["response"] for group in ask(problems)]
     for i in range(0, 20, 2):
         problems[i] = Problem(problems[i].prompt, final_answer(texts[i]))
-    found = ask(problems, evaluate)
+    found = evaluation(problems).summary()
     assert (found["responses"], found["accuracy"]["mean"]) == (texts, 0.5)
 
 

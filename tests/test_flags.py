@@ -132,7 +132,7 @@ def test_countdown_needs_another_model_than_the_built_in_one(folders):
 
 def test_a_file_with_other_keys_is_told_which_it_has():
     Path("raw.jsonl").write_text(json.dumps({"question": "1+1=", "answer": "#### 2"}))
-    with pytest.raises(UserError, match='"prompt" is missing.*: the line has question, answer'):
+    with pytest.raises(UserError, match=r'"prompt" is missing.*: the line has question, answer'):
         load_task("raw.jsonl")
 
 

@@ -18,8 +18,9 @@ import loss
 import sample
 import train
 from engine.generate import DecodeState, generate
+from engine.learner import Learner
 from engine.logprobs import token_logprobs
-from engine.memory import enable_gradient_checkpointing
+from engine.memory import Memory, enable_gradient_checkpointing
 from lib.checks import CACHE, check_causal
 from lib.estimate import memory_table
 from lib.files import read_rows
@@ -125,21 +126,21 @@ def test_backward_equals_plain_autograd(load, name):
     config.sampling = Sampling(0.8)
     weights = torch.linspace(-1, 2, 12)[:, None]
     ref_logprobs = 0.7 * rollout.old_logprobs
-    scale = DENOMINATORS["sequence"](rollout.response_lengths, config)
-    rows = torch.arange(12)
-    logprobs, entropy = loss.token_logprobs(model, rollout, rows, Sampling(0.8))
+    scale = DENOMINATORS["sequence"](rollout.response_lengths, config)[:, None]
+    logprobs, entropy = loss.token_logprobs(model, rollout, torch.arange(12), Sampling(0.8))
     each, clipped = train.LOSSES[name](logprobs, rollout.old_logprobs, weights, mask, config)
     each = each + 0.1 * (logprobs - ref_logprobs) ** 2 / 2 - 0.3 * entropy
-    expected = gradient(model, (each * mask * scale[:, None]).sum())
+    expected = gradient(model, (each * mask * scale).sum())
     assert clipped.any() or name == "logprob"
+    batch = train.Batch(*vars(rollout).values(), weights, ref_logprobs, scale)
     for forms in (PLAIN, FAST):
         for tokens in (1, 50, 10**6):
-            arguments = rollout, rows, weights, scale, ref_logprobs, False, config, tokens
-            model.zero_grad()
-            train.backward(forms, model, *arguments)
+            learner = Learner(model, forms, Memory({}, micro_batch_tokens=tokens), config)
+            learner.optimizer.step = lambda *arguments: 0.0  # it would drop the gradient
+            learner.update(train.backward, batch, 0.0, on_policy=False)
             found = torch.cat([p.grad.flatten() for p in model.parameters()])
             assert_close_gradients(found, expected)
-    model.zero_grad()
+            model.zero_grad()
 
 
 @pytest.mark.parametrize("architecture", ["llama", "gpt2"])
@@ -389,7 +390,7 @@ def capture_by_stand_in(monkeypatch):
         self.cache.static = True
 
     def run(self, policy, sampling):
-        sizes = self.slots, self.attended
+        sizes = self.slots, self.attended, sampling
         (replayed if sizes in self.graphs else captured).append(sizes)
         graph = self.graphs.setdefault(sizes, lambda: step(self, policy, sampling))
         graph()
@@ -429,7 +430,10 @@ def test_steps_are_captured_again_only_where_something_has_changed(load, monkeyp
     assert state_of([prompt[:3] for prompt in PROMPTS]) is first  # shorter: there is room
     longer = state_of([[5] * 40] * 3)
     assert longer is not first and state_of(PROMPTS) is longer
+    sizes = len(longer.graphs)
     warmer = state_of(PROMPTS, Sampling(1.1))
-    assert warmer is not longer
+    assert warmer is longer and len(longer.graphs) > sizes  # other graphs, the same cache
+    sizes = len(longer.graphs)
+    assert state_of(PROMPTS[:2], Sampling(1.1)) is warmer  # an evaluation asks for fewer rows
     model.load_state_dict({name: p.clone() for name, p in model.state_dict().items()}, assign=True)
     assert state_of(PROMPTS, Sampling(1.1)) is not warmer

@@ -14,6 +14,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from transformers import AutoModelForCausalLM
 
+import engine.start
 import train
 from engine.memory import enable_gradient_checkpointing
 from engine.optimizer import Optimizer
@@ -153,7 +154,7 @@ def test_activations_are_counted_before_they_are_recomputed(base):
     counted = []
     flags = f"--model {base} --steps 1 --eval_problems 0 --gradient_checkpointing"
     with patch.object(
-        train,
+        engine.start,
         "memory_table",
         lambda flags, model, *_: counted.append(activation_bytes(model)) or "",
     ):

@@ -5,6 +5,7 @@ import signal
 import subprocess
 import sys
 import time
+import types
 from pathlib import Path
 
 import pytest
@@ -25,6 +26,7 @@ REWARDS = """
 import os
 import signal
 import time
+import types
 from pathlib import Path
 
 calls = []
@@ -102,7 +104,8 @@ def test_the_shares_of_three_processes_are_the_whole(monkeypatch, count):
     monkeypatch.setattr(lib.processes, "processes", lambda: 3)
     shares = []
     for rank in range(3):
-        monkeypatch.setattr(lib.processes.dist, "get_rank", lambda rank=rank: rank)
+        dist = types.SimpleNamespace(get_rank=lambda rank=rank: rank)
+        monkeypatch.setattr(lib.processes, "dist", dist, raising=False)
         shares.append(share(whole))
         assert share(whole.tolist()) == shares[-1].tolist()
     assert torch.equal(torch.cat(shares), whole)

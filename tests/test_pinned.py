@@ -29,6 +29,7 @@ def first_ten():
     """The metrics of ten steps, run in the current folder."""
     from conftest import parse_train
 
+    import lib.run
     import train
     from lib.files import read_rows
     from policy import save_policy
@@ -38,7 +39,7 @@ def first_ten():
     tokenizer = pretrain.make_tokenizer()
     save_policy(pretrain.make_model(tokenizer), tokenizer, Path("untaught"))
     Path("my_rewards.py").write_text(ONES)
-    with patch.object(train, "plot_run"):  # slow
+    with patch.object(lib.run, "plot_run"):  # slow
         folder = train.main(parse_train(*FLAGS.split(), REWARD))
     rows = read_rows(folder / "metrics.jsonl")
     return [{key: row[key] for key in row if "second" not in key} for row in rows]

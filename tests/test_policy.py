@@ -6,8 +6,9 @@ from engine.optimizer import Optimizer
 from lib.batching import micro_batches
 from lib.flags import UserError
 from loss import token_logprobs
-from policy import learning_rate, load_policy, stop_ids
+from policy import load_policy, stop_ids
 from sample import Rollout, Sampling
+from train import Config, learning_rate
 
 
 def test_micro_batches_hold_every_row_once_and_keep_to_the_limit():
@@ -81,5 +82,8 @@ def test_folders_that_cannot_be_loaded_get_one_sentence(folders, tmp_path):
 
 
 def test_the_learning_rate_rises_and_then_falls_to_a_tenth():
-    rates = [learning_rate(step, 1.0, warmup_steps=10, steps=20) for step in (1, 5, 10, 15, 20)]
+    rates = [
+        learning_rate(step, Config(lr=1.0, warmup_steps=10, steps=20))
+        for step in (1, 5, 10, 15, 20)
+    ]
     assert rates == pytest.approx([0.1, 0.5, 1.0, 0.55, 0.1])

@@ -104,7 +104,7 @@ def test_a_metric_that_is_not_there_leaves_its_column_empty():
 
 
 def test_tokens_per_second():
-    metrics = {"response_length": 10, "trained": 0.5, "seconds_generate": 2, "seconds": 6}
+    metrics = {"response_length": 10, "trained": 0.5, "seconds_sample": 2, "seconds": 6}
     assert tokens_per_second(metrics, 100) == {
         "tokens_per_second_sampled": 500,
         "tokens_per_second_trained": 125,

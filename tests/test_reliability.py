@@ -22,7 +22,9 @@ import torch
 from conftest import CPU, parse_train
 from safetensors.torch import load_file
 
+import lib.run
 import train
+from engine.learner import Learner
 from lib.checkpoint import lock
 from lib.files import append_rows, read_rows
 from lib.flags import UserError
@@ -52,7 +54,7 @@ def write_reward(moment=0, what_happens="pass"):
 
 
 def run_train(*flags):
-    with patch.object(train, "plot_run"):  # slow
+    with patch.object(lib.run, "plot_run"):  # slow
         return train.main(parse_train(*flags))
 
 
@@ -323,19 +325,21 @@ def bad_numbers(where, steps, monkeypatch):
     """From here on, numbers of the given steps are not finite."""
     count = []
 
-    def backward(forms, policy, rollout, *rest, backward=train.backward, **sizes):
+    def update(learner, backward, batch, *rest, update=Learner.update):
         count.append(0)
         bad = math.inf if len(count) in steps else 0.0
-        if where == "sampled":
-            rollout.old_logprobs += bad
-        update = backward(forms, policy, rollout, *rest, **sizes)
-        if where == "gradient":
-            policy.lm_head.weight.grad[3, 3] += bad
-        if where == "loss":
-            update.loss += bad
-        return update
 
-    monkeypatch.setattr(train, "backward", backward)
+        def spoiled(batch, token_logprobs, config):
+            loss, *numbers = backward(batch, token_logprobs, config)
+            if where == "gradient":
+                learner.policy.lm_head.weight.grad[3, 3] += bad
+            return loss + (bad if where == "loss" else 0.0), *numbers
+
+        if where == "sampled":
+            batch.old_logprobs = batch.old_logprobs + bad
+        return update(learner, spoiled, batch, *rest)
+
+    monkeypatch.setattr(Learner, "update", update)
 
 
 @pytest.mark.parametrize("where", ["loss", "gradient", "sampled"])

@@ -234,8 +234,8 @@ def test_a_chat_answers_each_line_and_remembers_the_lines_before(
     _, tokenizer = load("qwen2")  # has a chat template
     prompts, responses = [], []
 
-    def recorded(policy, ids, *arguments):
-        rollout = generate(policy, ids, *arguments)
+    def recorded(policy, ids, *arguments, **options):
+        rollout = generate(policy, ids, *arguments, **options)
         prompts.append(tokenizer.decode(ids[0]))
         responses.extend(rollout.responses(tokenizer))
         return rollout
@@ -246,3 +246,46 @@ def test_a_chat_answers_each_line_and_remembers_the_lines_before(
     assert capsys.readouterr().out == "> {}\n> {}\n> ".format(*responses)
     assert "hello" in prompts[0] and "then" not in prompts[0]
     assert prompts[1].startswith(prompts[0]) and "and then?" in prompts[1]
+
+
+# ------------------------------------------------------------------------- tokens of somebody else
+
+
+def beginnings_and_second_turns(response, finished):
+    """Each response begins with 7, 8; one that ends at a token below 410 goes on once, after 9."""
+    if not response:
+        return [7, 8]
+    return [9] if finished and response[-1] < 410 and 9 not in response else []
+
+
+@pytest.mark.parametrize("architecture", ["llama", "gemma2"])
+def test_others_may_write_tokens_in_both_samplers(load, architecture):
+    """They are in the row, out of the mask, and the policy goes on after them."""
+    model, _ = load(architecture)
+    stop = list(range(400, 420))
+    arguments = model, PROMPTS, 6, 20, stop, SEEDS, Sampling(), 5
+    plain = sample.generate(*arguments, interject=beginnings_and_second_turns)
+    fast = generate(*arguments, interject=beginnings_and_second_turns)
+    for name in ("ids", "lengths", "response_mask", "finished"):
+        assert torch.equal(getattr(plain, name), getattr(fast, name))
+    torch.testing.assert_close(plain.old_logprobs, fast.old_logprobs, atol=1e-5, rtol=1e-5)
+    with torch.no_grad():
+        learned, _ = token_logprobs(model, fast, slice(None), Sampling())
+    torch.testing.assert_close(fast.old_logprobs, learned, atol=1e-5, rtol=1e-5)
+    second_turns = 0
+    for ids, mask in zip(fast.response_ids(), fast.response_mask.tolist()):
+        written = [token for token, by_policy in zip(ids, mask) if not by_policy]
+        assert ids[:2] == [7, 8] and written in ([7, 8], [7, 8, 9])
+        if 9 in written:
+            second_turns += 1
+            assert ids[ids.index(9) - 1] in range(400, 410)
+    assert second_turns > 0 and fast.finished.any()
+
+
+def test_what_others_write_ends_at_the_limit(load):
+    model, _ = load("llama")
+    for form in (sample.generate, generate):
+        rollout = form(model, PROMPTS[:1], 2, 4, [], [0], interject=lambda ids, end: [5, 6, 7])
+        assert [ids[:3] for ids in rollout.response_ids()] == [[5, 6, 7]] * 2
+        assert rollout.response_mask.tolist() == [[False, False, False, True]] * 2
+        assert not rollout.finished.any()

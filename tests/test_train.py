@@ -15,6 +15,7 @@ from conftest import CPU, parse_train
 from safetensors.torch import load_file
 
 import lib.run
+import policy
 import reward
 import train
 from lib.files import append_rows, read_rows
@@ -44,7 +45,7 @@ def start(*flags):
     """train.py with RULES, and without curves, which take most of the time of a short run. Flags:
     "--steps 3" """
     flags = " ".join(map(str, flags)).split()
-    with patch.dict(reward.REWARDS, RULES), patch.object(train, "plot_run"):
+    with patch.dict(reward.REWARDS, RULES), patch.object(lib.run, "plot_run"):
         return train.main(parse_train(*flags))
 
 
@@ -278,7 +279,7 @@ def test_a_run_says_at_its_start_what_it_is_about_to_do(base, capsys):
 
 def test_cheap_checks_come_before_the_model_is_loaded(monkeypatch):
     """Loading may take minutes, or fetch gigabytes."""
-    monkeypatch.setattr(train, "load_policy", None)
+    monkeypatch.setattr(policy, "load_policy", None)
     taken = Path("runs", "taken")
     taken.mkdir(parents=True)
     (taken / "config.json").touch()

@@ -3,6 +3,7 @@ of memory, metrics."""
 
 import json
 import math
+from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -11,22 +12,24 @@ from conftest import CPU
 from test_train import assert_equal, cut_and_resume, metrics_of, run, weights_of
 
 import engine.choose
+import engine.start
 import lib.run
 import loss
 import sample
 import train
+from engine.learner import Learner
+from engine.sampler import LocalSampler
 from lib.files import read_rows
 from lib.flags import UserError
 from lib.metrics import UpdateStatistics, rollout_metrics, update_metrics
-from loss import NORMALISERS
+from loss import NORMALISERS, token_weights
 from policy import load_policy
-from reward import token_credit
 from sample import Rollout, Sampling
 
 
 def use_forms(monkeypatch, generate=sample.generate, token_logprobs=loss.token_logprobs):
     monkeypatch.setattr(
-        engine.choose, "choose", lambda *arguments: engine.choose.Forms(generate, token_logprobs)
+        engine.start, "choose", lambda *arguments: engine.choose.Forms(generate, token_logprobs)
     )
 
 
@@ -58,8 +61,8 @@ def sampler_off_by(gap):
 
 
 def test_a_reused_rollout_has_ratios_and_clips(base):
-    """3 epochs of 2 optimizer steps. A single step has no ratios: its policy is the one that
-    sampled."""
+    """3 epochs of 2 optimizer steps. Those of a single step are 1: its policy is the one that
+    sampled. A loss without ratios has none to report."""
     flags = "--reward noisy --loss clip --clip_low 0.01 --clip_high 0.01 --steps 2"
     rows = metrics_of(run(base, flags, "--updates_per_rollout 3 --minibatches 2"))
     for row in rows:
@@ -67,7 +70,9 @@ def test_a_reused_rollout_has_ratios_and_clips(base):
         assert 0.5 < row["ratio_mean"] < 1.5 and row["ratio_max"] > 1.01
         assert 0 < row["clip_share"] < 0.9
     once = metrics_of(run(base, flags))
-    assert [row["updates"] for row in once] == [1, 1] and "ratio_mean" not in once[0]
+    assert [row["updates"] for row in once] == [1, 1]
+    assert once[0]["ratio_max"] == pytest.approx(1, abs=1e-4) and once[0]["clip_share"] == 0
+    assert "ratio_mean" not in metrics_of(run(base, "--reward noisy --steps 1"))[0]
     free = metrics_of(run(base, "--reward noisy --steps 1 --updates_per_rollout 6"))
     assert free[0]["clip_share"] == 0 and free[0]["ratio_max"] > rows[0]["ratio_max"]
 
@@ -75,10 +80,11 @@ def test_a_reused_rollout_has_ratios_and_clips(base):
 def test_a_minibatch_has_a_part_of_every_group_and_is_divided_by_its_own_tokens(base, monkeypatch):
     sums, backward = [], train.backward
 
-    def spy(forms, policy, rollout, rows, weights, loss_scale, *rest, **options):
-        assert set((rows // 8).bincount().tolist()) <= {2, 3}  # of the 8 rows of each of 4 groups
-        sums.append((loss_scale * rollout.response_lengths)[rows].sum().item())
-        return backward(forms, policy, rollout, rows, weights, loss_scale, *rest, **options)
+    def spy(batch, *rest):
+        groups = Counter(map(tuple, batch.ids[:, :6].tolist()))
+        assert set(groups.values()) <= {2, 3}  # of the 8 rows of each of 4 groups
+        sums.append((batch.loss_scale[:, 0] * batch.response_lengths).sum().item())
+        return backward(batch, *rest)
 
     monkeypatch.setattr(train, "backward", spy)
     run(base, "--reward noisy --steps 1 --minibatches 3 --updates_per_rollout 2")
@@ -122,6 +128,23 @@ def test_weights_are_normalised_over_the_whole_group_before_the_filter(base, mon
     weights = torch.tensor([row["weight"] for row in samples]).view(4, 8)
     torch.testing.assert_close(weights, expected * kept, atol=1e-4, rtol=0)
     assert 0 < kept.sum() < 32
+
+
+@pytest.mark.parametrize("mode", ["auto", "off"])
+def test_logprobs_of_another_sampler_give_real_ratios(base, monkeypatch, mode):
+    """Those of the first update were once taken for known: the ratio was 1 whatever they held."""
+
+    class Shifted(LocalSampler):
+        def __call__(self, *arguments):
+            rollout = super().__call__(*arguments)
+            rollout.old_logprobs += 0.5 * rollout.response_mask
+            return rollout
+
+    monkeypatch.setattr(train, "LocalSampler", Shifted)
+    flags = "--loss clip --reward noisy --steps 1 --lr 1e-9 --eval_problems 0 --fast"
+    [row] = metrics_of(run(base, flags, mode))
+    assert row["ratio_mean"] == pytest.approx(math.exp(-0.5), abs=1e-4)
+    assert row["ratio_max"] == pytest.approx(math.exp(-0.5), abs=1e-4)
 
 
 @pytest.mark.parametrize(("name", "skipped"), [("logprob", 0), ("clip", 2)])
@@ -177,7 +200,8 @@ def test_resampling_goes_on_until_enough_groups_have_a_signal(base):
         seen += 4 * batches
         assert row["prompts_seen"] == seen and 1 <= batches <= 3
         assert round(row["informative"] * 4 * batches) >= 4 or batches == 3
-        assert row["trained"] == pytest.approx(row["informative"])
+        informative = round(row["informative"] * 4 * batches)
+        assert row["trained"] == pytest.approx(min(4, informative) / (4 * batches))  # P groups
     assert len({row["batches_drawn"] for row in rows}) > 1
 
 
@@ -218,10 +242,10 @@ def test_a_row_of_weight_0_gets_no_forward_pass_without_such_a_term(
 ):
     passed = []
 
-    def token_logprobs(policy, rollout, rows, *rest):
+    def token_logprobs(policy, rollout, *rest, **options):
         if torch.is_grad_enabled():
-            passed.append(len(rows))
-        return loss.token_logprobs(policy, rollout, rows, *rest)
+            passed.append(len(rollout.ids))
+        return loss.token_logprobs(policy, rollout, *rest, **options)
 
     use_forms(monkeypatch, token_logprobs=token_logprobs)
     flags = f"--normaliser raw --reward low --steps 1 --entropy_coef {entropy_coef}"
@@ -244,8 +268,8 @@ def starve(monkeypatch, place):
         if kind == place and calls.count(kind) == fatal:
             raise torch.OutOfMemoryError("CUDA out of memory")
 
-    def token_logprobs(policy, rollout, *rest):
-        found = loss.token_logprobs(policy, rollout, *rest)
+    def token_logprobs(policy, rollout, *rest, **options):
+        found = loss.token_logprobs(policy, rollout, *rest, **options)
         if torch.is_grad_enabled():
             work("update")
         elif len(rollout.ids) > 2:  # a forward pass of two rows is the check of the sampler
@@ -277,15 +301,19 @@ def test_out_of_memory_halves_the_size_and_counts_nothing_twice(base, monkeypatc
 
 
 def test_halving_stops_at_the_longest_row(base, monkeypatch):
-    def backward(forms, policy, rollout, *rest, **sizes):
-        lengths.append(rollout.lengths.max().item())
+    def starved(batch, *rest):
         raise torch.OutOfMemoryError("CUDA out of memory")
 
+    def update(learner, backward, batch, *rest, update=Learner.update):
+        lengths.append(batch.lengths.max().item())
+        return update(learner, backward, batch, *rest)
+
     lengths = []
-    monkeypatch.setattr(train, "backward", backward)
+    monkeypatch.setattr(train, "backward", starved)
+    monkeypatch.setattr(Learner, "update", update)
     with pytest.raises(UserError, match="out of memory, and less would not help") as error:
         run(base, "--reward noisy --steps 1 --micro_batch_tokens 100")
-    assert f"--micro_batch_tokens {lengths[0]}:" in str(error.value) and 2 < len(lengths) < 5
+    assert f"--micro_batch_tokens {lengths[0]}:" in str(error.value)
 
 
 def test_offload_changes_no_number(base):
@@ -315,20 +343,29 @@ def test_the_numbers_of_a_step_by_hand():
         {"response": text, "reward": reward, "true_reward": true, "parts": {"number": part}}
         for text, reward, true, part in rows
     ]
+    for row in samples:
+        row["accuracy"] = row["true_reward"]
     expected = json.loads("""{"reward": 0.75, "reward_std": 0.25, "reward_std_between": 0.25,
         "reward/number": 0.75, "informative": 0.5, "true_reward": 0.875, "accuracy": 0.75,
         "thinking": 0.25, "all_right": 0.5, "all_wrong": 0.0, "response_length": 5.0,
         "response_length_finished": 4.0, "response_length_truncated": 8.0, "finished": 0.75,
         "entropy": 0.5, "effective_samples": 2.6666667}""")
 
-    def numbers(weights, **options):
+    def numbers(weights):
         rewards = torch.tensor([[1.0, 0.0], [1.0, 1.0]])
-        return rollout_metrics(rollout, samples, rewards, torch.tensor(weights), **options)
+        weights = torch.tensor(weights)
+        batch = train.Batch(*vars(rollout).values(), weights, mask, weights)
+        return rollout_metrics(batch, samples, rewards)
 
     found = numbers([[2.0], [-1], [1], [0]])
     assert {name: found[name] for name in expected} == pytest.approx(expected)
     rollout.finished[:] = True
-    found = numbers([[0.0]] * 4, right_or_wrong=False)
+    found = numbers([[2.0] + 7 * [-1.0], [-1.0] * 8, [1.0] * 8, [0.0] * 8])
+    # the weights of tokens: their means are 0, -1, 1 and 0
+    assert found["effective_samples"] == 2
+    for row in samples:
+        del row["accuracy"]
+    found = numbers([[0.0]] * 4)
     absent = "response_length_truncated effective_samples accuracy all_right all_wrong"
     assert not {*absent.split()} & {*found}
 
@@ -338,8 +375,8 @@ def test_the_numbers_of_the_updates_by_hand():
     clipped."""
     mask = torch.tensor([[True, True, True, False]])
 
-    def statistics(grad_norm, *micro_batches):
-        update = UpdateStatistics()
+    def statistics(grad_norm, *micro_batches, on_policy=False):
+        update = UpdateStatistics(on_policy)
         for value, ratios, mask in micro_batches:
             ratio = torch.tensor([ratios])
             update.add(value, ratio.log(), torch.zeros(1, 4), ratio > 1.2, mask, 2 * ratio)
@@ -355,16 +392,25 @@ def test_the_numbers_of_the_updates_by_hand():
     for updates, expected in (([one, bad], first), ([one, two], both), ([], {"updates": 0})):
         found = update_metrics(updates)
         assert {name: found[name] for name in expected} == pytest.approx(expected)
-        assert ("ratio_max" in found) == (updates == [one, two])  # a single step has no ratios
+        assert ("ratio_max" in found) == (updates != [])
+    known = statistics(1.0, (0.0, [1.0, 1, 1, 9], mask), on_policy=True)
+    assert "ratio_max" not in update_metrics([known])  # they are to the policy itself
+    assert "ratio_max" in update_metrics([known, two])
 
 
-def test_credit_is_where_the_numbers_are():
-    """In proportion to their sizes, 1 on average; tokens outside the mask have none."""
+def test_a_token_has_its_part_of_the_weight_with_its_sign():
+    """In proportion to the sizes of the numbers, 1 on average; tokens outside the mask have none.
+    Signs were once lost: a line of value -1 was pushed like one of 1."""
     mask = torch.tensor([[True] * 4, [True] * 4, [True, False, True, False], [True] * 4])
-    samples = [{"credit": [0, 0, 1, 1]}, {"credit": [0, -1, 0, 0]}, {"credit": [3, 5, 1]}, {}]
+    numbers = [[0, 0, 1, 1], [0, -1, 0, 0], [3, 5, 1], None]
     expected = [[0, 0, 2, 2], [0, 4, 0, 0], [1.5, 0, 0.5, 0], [1, 1, 1, 1]]
-    assert token_credit(samples, mask).tolist() == expected
-    assert token_credit([{}, {}], mask[:2]).tolist() == [[1], [1]]
+    for weight in (1.0, -0.5):
+        weights = torch.full((4, 1), weight)
+        found = token_weights(weights, numbers, mask)
+        assert found.tolist() == (weight * torch.tensor(expected)).tolist()
+        assert token_weights(weights, [None] * 4, mask) is weights
+        both = token_weights(weights[:1], [[3, 0, 0, -1]], mask[:1])
+        assert both.tolist() == [[3 * abs(weight), 0, 0, -abs(weight)]]
 
 
 def test_a_reward_may_return_a_number_for_each_token(base, monkeypatch):
@@ -376,14 +422,15 @@ def digits(prompt, response, answer, tokens):
 """)
     seen, backward = [], train.backward
 
-    def spy(forms, policy, rollout, rows, weights, *rest, **options):
-        seen.append((rollout, weights))
-        return backward(forms, policy, rollout, rows, weights, *rest, **options)
+    def spy(batch, *rest):
+        seen.append(batch)
+        return backward(batch, *rest)
 
     monkeypatch.setattr(train, "backward", spy)
     log_all(monkeypatch)
     folder = run(base, "--reward mine.digits --steps 1 --normaliser raw")
-    [(rollout, weights)] = seen
+    [rollout] = seen
+    weights = rollout.weights
     lengths = rollout.response_lengths.tolist()
     for b, text in enumerate(rollout.responses(load_policy(base, CPU)[1])):
         digits = [float(character.isdigit()) for character in text]
@@ -391,6 +438,6 @@ def digits(prompt, response, answer, tokens):
             expected = [lengths[b] * digit for digit in digits]
             assert weights[b, : len(digits)].tolist() == pytest.approx(expected)
     for row in read_rows(folder / "samples.jsonl"):
-        assert row["reward"] == row["weight"] and "tokens" not in row
+        assert row["weight"] == pytest.approx(row["reward"]) and "tokens" not in row
     with pytest.raises(UserError, match="--loss gspo"):
         run(base, "--reward mine.digits --steps 1 --loss gspo")

@@ -24,7 +24,8 @@ from transformers import AutoModelForCausalLM
 
 import engine.choose
 import train
-from engine.optimizer import Optimizer
+from engine.learner import Learner
+from engine.memory import Memory
 from lib.estimate import SHAPES, cache_bytes, shape
 from lib.flags import check_range, flag, run_script
 from policy import pick_device
@@ -130,24 +131,14 @@ def count_tokens(responses, stop) -> int:
     return int((stops_before == 0).sum())
 
 
-def update(forms, model, rollout, optimizer) -> None:
+def update(learner, rollout) -> None:
     """An update with learning rate 0, so that the model stays the same. Every response has a
     weight."""
-    flags = train.Config()
-    rows = torch.arange(len(rollout.ids), device=model.device)
-    train.backward(
-        forms,
-        model,
-        rollout,
-        rows,
-        weights=torch.randn(len(rows), 1).to(model.device),
-        loss_scale=1.0 / rollout.response_lengths,
-        ref_logprobs=None,
-        on_policy=True,
-        config=flags,
-        micro_batch_tokens=flags.micro_batch_tokens,
-    )
-    optimizer.step(lr=0.0, max_grad_norm=1.0)
+    B = len(rollout.ids)
+    weights = torch.randn(B, 1).to(rollout.ids.device)
+    scale = 1.0 / rollout.response_lengths[:, None]
+    batch = train.Batch(*vars(rollout).values(), weights, rollout.old_logprobs, scale)
+    learner.update(train.backward, batch, lr=0.0, on_policy=True)
 
 
 def main(config) -> None:
@@ -166,7 +157,9 @@ def main(config) -> None:
     sampling = Sampling()
     forms = engine.choose.choose(model, prompts, stop, sampling, N)
     buffers = {}
-    optimizer = Optimizer(model, weight_decay=0.0)
+    flags = train.Config()
+    memory = Memory({}, micro_batch_tokens=flags.micro_batch_tokens)
+    learner = Learner(model, forms, memory, flags)
 
     def sample() -> Rollout:
         return forms.generate(model, prompts, G, N, stop, range(P), sampling, buffers=buffers)
@@ -178,7 +171,7 @@ def main(config) -> None:
     rollout = sample()
     work = {
         "generate": sample,
-        "update": partial(update, forms, model, rollout, optimizer),
+        "update": partial(update, learner, rollout),
         "model.generate": reference,
     }
     seconds = {name: [] for name in work}

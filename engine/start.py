@@ -1,0 +1,32 @@
+"""What a run needs to know of the machine before it starts."""
+
+from engine.choose import Forms, choose
+from engine.memory import Memory, enable_gradient_checkpointing
+from lib.checks import check_prompts
+from lib.estimate import device_memory, memory_table
+from lib.report import describe_run
+from policy import stop_ids
+from tasks import longest_prompts
+
+
+def prepare(policy, tokenizer, task, measured, config, state) -> tuple[Forms, Memory]:
+    """Says what the run is about to do and what memory it takes, and picks fast or plain forms.
+
+    state: what the run remembers, among it the sizes that were halved
+    """
+    problems = task.train + task.validation[: config.eval_problems]
+    prompts = longest_prompts(task, problems, tokenizer)
+    check_prompts(policy, prompts, config.max_new_tokens)
+    stop = stop_ids(policy, tokenizer)
+    ends = tokenizer.convert_ids_to_tokens(stop)
+    print(describe_run(config, policy, task, measured.texts, ends), end="")
+    print(memory_table(config, policy, device_memory(policy.device), len(prompts[0])), end="")
+    if config.gradient_checkpointing:  # not before: the estimate counts what it would recompute
+        enable_gradient_checkpointing(policy)
+    forms = choose(policy, prompts, stop, config.sampling, config.max_new_tokens, config.fast)
+    memory = Memory(
+        state["halved"],
+        rows_at_once=config.rows_at_once or config.prompts_per_step * config.group_size,
+        micro_batch_tokens=config.micro_batch_tokens,
+    )
+    return forms, memory
