@@ -12,10 +12,11 @@ import sys
 import urllib.request
 from contextlib import contextmanager
 from http.client import HTTPException
+from pathlib import Path
 
 from safetensors import SafetensorError
 
-from lib.flags import UserError, first_line, name_error
+from lib.flags import UserError, did_you_mean, first_line, name_error
 
 
 @contextmanager
@@ -28,6 +29,25 @@ def writing(path):
             f"{path}: cannot be written ({first_line(error)}): is the disk full or read-only, or "
             "was a file deleted? What is still there is whole"
         ) from error
+
+
+def find_model(name) -> str:
+    """A model's name as it is, except that models/add is found from any folder. UserError if it can
+    only be the name of a folder, and there is no such folder."""
+    path = Path(name)
+    if path.exists() or not name.startswith((".", "/", "~", "runs/", "models/")):
+        return name
+    own = Path(__file__).parent.parent / name
+    if name.startswith("models/") and own.exists():
+        return str(own)
+    raise UserError(f"model {name}: there is no such folder{near_folder(path)}")
+
+
+def near_folder(path):
+    """runs/ad -> ': did you mean runs/add?', or ''"""
+    siblings = [str(sibling) for sibling in path.parent.glob("*")]
+    near = did_you_mean(str(path), siblings)
+    return near and f": {near}"
 
 
 def sync(path):
@@ -126,7 +146,8 @@ def read_jsonl(path, fields) -> list[dict]:
             raise UserError(f"{place}: not an object with {' and '.join(fields)}")
         for field, check in fields.items():
             if not check(row.get(field)):
-                raise UserError(f'{place}: "{field}" is missing, empty or of the wrong type')
+                has = "" if field in row else f": the line has {', '.join(row) or 'nothing'}"
+                raise UserError(f'{place}: "{field}" is missing, empty or of the wrong type{has}')
         if isinstance(row.get("answer"), float):
             row["answer"] = json.loads(line, parse_float=str)["answer"]  # 1e5 stays 1e5
         rows.append(row)

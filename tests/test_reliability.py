@@ -64,7 +64,7 @@ def resume(name, *flags):
 
 def outcome(run):
     """What a run leaves, except times."""
-    rows = read_rows(run / "metrics.jsonl", lambda key: not key.startswith("seconds"))
+    rows = read_rows(run / "metrics.jsonl", lambda key: "second" not in key)
     return {
         "metrics": rows,
         "samples": read_rows(run / "samples.jsonl"),
