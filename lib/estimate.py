@@ -139,8 +139,9 @@ def estimate(flags, model, activations, longest_prompt) -> dict[str, float]:
         "weights": weights,
         f"optimizer{host}": 4 * copies * trained,
         "keys and values": columns * cache_bytes(config, bytes_each),
-        "sampling: logits": rows_at_once * config.vocab_size * (4 + bytes_each),
-        f"update: gradients{host}": 4 * trained,
+        # of a step; CUDA graphs keep them during the update too
+        "graphs: logits": rows_at_once * config.vocab_size * (4 + bytes_each),
+        "update: gradients": 4 * trained,  # with --offload too: they add up on the device
         "update: activations": tokens * activations,
         "update: logits": logits + head * (4 + bytes_each),  # and the gradient of the head
     }

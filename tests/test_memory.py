@@ -222,10 +222,12 @@ def test_estimate_by_hand():
     half_a_layer = 100 * 1000 / 4 / 2  # its gradients
     activations = 100 * 1000 + half_a_layer
     prompts = 2048 * 2 * 10
-    assert needed() == (2 + 12 + 4) * n + 8 * cache + prompts + activations + logits
+    graph = 100 * (4 + 2)  # logits of one row
+    in_update = activations + logits
+    assert needed() == (2 + 12 + 4) * n + 8 * (cache + graph) + prompts + in_update
     assert needed(log_kl=True) == needed() + 2 * n
-    assert needed(rows_at_once=5) == needed() - 3 * cache
-    assert needed(offload=True) == needed() - 16 * n
+    assert needed(rows_at_once=5) == needed() - 3 * (cache + graph)
+    assert needed(offload=True) == needed() - 12 * n
     recomputed = 100 * (4 * 128 * 2 + 1000 / 4)
     assert needed(gradient_checkpointing=True) == needed() - 100 * 1000 + recomputed
     rank_1 = 4 * (4 * (128 + 128) + 3 * (128 + 352))  # without the head, which has no gradient
