@@ -18,6 +18,7 @@ from pathlib import Path
 
 from lib.files import download, is_text, read_jsonl, read_problems
 from lib.flags import UserError, first_line
+from lib.progress import phase
 
 
 @dataclass(frozen=True)
@@ -220,6 +221,7 @@ TASKS = {"add": add, "countdown": countdown, "gsm8k": gsm8k}
 PLAIN_NUMBER = re.compile(r"-?[0-9]+(,[0-9]{3})*(\.[0-9]+)?(e[-+][0-9]+)?")  # -1,012.5, 1e-07
 
 
+@phase("reading the problems of {}")
 def load_task(name, data_dir="") -> Task:
     """A task by its name in TASKS, or from a .jsonl file, whose rule is `number` if all answers are
     plain numbers, else `exact`. UserError: no such task, a bad line."""
@@ -266,6 +268,7 @@ def prompt_ids(task, problem, tokenizer) -> list[int]:
     return prompt_ids(NO_TASK, Problem(f"{task.system}\n\n{prompt}", ""), tokenizer)
 
 
+@phase("measuring the lengths of prompts")
 def longest_prompts(task, problems, tokenizer):
     """Token ids of the longest prompts, longest first."""
     longest = sorted(problems, key=lambda problem: len(str(problem.prompt)))[-64:]

@@ -34,7 +34,7 @@ from engine.start import prepare
 from eval import Evaluation
 from lib.flags import UserError, check_range, flag, list_presets, run_script
 from lib.metrics import rollout_metrics, update_metrics
-from lib.run import Run, resumed_flags
+from lib.run import Run, after_mistake, resumed_flags
 from loss import (
     BASELINED,
     DENOMINATORS,
@@ -272,8 +272,8 @@ def main(config):
     reference = load_reference(config, policy)
     config = fill_in(config, policy)
     forms, memory = prepare(policy, tokenizer, task, measured, config, run.state)
-    learner = Learner(policy, forms, memory, config)
-    sampler = LocalSampler(policy, tokenizer, forms, memory)
+    learner = Learner(policy, forms, memory, config, run.progress)
+    sampler = LocalSampler(policy, tokenizer, forms, memory, run.progress)
     evaluation = Evaluation(
         sampler, tokenizer, task, task.validation[: config.eval_problems], measured,
         config.sampling, config.max_new_tokens, memory.sizes["rows_at_once"],
@@ -351,4 +351,4 @@ def main(config):
 
 
 if __name__ == "__main__":
-    run_script(main, Config, __doc__, fill, HELP)
+    run_script(main, Config, __doc__, fill, HELP, after_mistake)

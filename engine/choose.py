@@ -20,6 +20,7 @@ import engine.logprobs
 import loss
 import sample
 from lib.flags import name_error
+from lib.progress import phase
 
 # largest relative difference between the forms that is allowed
 TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 4e-2}
@@ -37,6 +38,7 @@ class Forms:
     token_logprobs: Callable = loss.token_logprobs
 
 
+@phase("comparing the fast forms with the plain ones")
 def choose(policy, prompts, stop, sampling, max_new_tokens, mode="auto") -> Forms:
     """Tries the fast forms on the first and the last of the prompts (token ids; longest first),
     four responses each, and takes each one that agrees with its plain form. The first prompt is
