@@ -147,8 +147,8 @@ def collapse(rewards) -> str:
         return ""
     step = windows.index(best) + width // 2 + 1
     return (
-        f"warning: the mean reward was {best:.3g} around step {step} and is {windows[-1]:.3g} at the "
-        "end: the policy has collapsed. Start again with a third of the --lr, or --kl_beta 0.01"
+        f"warning: the mean reward was {best:.3g} around step {step} and is {windows[-1]:.3g} at "
+        "the end: the policy has collapsed. Start again with a third of the --lr, or --kl_beta 0.01"
     )
 
 
