@@ -52,6 +52,11 @@ def batch_std(rewards, config=None, eps=1e-4):
 def maxrl(rewards, config=None, eps=1e-4):
     """(r - m) / m, for rewards from 0 up: the gradient of log m, where `mean` has the gradient of
     m. (1, 0, 0, 0) -> (3, -1, -1, -1), (1, 0, 0, 1) -> (1, -1, -1, 1). MaxRL, arXiv 2602.02710."""
+    if rewards.min() < 0:  # a mean below 0 would turn the signs
+        reason = f"wants rewards from 0 up, and there is one of {rewards.min():g}"
+        raise UserError(
+            f"--normaliser maxrl: {reason}: change --reward, or take another normaliser"
+        )
     return mean(rewards) / (rewards.mean(1, keepdim=True) + eps)
 
 
@@ -306,8 +311,9 @@ def token_logprobs(policy, rollout, rows, sampling, known=None, with_entropy=Fal
     entropies, both differentiable, 0 where response_mask is False.
 
     No attention mask is needed: attention is causal and padding is on the right.
-    known:        (R, N) log-probs, if the policy is still the one that sampled. The fast form
-                  returns them, with the same gradient, and saves a matrix product
+    known:        (R, N) log-probs, if the policy is still the one that sampled: the values are
+                  exactly these, with the same gradient. So rounding moves no ratio away from 1, and
+                  the fast form saves a matrix product
     with_entropy: the fast form returns entropies only if asked
     """
     rollout = rollout.rows(rows)
@@ -319,5 +325,7 @@ def token_logprobs(policy, rollout, rows, sampling, known=None, with_entropy=Fal
     logits = policy(ids, use_cache=False).logits
     logits = logits[row, position - 1]  # (K, V): the logits at a position predict the next token
     logprobs, entropy = token_stats(logits, ids[row, position], sampling)
+    if known is not None:
+        logprobs = known[mask] + (logprobs - logprobs.detach())
     zeros = torch.zeros(mask.shape, device=ids.device)
     return zeros.masked_scatter(mask, logprobs), zeros.masked_scatter(mask, entropy)

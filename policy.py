@@ -3,9 +3,11 @@
 A policy is any causal language model that transformers loads. It stays in eval mode throughout:
 dropout would make the trained policy another one than the sampling policy."""
 
+import math
 import os
 import random
 from dataclasses import replace
+from functools import cache
 from pathlib import Path
 
 import torch
@@ -18,7 +20,7 @@ from transformers import (
 )
 from transformers.utils import logging
 
-from lib.checks import check_causal
+from lib.checks import check_causal, freeze_unused
 from lib.files import find_model
 from lib.flags import UserError, first_line
 from lib.lora import adapted_layers, add_adapter, find_base, load_adapter, save_adapter
@@ -44,6 +46,17 @@ def pick_device(name) -> torch.device:
     return torch.device(name)
 
 
+@cache  # says its sentence once
+def pick_dtype(device) -> str:
+    """bfloat16 on a GPU that has units for it."""
+    if device.type != "cuda":
+        return "float32"
+    if torch.cuda.is_bf16_supported(including_emulation=False):
+        return "bfloat16"
+    print(f"{torch.cuda.get_device_name()} has no units for bfloat16: --dtype float32")
+    return "float32"
+
+
 @phase("loading {}")
 def load_policy(
     name, device, dtype="auto", in_4_bits=False
@@ -51,7 +64,7 @@ def load_policy(
     """A Hugging Face name, a model folder or a run folder (its checkpoint) -> (model in eval mode,
     tokenizer). A folder may hold an adapter: then the model is its base model with the adapter.
 
-    dtype:     a key of DTYPES, or 'auto': bfloat16 on cuda, float32 elsewhere
+    dtype:     a key of DTYPES, or 'auto': bfloat16 on a GPU that has units for it, else float32
     in_4_bits: the linear layers are; as an adapter's are if they were in its training
     UserError: it cannot be loaded, parameters are missing, the tokenizer does not fit,
                or the model cannot be a policy (lib/checks.py)
@@ -62,7 +75,7 @@ def load_policy(
         folder = folder / "checkpoint"
         name = str(folder)
     if dtype == "auto":
-        dtype = "bfloat16" if device.type == "cuda" else "float32"
+        dtype = pick_dtype(device)
     try:
         base, options = find_base(name, in_4_bits, device, DTYPES[dtype])
         model, info = AutoModelForCausalLM.from_pretrained(
@@ -105,6 +118,8 @@ def load_policy(
         torch.set_num_threads(1 if model.num_parameters() < 10e6 else THREADS)
     model.to(device).eval()
     check_causal(name, model)
+    if frozen := freeze_unused(model):
+        print(f"{name}: {frozen / 1e6:,.2f} M parameters for images or sound are not trained")
     return model, tokenizer
 
 
@@ -126,7 +141,11 @@ def start_policy(config, checkpoint) -> tuple[PreTrainedModel, PreTrainedTokeniz
 def fill_in(config, policy):
     """The config of a run, with the values that its flags leave to the model."""
     lr = config.lr or default_learning_rate(policy, config.lora_rank)
-    return replace(config, lr=lr, dtype=str(policy.dtype).removeprefix("torch."))
+    warmup_steps = config.warmup_steps
+    if warmup_steps < 0:
+        warmup_steps = default_warmup(config.steps)
+    dtype = str(policy.dtype).removeprefix("torch.")
+    return replace(config, lr=lr, warmup_steps=warmup_steps, dtype=dtype)
 
 
 def load_reference(config, policy) -> PreTrainedModel | None:
@@ -139,14 +158,36 @@ def load_reference(config, policy) -> PreTrainedModel | None:
     return load_policy(config.model, policy.device, config.dtype)[0]
 
 
-def stop_ids(model, tokenizer) -> list[int]:
-    """Every token that ends a response: the tokenizer's end of text, and what
-    generation_config.json says (chat models end their turns with a token of their own)."""
+def stop_ids(model, tokenizer, stop="") -> list[int]:
+    """Every token that ends a response: the tokenizer's end of text, what generation_config.json
+    says, the token that the chat template puts after an assistant's turn, and those of --stop."""
     ids = model.generation_config.eos_token_id or []
     ids = ids if isinstance(ids, list) else [ids]
     if not {*map(type, ids)} <= {int}:
         raise UserError(f"model {model.name_or_path}: its eos_token_id {ids} is not a number")
-    return sorted({tokenizer.eos_token_id, *ids})
+    known = tokenizer.get_added_vocab()
+    for token in stop.split():
+        if token not in known:
+            few = ", ".join(list(known)[:9])
+            raise UserError(f"--stop {token}: not a token of its own, as {few} are")
+        ids = [*ids, known[token]]
+    return sorted({tokenizer.eos_token_id, *ids, *end_of_turn(tokenizer)})
+
+
+def end_of_turn(tokenizer) -> list[int]:
+    """The token that the chat template puts after an assistant's turn, if it has one of its own."""
+    if tokenizer.chat_template is None:
+        return []
+    question = {"role": "user", "content": "1+1?"}
+    turn = {"role": "assistant", "content": "It is two."}
+    try:
+        text = tokenizer.apply_chat_template([question, turn], tokenize=False)
+    except Exception:  # of jinja2, or of what a template calls; a prompt will tell
+        return []
+    _, found, rest = text.rpartition(turn["content"])
+    ids = tokenizer(rest.lstrip(), add_special_tokens=False)["input_ids"] if found else []
+    added = set(tokenizer.get_added_vocab().values())
+    return [id for id in ids[:1] if id in added]
 
 
 def save_policy(model, tokenizer, folder) -> None:
@@ -160,7 +201,22 @@ def save_policy(model, tokenizer, folder) -> None:
 
 
 def default_learning_rate(model, lora_rank) -> float:
-    """2e-4 for models under 10 M parameters, 1e-5 for an adapter, else 1e-6."""
-    if model.num_parameters() < 10e6:
+    """Smaller models want larger steps, and an adapter about ten times those of the whole model.
+    Measured and published rates: docs/real-model.md
+
+    parameters   whole model   adapter
+    under 10 M          2e-4      2e-4
+    under 500 M         1e-5      1e-4
+    more                5e-6      3e-5
+    """
+    size = model.num_parameters()
+    if size < 10e6:
         return 2e-4
-    return 1e-5 if lora_rank else 1e-6
+    if size < 500e6:
+        return 1e-4 if lora_rank else 1e-5
+    return 3e-5 if lora_rank else 5e-6
+
+
+def default_warmup(steps) -> int:
+    """A tenth of the steps, at most 10: a long warm-up would take most of a short run."""
+    return min(10, math.ceil(steps / 10))

@@ -68,14 +68,15 @@ def main(config):
         step["exchange"] += time.perf_counter() - began
         step["bytes of the exchange"] += len(content)
 
-    def timed_sum(masters):
+    def timed_sum(gradients, parameters):
         wait()
         before = step["exchange"] + step["waiting"]
         began = time.perf_counter()
-        sum_gradients(masters)
+        summed = sum_gradients(gradients, parameters)
         elsewhere = step["exchange"] + step["waiting"] - before
         step["gradients"] += time.perf_counter() - began - elsewhere
-        step["bytes of gradients"] += 4 * sum(master.numel() for master in masters)
+        step["bytes of gradients"] += 4 * sum(parameter.numel() for parameter in parameters)
+        return summed
 
     def timed_record(run, metrics, *rest):
         step.update({"step": metrics["seconds"], "sampling": metrics["seconds_sample"]})

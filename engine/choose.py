@@ -1,12 +1,20 @@
 """Fast or plain: `choose` compares each fast form with its plain form on the run's own model, and
-picks. So a model that a fast form does not fit still trains, by the plain form. An edit of a plain
-form takes effect where it shows in the first 16 tokens, or in log-probs or gradients by more than
-TOLERANCE; an edit of a function that both forms call (policy_distribution, sample_token,
-token_stats) takes effect in any case. --fast off asks for the plain forms.
+picks. So a model that a fast form does not fit still trains, by the plain form.
+
+How much may they differ? As much as rounding makes them differ, which depends on the model and its
+type. So that is measured: the plain form runs again while each layer's result is off by up to half
+a unit in its last place, at random. The fast form may be off by MULTIPLE times as much, or by FLOOR
+(docs/precision.md has figures of both, and of faults).
+
+An edit of a plain form takes effect where it shows in the first tokens, or in log-probs or
+gradients by more than that; an edit of a function that both forms call (policy_distribution,
+sample_token, token_stats) takes effect in any case. --fast off asks for the plain forms.
 """
 
 import math
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from inspect import signature
@@ -19,13 +27,18 @@ import engine.generate
 import engine.logprobs
 import loss
 import sample
+from engine.memory import is_out_of_memory
 from lib.flags import name_error
 from lib.progress import phase
 
-# largest relative difference between the forms that is allowed
-TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 4e-2}
-# tokens of a row that are compared: all its logits are held at once
-LONGEST = 1024
+# the fast form may differ by this many times the noise, which is relative and measured ...
+MULTIPLE = 2
+# ... or by this much
+FLOOR = {torch.float32: 1e-3, torch.bfloat16: 4e-3}
+# tokens of a row that are compared: at least, at most, and what a forward pass holds in bytes
+SHORTEST, LONGEST, LOGITS = 8, 1024, 5e8
+# what the comparison may take on a slow machine, and about how many forward passes it takes
+SECONDS, PASSES = 10, 16
 # what a model raises that a fast form does not fit
 MISFIT = (RuntimeError, ValueError, TypeError, AttributeError, LookupError, NotImplementedError)
 
@@ -40,104 +53,184 @@ class Forms:
 
 @phase("comparing the fast forms with the plain ones")
 def choose(policy, prompts, stop, sampling, max_new_tokens, mode="auto") -> Forms:
-    """Tries the fast forms on the first and the last of the prompts (token ids; longest first),
-    four responses each, and takes each one that agrees with its plain form. The first prompt is
-    repeated until its rows are as long as those of the run, at most LONGEST: a model may attend
-    otherwise beyond a window. mode 'off': the plain forms."""
+    """Tries the fast forms on the first and the last of the prompts (token ids; longest first), and
+    takes each one that agrees with its plain form. mode 'off': the plain forms."""
     if mode == "off":
         return Forms()
+    longest = min(LONGEST, len(prompts[0]) + max_new_tokens)
+    for affordable in (affordable_tokens, lambda *arguments: SHORTEST):
+        try:
+            tokens = min(longest, affordable(policy, longest))
+            return compare_forms(policy, prompts, stop, sampling, max_new_tokens, tokens)
+        except RuntimeError as error:
+            if not is_out_of_memory(error):
+                raise
+        torch.cuda.empty_cache()  # outside the except block, which keeps tensors alive
+    tqdm.write("out of memory: the fast forms were not compared with the plain ones, but are used")
+    return Forms(engine.generate.generate, engine.logprobs.token_logprobs)
+
+
+def affordable_tokens(policy, longest) -> int:
+    """How long the rows may be if the comparison shall take about SECONDS."""
+    config = policy.config.get_text_config()
+    ids = torch.zeros(3, SHORTEST, dtype=torch.long, device=policy.device)
+    for _ in range(2):  # the first warms up
+        began = time.perf_counter()
+        with torch.no_grad():
+            policy(ids, use_cache=False).logits.sum().item()
+        seconds = time.perf_counter() - began
+    affordable = SHORTEST * SECONDS / (PASSES * seconds)
+    fits = LOGITS / (len(ids) * config.vocab_size * policy.dtype.itemsize)
+    # a model may attend otherwise beyond a window, and only `sliding_window` is known to us
+    window = getattr(config, "window_size", None)
+    if isinstance(window, int) and window < longest:
+        affordable = max(affordable, window + SHORTEST)
+    return max(SHORTEST, int(min(affordable, fits)))
+
+
+def compare_forms(policy, prompts, stop, sampling, max_new_tokens, longest) -> Forms:
+    """Four responses each to two prompts. The first prompt is cut or repeated until its rows
+    have `longest` tokens."""
+    tokens = min(16, max_new_tokens, longest // 2)
+    length = longest - tokens
+    prompts = [(prompts[0] * length)[:length], prompts[-1][:length]]
+    arguments = policy, prompts, 4, tokens, stop, [0, 1], sampling
+    rollout = sample.generate(*arguments)
+    few = rollout.rows([0, 1, -1])  # two share a prompt
+    expected = values_and_gradients(loss.token_logprobs, policy, few, sampling)
+    with rounded_otherwise(policy):
+        again = values_and_gradients(loss.token_logprobs, policy, few, sampling)
+    noise = differences(again, expected)
+    logprob_noise = (again[0] - expected[0]).abs().sum() / few.response_mask.sum()
+
+    def compare_sampler(generate):
+        found = generate(*arguments)
+        return sampler_difference(found, rollout, policy, sampling, logprob_noise.item())
+
+    def compare_logprobs(token_logprobs):
+        found = values_and_gradients(token_logprobs, policy, few, sampling)
+        return times_noise(differences(found, expected), noise, policy.dtype)
+
     by_hand = engine.logprobs.token_logprobs
     by_autograd = partial(by_hand, by_hand=False)
-    try:
-        tokens = min(16, max_new_tokens)
-        length = max(len(prompts[0]), min(LONGEST, len(prompts[0]) + max_new_tokens) - tokens)
-        prompts = [(prompts[0] * length)[:length], prompts[-1]]
-        arguments = policy, prompts, 4, tokens, stop, [0, 1], sampling
-        rollout = sample.generate(*arguments)
-        few = rollout.rows([0, 1, -2, -1])  # two of each prompt: all logits are held at once
-        expected = values_and_gradients(loss.token_logprobs, policy, few, sampling)
-
-        def compare_sampler(generate):
-            return sampler_difference(generate(*arguments), rollout, policy, sampling)
-
-        def compare_logprobs(token_logprobs):
-            found = values_and_gradients(token_logprobs, policy, few, sampling)
-            return difference(found, expected)
-
-        generate = pick(policy, sample.generate, [engine.generate.generate], compare_sampler)
-        token_logprobs = pick(policy, loss.token_logprobs, [by_hand, by_autograd], compare_logprobs)
-    except torch.OutOfMemoryError:  # says nothing about the forms
-        return Forms(engine.generate.generate, by_hand)
+    generate = pick(policy, sample.generate, [engine.generate.generate], compare_sampler)
+    token_logprobs = pick(policy, loss.token_logprobs, [by_hand, by_autograd], compare_logprobs)
     return Forms(generate, token_logprobs)
 
 
 def pick(policy, plain, candidates, compare) -> Callable:
-    """The first candidate that `compare` finds close enough to the plain form, else the plain
-    form, and a line that says so."""
+    """The first candidate that differs from the plain form by at most 1 as `compare` has it, else
+    the plain form, and a line that says so."""
+    reason = "there is none"
     # without them a row's numbers would depend on its neighbours
     if "position_ids" not in signature(policy.forward).parameters:
         candidates, reason = [], "the model takes no position_ids"
     for form in candidates:
         try:
             gap = compare(form)
-        except torch.OutOfMemoryError:
-            raise
         except MISFIT as error:
+            if is_out_of_memory(error):
+                raise
             reason = name_error(error)
             continue
-        if gap <= TOLERANCE[policy.dtype]:
+        if gap <= 1:
             return form
-        reason = f"they differ by {gap:.1g}"
+        reason = f"they differ by {gap:.1g} times what rounding explains"
     model, name = type(policy).__name__, f"{plain.__module__}.{plain.__name__}"
     tqdm.write(f"{model} does not fit the fast form of {name} ({reason}): the plain form is used")
     return plain
 
 
-def sampler_difference(found, expected, policy, sampling) -> float:
-    """Float32: all tokens must be the same, and the log-probs close. In bfloat16 rounding leads to
-    other tokens: most first tokens must be the same, and log-probs those of a forward pass."""
+@contextmanager
+def rounded_otherwise(policy) -> Iterator[None]:
+    """Within the block the result of each layer is off by up to half a unit in its last place, at
+    random, as if it had been summed in another order."""
+    generator = torch.Generator(policy.device).manual_seed(0)
+    half_a_unit = torch.finfo(policy.dtype).eps / 2
+
+    def nudge(module, arguments, output):
+        if torch.is_tensor(output) and output.is_floating_point():
+            noise = torch.rand(output.shape, generator=generator, device=output.device)
+            return (output * (1 + (2 * noise - 1) * half_a_unit)).to(output.dtype)
+
+    innermost = [module for module in policy.modules() if not list(module.children())]
+    hooks = [module.register_forward_hook(nudge) for module in innermost]
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+def sampler_difference(found, expected, policy, sampling, noise) -> float:
+    """In multiples of what is allowed. Float32: all tokens must be the same, and the log-probs
+    close. In bfloat16 rounding leads to other tokens: most first tokens must be the same, and
+    log-probs those of a forward pass.
+
+    noise: mean difference of log-probs that rounding makes"""
     if policy.dtype == torch.float32:
         for name in ("ids", "lengths", "response_mask", "finished"):
             if not torch.equal(getattr(found, name), getattr(expected, name)):
                 return math.inf
-        return difference([found.old_logprobs], [expected.old_logprobs])
+        gaps = differences([found.old_logprobs], [expected.old_logprobs])
+        return times_noise(gaps, [0.0], policy.dtype)
     first = found.prompt_lengths[:, None]
     same = (found.ids.gather(1, first) == expected.ids.gather(1, first)).float().mean()
     if same < 0.5:
         return math.inf
-    rows = torch.arange(len(found.ids), device=policy.device)
-    with torch.no_grad():
-        logprobs, _ = loss.token_logprobs(policy, found, rows, sampling)
-    return ((logprobs - found.old_logprobs).abs().sum() / found.response_mask.sum()).item()
+    gaps = [sampler_gap(rollout, policy, sampling) for rollout in (found, expected)]
+    return times_noise(gaps[:1], [max(noise, gaps[1])], policy.dtype)
+
+
+@torch.no_grad()
+def sampler_gap(rollout, policy, sampling) -> float:
+    """Mean difference between the log-probs of the sampler and those of a forward pass, in two rows
+    of each prompt."""
+    rows = torch.tensor([0, 1, -2, -1], device=policy.device)
+    logprobs, _ = loss.token_logprobs(policy, rollout, rows, sampling)
+    mask, sampled = rollout.response_mask[rows], rollout.old_logprobs[rows]
+    return ((logprobs - sampled).abs().sum() / mask.sum()).item()
 
 
 def values_and_gradients(token_logprobs, policy, rollout, sampling) -> list[Tensor]:
-    """Log-probs and entropies of a rollout, and the gradients of two losses, one of them with the
-    entropies, by a few of the parameters."""
+    """Log-probs of a rollout and their gradients by a few of the parameters. Then log-probs with
+    entropies, and the gradients of both by the last parameters: the layers before were compared
+    already."""
     rows = torch.arange(len(rollout.ids), device=policy.device)
     trained = [parameter for parameter in policy.parameters() if parameter.requires_grad]
-    watched = trained[:: max(1, len(trained) // 8)]
+    spread = trained[:: max(1, len(trained) // 8)]
     found = []
-    for with_entropy in (False, True):
+    for with_entropy, watched in ((False, spread), (True, trained[-2:])):
         logprobs, entropy = token_logprobs(
             policy, rollout, rows, sampling, with_entropy=with_entropy
         )
         weights = torch.linspace(-1, 2, logprobs.numel(), device=policy.device).view_as(logprobs)
         total = (weights * logprobs).sum()
+        found.append(logprobs.detach())
         if with_entropy:
             total = total + entropy.sum()
             found.append(entropy.detach())
-        found.append(logprobs.detach())
         found += torch.autograd.grad(total, watched, allow_unused=True, materialize_grads=True)
     return found
 
 
-def difference(found, expected) -> float:
-    """The largest relative difference (of norms) between tensors; inf for nan. Where the plain form
-    gives nan too, the model is to blame, not the fast form."""
-    gaps = [0.0]
+def differences(found, expected) -> list[float]:
+    """The relative difference (of norms) of each tensor; inf for nan. Where the plain form gives
+    nan too, the model is to blame, not the fast form."""
+    gaps = []
     for one, other in zip(found, expected, strict=True):
-        norm, gap = other.float().norm().item(), (one.float() - other.float()).norm().item()
-        if not math.isnan(norm):
+        norm = other.float().norm().item()
+        gap = (one.float() - other.float()).norm().item()
+        if math.isnan(norm):
+            gaps.append(0.0)
+        else:
             gaps.append(math.inf if math.isnan(gap) else gap / max(norm, 1e-12))
-    return max(gaps)
+    return gaps
+
+
+def times_noise(gaps, noise, dtype) -> float:
+    """The largest of the gaps in multiples of what is allowed.
+
+    [0.1, 0.3], [0.05, 0.05] -> 0.3 / (2 * 0.05) = 3
+    """
+    return max(gap / max(FLOOR[dtype], MULTIPLE * one) for gap, one in zip(gaps, noise))

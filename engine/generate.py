@@ -16,13 +16,21 @@ import torch
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 from torch.nn.utils.rnn import pad_sequence
+from tqdm import tqdm
 from transformers import AttentionInterface, Cache, DynamicCache
 
+from engine.memory import is_out_of_memory
 from lib.checks import CACHE, check_prompts
+from lib.flags import name_error
 from sample import Rollout, Sampling, float64, sample_token, uniform_numbers
 
 # decode steps between checks for finished rows
 CHECK_EVERY = {"cuda": 16, "mps": 16, "cpu": 1}
+CAPTURE_FAILED = (
+    "sampling goes on without CUDA graphs, which is slower, because a decode step could not be "
+    "captured. The usual cause is an edit of sample.policy_distribution or sample.sample_token "
+    "that looks at values, by .item(), an `if` or a boolean index"
+)
 # attended lengths are rounded up to a multiple of this
 LENGTH_MULTIPLE = {"cuda": 64, "mps": 64, "cpu": 16}
 
@@ -268,12 +276,21 @@ class DecodeState:
             self.graphs[sizes].replay()
             return
         self.decode_step(policy, sampling)  # also the warm-up that capture needs
-        if self.graphs is not None:
-            graph = torch.cuda.CUDAGraph()
+        if self.graphs is None:
+            return
+        graph, stream = torch.cuda.CUDAGraph(), torch.cuda.current_stream()
+        try:
             with torch.cuda.graph(graph, pool=self.pool):
                 self.decode_step(policy, sampling)
-            self.graphs[sizes] = graph
-            self.pool = graph.pool()
+        except RuntimeError as error:
+            torch.cuda.set_stream(stream)  # a failed capture does not
+            if is_out_of_memory(error):
+                raise
+            self.graphs = None
+            tqdm.write(f"{CAPTURE_FAILED} ({name_error(error.__context__ or error)})")
+            return
+        self.graphs[sizes] = graph
+        self.pool = graph.pool()
 
     def begin_responses(self, interject) -> None:
         """What `interject` writes before the first token of each response."""

@@ -24,7 +24,7 @@ class Learner:
         self.memory = memory
         self.config = config
         self.progress = progress or Progress()
-        self.optimizer = Optimizer(policy, config.weight_decay, config.offload)
+        self.optimizer = Optimizer(policy, config.weight_decay, config.offload, config.seed)
         memory.cleanups.append(self.optimizer.zero_grad)
 
     def in_micro_batches(self, work, batch) -> list:

@@ -27,8 +27,6 @@ def token_logprobs(
     rollout = rollout.rows(rows)
     mask = rollout.response_mask
     states, tokens = response_states(policy, rollout)
-    if with_entropy:
-        known = None
     head = Head(policy, sampling, by_hand, with_entropy)
     parameters = policy.get_output_embeddings().parameters()
     known = None if known is None else known[mask]
@@ -157,14 +155,14 @@ class TiledHead(torch.autograd.Function):
         ctx.head = head
         ctx.save_for_backward(states, tokens)
         entropy = torch.zeros(len(tokens), device=states.device)
-        if known is not None:
+        if known is not None and not head.with_entropy:
             return known.clone(), entropy
         logprobs = torch.empty_like(entropy)
         for tile in head.tiles(tokens):
             logprobs[tile], *rest = head.stats(states[tile], tokens[tile])
             if rest:
                 entropy[tile] = rest[0]
-        return logprobs, entropy
+        return logprobs if known is None else known.clone(), entropy
 
     @staticmethod
     def backward(ctx, *grads):

@@ -8,6 +8,14 @@ from tqdm import tqdm
 from lib.flags import UserError
 
 
+def is_out_of_memory(error) -> bool:
+    """Lack of memory has other names where cuBLAS or a CUDA graph is the first to notice it."""
+    if isinstance(error, torch.OutOfMemoryError):
+        return True
+    names = ("out of memory", "ALLOC_FAILED")
+    return isinstance(error, RuntimeError) and any(name in str(error) for name in names)
+
+
 class Memory:
     """Sizes that affect memory only, and are halved where the GPU runs out of it.
 
@@ -31,7 +39,9 @@ class Memory:
             size = self.sizes[name]
             try:
                 return work(size)
-            except torch.OutOfMemoryError:
+            except RuntimeError as error:
+                if not is_out_of_memory(error):
+                    raise
                 if size <= least:
                     raise UserError(
                         f"--{name} {size}: out of memory, and less would not help; shorter "

@@ -23,7 +23,6 @@ class LocalSampler:
         self.policy = policy
         self.tokenizer = tokenizer
         self.generate = forms.generate
-        self.stop = stop_ids(policy, tokenizer)
         self.memory = memory
         self.progress = progress or Progress()
         self.exact = policy.dtype == torch.float32
@@ -37,10 +36,11 @@ class LocalSampler:
         """
         mine, seeds = share(prompts), share(seeds)
         self.progress.expect(tokens=len(mine) * group_size * max_new_tokens)
+        stop = stop_ids(self.policy, self.tokenizer, sampling.stop)
 
         def generate(rows_at_once):
             return self.generate(
-                self.policy, mine, group_size, max_new_tokens, self.stop, seeds, sampling,
+                self.policy, mine, group_size, max_new_tokens, stop, seeds, sampling,
                 rows_at_once, self.buffers, sample.interjection(self.tokenizer, sampling),
                 self.progress.sampled,
             )  # fmt: skip

@@ -6,9 +6,11 @@
 """
 
 import json
+import os
 import random
 import shutil
 import signal
+import stat
 import sys
 from contextlib import contextmanager, suppress
 
@@ -56,6 +58,8 @@ def save_state(folder, state):
     """Writes state.pt: `state`, the random states of torch and Python, and the names of the other
     files in the folder: a missing one is noticed by `read_checkpoint`."""
     state = {**state, "torch_rng": torch.get_rng_state(), "python_rng": random.getstate()}
+    if torch.cuda.is_available():
+        state["cuda_rng"] = torch.cuda.get_rng_state()
     state["files"] = [str(path.relative_to(folder)) for path in folder.rglob("*.*")]
     torch.save(state, folder / "state.pt")
 
@@ -63,6 +67,8 @@ def save_state(folder, state):
 def restore_random_state(state):
     torch.set_rng_state(state["torch_rng"])
     random.setstate(state["python_rng"])
+    if "cuda_rng" in state and torch.cuda.is_available():
+        torch.cuda.set_rng_state(state["cuda_rng"])
 
 
 def read_checkpoint(folder) -> dict:
@@ -127,12 +133,20 @@ def lock(folder):
     return file
 
 
+def leave_terminal():
+    """What is printed from now on goes nowhere, unless it goes into a file: the terminal is gone,
+    and writing to it would raise an error."""
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    for output in (1, 2):
+        if not stat.S_ISREG(os.fstat(output).st_mode):
+            os.dup2(nowhere, output)
+    os.close(nowhere)
+
+
 @contextmanager
 def catch_signals():
-    """Yields a list, into which the first SIGINT or SIGTERM is put: the caller can stop cleanly.
-
-    A second signal has its usual effect at once.
-    """
+    """Yields a list, into which the first SIGINT, SIGTERM or SIGHUP (a closed terminal) is put: the
+    caller can stop cleanly. A second signal has its usual effect at once."""
     received = []
     before = {}
 
@@ -143,12 +157,17 @@ def catch_signals():
     def remember(number, frame):
         received.append(number)
         restore()
+        if number == getattr(signal, "SIGHUP", None):
+            leave_terminal()
         name = signal.Signals(number).name
         tqdm.write(f"{name}: finishing this step and saving it; once more to stop at once")
 
     with suppress(ValueError):  # only the main thread may set handlers
-        for number in (signal.SIGINT, signal.SIGTERM):
-            before[number] = signal.signal(number, remember)
+        for name in ("SIGINT", "SIGTERM", "SIGHUP"):
+            number = getattr(signal, name, None)  # Windows has no SIGHUP
+            # nohup has SIGHUP ignored, and that is meant
+            if number and not (name == "SIGHUP" and signal.getsignal(number) == signal.SIG_IGN):
+                before[number] = signal.signal(number, remember)
     try:
         yield received
     finally:

@@ -6,7 +6,7 @@ import math
 from itertools import chain
 from statistics import fmean
 
-from lib.files import read_rows, writing
+from lib.files import read_rows, whole
 
 CURVES = {  # metric -> title of its panel
     "reward": "reward (mean of the step's responses)",
@@ -168,8 +168,6 @@ def new_figure(width, height):
 
 def save(figure, path):
     """Whole or not at all, because somebody may be looking at the picture."""
-    aside = path.with_name(f"{path.stem}.part.png")
-    with writing(path):
+    with whole(path) as aside:
         figure.savefig(aside, dpi=110)
-        aside.replace(path)
     gc.collect()  # a figure is a reference cycle: a long run would grow with each

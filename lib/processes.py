@@ -77,18 +77,21 @@ def to_own_gpu(storage, device):
     return storage.cuda() if device.startswith("cuda") else storage
 
 
-def sum_gradients(parameters) -> None:
-    """Adds up the gradients of all processes. One that is None everywhere stays None."""
+def sum_gradients(gradients, parameters) -> list:
+    """Adds up the gradients of all processes, in place: None for a parameter that has one
+    nowhere."""
     if processes() == 1:
-        return
-    found = gather([parameter.grad is not None for parameter in parameters])
-    trained = [parameter for parameter, has in zip(parameters, zip(*found)) if any(has)]
-    for parameter in trained:
-        if parameter.grad is None:
-            parameter.grad = torch.zeros_like(parameter)
+        return gradients
+    found = gather([gradient is not None for gradient in gradients])
+    summed = list(gradients)
+    for i, has in enumerate(zip(*found)):
+        if summed[i] is None and any(has):
+            summed[i] = torch.zeros_like(parameters[i], dtype=torch.float32)
+    present = [gradient for gradient in summed if gradient is not None]
     with others_alive():  # one by one, without a copy of all
-        for sending in [dist.all_reduce(one.grad, async_op=True) for one in trained]:
+        for sending in [dist.all_reduce(gradient, async_op=True) for gradient in present]:
             sending.wait()
+    return summed
 
 
 @contextmanager

@@ -1,9 +1,9 @@
 """The run folder: everything that a run leaves on disk.
 
-runs/<name>/config.json     every flag, versions, device, git commit
+runs/<name>/config.json     every flag, versions, device, git commit; of each --resume too
             metrics.jsonl   one object per step; docs/metrics.md defines each key
             samples.jsonl   two groups of responses per step, with rewards and weights
-            code/           the scripts as they ran
+            code/           the scripts as they ran; code-20/ those of a --resume at step 20
             checkpoint/     the policy as a Hugging Face folder, and state.pt to resume from
             checkpoint.old/ the one before it
             curves.png      redrawn while the run trains
@@ -21,6 +21,7 @@ import json
 import math
 import os
 import platform
+import re
 import shlex
 import shutil
 import subprocess
@@ -187,7 +188,7 @@ def is_free(folder):
     """Whether a new run may have this folder: not there, or left by a run killed in its start."""
     if not folder.exists():
         return True
-    if folder.is_dir() and set(os.listdir(folder)) <= {"lock", "config.json.part"}:
+    if folder.is_dir() and all(name == "lock" or ".part" in name for name in os.listdir(folder)):
         with suppress(UserError):  # another process is about to start there
             lock(folder).close()
             return True
@@ -220,13 +221,39 @@ def git_commit():
         return done.stdout.strip() or None
 
 
-def copy_code(folder):
-    """Copies the scripts and their packages into folder/code."""
+def read_code(config) -> dict[str, bytes]:
+    """The scripts, their packages and files of own rewards: {"lib/run.py": content}"""
+    code = {}
     for part in (".", "lib", "engine", "tools"):
-        target = folder / "code" / part
-        target.mkdir(exist_ok=True)
         for script in (ROOT / part).glob("*.py"):
-            (target / script.name).write_bytes(script.read_bytes())
+            code[script.relative_to(ROOT).as_posix()] = script.read_bytes()
+    for module in re.findall(r"([^\W\d][\w.]*)\.\w", f"{config.reward} {config.true_reward}"):
+        name = f"{module.replace('.', '/')}.py"
+        if Path(name).exists() and Path(name).resolve() != ROOT / name:
+            code[f"own/{name}"] = Path(name).read_bytes()
+    return code
+
+
+def keep_code(folder, code, step):
+    """Writes the code into folder/code. Where another one is there, because somebody has edited
+    something before --resume, that stays, and today's goes into folder/code-STEP."""
+    newest = folder / "code"
+    for later in sorted(folder.glob("code-*"), key=lambda later: later.stat().st_mtime):
+        newest = later
+    before = {
+        path.relative_to(newest).as_posix(): path.read_bytes() for path in newest.rglob("*.py")
+    }
+    target = folder / f"code-{step}" if before else newest
+    with writing(target):
+        for name in code if before != code else ():
+            (target / name).parent.mkdir(parents=True, exist_ok=True)
+            (target / name).write_bytes(code[name])
+    if before and before != code:
+        differ = [name for name in sorted(before | code) if before.get(name) != code.get(name)]
+        print(
+            f"warning: --resume: {', '.join(differ)} changed since the run was last at work: the "
+            f"code before is in {newest}, today's is in {target}"
+        )
 
 
 def rewind(folder, step):
@@ -295,10 +322,11 @@ class Run:
         self.lock_file = lock(self.folder)
         self.find_checkpoint()
 
-    def start(self, config, optimizer):
+    def start(self, config, optimizer, problems=""):
         """Writes config.json and code/. A run that resumes gets its optimizer and random states
-        back, and what was recorded after its checkpoint is removed.
+        back, and what was recorded after its checkpoint is removed. It says what has changed.
 
+        problems: a fingerprint of the problems
         Returns the config with the run's name filled in.
         """
         if self.checkpoint:
@@ -317,24 +345,38 @@ class Run:
                 self.folder.mkdir(parents=True, exist_ok=True)
             self.lock_file = lock(self.folder)
         Run.current = self
+        resumed = config.resume
         config = replace(config, name=self.folder.name, resume=False)
         self.config = asdict(config)
         versions = {name: version(name) for name in ("torch", "transformers", "tokenizers")}
         hardware = platform.machine()
         if torch.cuda.is_available() and config.device in ("auto", "cuda"):
             hardware = torch.cuda.get_device_name()
-        content = {
-            "config": self.config,
+        session = {
             "versions": {"python": platform.python_version(), **versions},
             "device": hardware,
             "threads": torch.get_num_threads(),
             "git_commit": git_commit(),
             "started": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
+            "problems": problems,
         }
+        content = {"config": self.config, **session}
+        if resumed:  # what the run began with stays
+            content = json.loads((self.folder / "config.json").read_text())
+            sessions = [content, *content.get("resumed", [])]
+            if sessions[-1].get("problems", problems) != problems:
+                print(
+                    f"warning: --resume: the problems of --task {config.task} are not those that "
+                    f"the run had before: from step {step + 1} on it learns from others, and the "
+                    "evaluation before training was of others"
+                )
+            session = {"step": step, **session}
+            content |= {"config": self.config, "resumed": [*sessions[1:], session]}
         self.write_json("config.json", content)
         rewind(self.folder, step)
-        with writing(self.folder / "code"):
-            copy_code(self.folder)
+        if step < config.steps:  # of a shorter run
+            (self.folder / "after.json").unlink(missing_ok=True)
+        keep_code(self.folder, read_code(config), step)
         self.recent = read_rows(self.folder / "metrics.jsonl")[-11:]  # the last steps
         gather(self.recent)
         return config
@@ -357,7 +399,7 @@ class Run:
 
     def finish(self, metrics, samples, optimizer, save_model):
         """Records a step; draws curves and saves a checkpoint where they are due. Then, after a
-        signal, says how to resume, and exits with 130 (SIGINT) or 143 (SIGTERM).
+        signal, says how to resume, and exits with 128 + its number, as a shell would.
 
         save_model: writes model and tokenizer into a folder
         """

@@ -83,11 +83,18 @@ def paired_difference(gained, lost, n):
     return max(-1.0, difference - half), min(1.0, difference + half)
 
 
-def mean_interval(values, shares=True):
-    """A value for each problem -> their mean and its 95 % interval. Wilson's where they are shares
-    of right responses, and each is 0 or 1; otherwise by `bootstrap`, because several responses to
-    one problem are alike."""
-    if shares and set(values) <= {0, 1}:
+def right_or_wrong(values) -> bool:
+    """Whether each value is 0 or 1: the mean is then a proportion."""
+    return set(values) <= {0, 1}
+
+
+def mean_interval(values, proportion=True):
+    """A value for each problem -> their mean and its 95 % interval. Wilson's where each value is 0
+    or 1; otherwise by `bootstrap`, because several responses to one problem are alike.
+
+    proportion: False: a run that this one is compared with has other values than 0 and 1
+    """
+    if proportion and right_or_wrong(values):
         interval = wilson(sum(values), len(values))
     else:
         interval = bootstrap(values)
@@ -115,7 +122,7 @@ def compare_values(before, after):
     differences = [new - old for old, new in zip(before, after)]
     gained = sum(difference > 0 for difference in differences)
     lost = sum(difference < 0 for difference in differences)
-    if {*before, *after} <= {0, 1}:
+    if right_or_wrong([*before, *after]):
         low, high = paired_difference(gained, lost, len(before))
     else:
         low, high = bootstrap(differences)

@@ -178,7 +178,7 @@ found = [
     engine.choose.values_and_gradients(form, policy, rollout, Sampling(1.2, 0.9))
     for form in (forms.token_logprobs, loss.token_logprobs)
 ]
-print(json.dumps([chosen, engine.choose.difference(*found)]))
+print(json.dumps([chosen, max(engine.choose.differences(*found))]))
 """,
     )
     assert chosen

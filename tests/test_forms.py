@@ -1,7 +1,10 @@
 """The fast forms are the plain forms: log-probs, entropies and gradients; `choose` notices where
 they are not."""
 
+import contextlib
 import copy
+import inspect
+import sys
 import types
 from pathlib import Path
 
@@ -95,7 +98,7 @@ def test_the_fast_form_has_the_values_and_gradients_of_the_plain_one(
         values = torch.stack([logprobs, entropy]) if with_entropy else logprobs
         return values, gradient(model, (weights * values).sum())
 
-    # known log-probs are taken at their word, but have a gradient; with entropies all are computed
+    # known log-probs are taken at their word, but have the same gradient
     known = mask.float()
     for with_entropy in (False, True):
         expected = values_and_gradient(loss.token_logprobs, with_entropy)
@@ -104,11 +107,34 @@ def test_the_fast_form_has_the_values_and_gradients_of_the_plain_one(
             values, found = values_and_gradient(
                 token_logprobs, with_entropy, by_hand=by_hand, known=given
             )
-            wanted = expected[0] if given is None or with_entropy else known
-            torch.testing.assert_close(values, wanted, atol=1e-5, rtol=0)
+            logprobs = values[0] if with_entropy else values
+            if given is not None:
+                assert torch.equal(logprobs, known)
+                logprobs.copy_(expected[0][0] if with_entropy else expected[0])
+            torch.testing.assert_close(values, expected[0], atol=1e-5, rtol=0)
             assert_close_gradients(found, expected[1])
         # the prompts once, then the rest
         assert shapes == 2 * [(3, 19), (12, (rollout.lengths - rollout.prompt_lengths).max())]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("form", [loss.token_logprobs, token_logprobs])
+def test_known_logprobs_are_returned_to_the_last_bit_with_the_gradient_of_the_others(
+    load, form, dtype
+):
+    """In bfloat16 a sampler's log-probs differ from those of a forward pass: a ratio of the first
+    update was 1.03, and was clipped."""
+    model = copy.deepcopy(load("llama")[0]).to(dtype)
+    rollout = sample_12(model)
+    arguments = model, rollout, torch.arange(12), Sampling()
+    computed, _ = form(*arguments)
+    logprobs, _ = form(*arguments, known=rollout.old_logprobs)
+    assert torch.equal(logprobs, rollout.old_logprobs)
+    assert (computed != logprobs).any()
+    ratio = (logprobs - rollout.old_logprobs).exp()
+    weights = torch.linspace(-1, 2, 12)[:, None] * rollout.response_mask
+    expected = gradient(model, (weights * computed).sum())
+    assert torch.equal(gradient(model, (weights * ratio).sum()), expected)
 
 
 @pytest.mark.parametrize("name", LOSSES)
@@ -258,13 +284,98 @@ def test_a_head_that_is_more_than_a_product_gets_the_right_gradient(load, more):
     assert_learns_by(forms.token_logprobs, model)
 
 
-def test_out_of_memory_in_the_check_says_nothing_about_the_form(load, monkeypatch):
+def test_out_of_memory_in_the_check_says_nothing_about_the_form(load, monkeypatch, capsys):
     def starved(*arguments, **more):
         raise torch.OutOfMemoryError("CUDA out of memory")
 
     monkeypatch.setattr(engine.generate, "generate", starved)
     monkeypatch.setattr(engine.logprobs, "token_logprobs", starved)
     assert choose(load("llama")[0]) == engine.choose.Forms(starved, starved)
+    said = "out of memory: the fast forms were not compared with the plain ones, but are used"
+    assert capsys.readouterr().out.strip() == said
+
+
+def test_where_memory_runs_out_short_rows_are_compared(load, monkeypatch, capsys):
+    """So an edit of a plain form still takes effect."""
+
+    def doubled(policy, rollout, *arguments, plain=loss.token_logprobs, **options):
+        widths.append(rollout.ids.shape[1])
+        if widths[-1] > engine.choose.SHORTEST:
+            raise RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling cublasCreate")
+        return [2 * value for value in plain(policy, rollout, *arguments, **options)]
+
+    widths = []
+    monkeypatch.setattr(loss, "token_logprobs", doubled)
+    assert choose(load("llama")[0]) == engine.choose.Forms(generate, doubled)
+    assert widths[0] > engine.choose.SHORTEST >= widths[-1]
+    assert "not compared" not in capsys.readouterr().out
+
+
+def test_the_rows_that_are_compared_are_short_where_a_forward_pass_is_slow(load, monkeypatch):
+    """But longer than a window that the masks know nothing of, as gpt_neo has."""
+    model = copy.deepcopy(load("llama")[0])
+    seconds = iter(range(100))
+    assert engine.choose.affordable_tokens(model, 1024) > 100
+    monkeypatch.setattr(engine.choose.time, "perf_counter", lambda: next(seconds))
+    assert engine.choose.affordable_tokens(model, 1024) == engine.choose.SHORTEST
+    model.config.window_size = 50
+    assert engine.choose.affordable_tokens(model, 1024) > 50
+    assert engine.choose.affordable_tokens(model, 40) == engine.choose.SHORTEST
+
+
+def test_the_logits_that_the_check_holds_are_bounded(load, monkeypatch):
+    """3 rows x tokens x 600 x 4 bytes. It was 1.2 GB for a vocabulary of 152,000."""
+    monkeypatch.setattr(engine.choose, "LOGITS", 3 * 20 * 600 * 4)
+    assert engine.choose.affordable_tokens(load("llama")[0], 1024) == 20
+
+
+def faulty(source, old, new):
+    """The function with a change in its text."""
+    text = inspect.getsource(source)
+    assert text.count(old) == 1, old
+    names = dict(vars(sys.modules[source.__module__]))
+    exec(text.replace(old, new), names)
+    return names[source.__name__]
+
+
+FAULTS = {
+    "the keys of a prompt get no gradient": ("layer.keys[prompt_of_row]", ".detach()"),
+    "the values of a prompt get no gradient": ("layer.values[prompt_of_row]", ".detach()"),
+    "the prompt of another row": ("layer.keys[prompt_of_row]", ".flip(0)"),
+    "positions that are one too high": ("position_ids=positions", " + 1"),
+    "padding of a prompt is attended to": ("prompt_columns.where(in_prompt, -1)", ".clamp(min=0)"),
+    "a token attends to the one after it": ("attention_masks(policy, positions", " + 1"),
+}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("architecture", ["llama", "gemma2", "gpt2"])
+@pytest.mark.parametrize("fault", FAULTS)
+def test_a_fault_is_more_than_noise(load, monkeypatch, architecture, dtype, fault):
+    old, addition = FAULTS[fault]
+    changed = faulty(engine.logprobs.response_states, old, old + addition)
+    monkeypatch.setattr(engine.logprobs, "response_states", changed)
+    model = copy.deepcopy(load(architecture)[0]).to(dtype)
+    assert choose(model) == engine.choose.Forms(generate, loss.token_logprobs)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_gradient_that_is_a_tenth_too_large_is_more_than_noise(load, monkeypatch, dtype):
+    """As a lost scale would make it."""
+    by_hand = engine.logprobs.Head.gradients_by_hand
+
+    def scaled(*arguments):
+        return [1.1 * grad for grad in by_hand(*arguments)]
+
+    monkeypatch.setattr(engine.logprobs.Head, "gradients_by_hand", scaled)
+    model = copy.deepcopy(load("llama")[0]).to(dtype)
+    assert choose(model).token_logprobs.keywords == {"by_hand": False}
+
+
+def test_no_candidates_leave_the_plain_form(load, capsys):
+    model, _ = load("llama")
+    assert engine.choose.pick(model, sample.generate, [], None) is sample.generate
+    assert "(there is none): the plain form is used" in capsys.readouterr().out
 
 
 def of_each_kind(names, quick):
@@ -413,6 +524,47 @@ def test_a_captured_step_is_replayed_and_does_the_same(load, monkeypatch):
         assert torch.equal(rollout.ids, before.ids)
         torch.testing.assert_close(rollout.old_logprobs, before.old_logprobs, atol=1e-5, rtol=0)
     assert len(buffers) == 1 and 0 < len(captured) < len(replayed)
+
+
+def test_sampling_goes_on_without_graphs_where_a_capture_fails(load, monkeypatch, capsys):
+    """torch leaves its capturing stream current when the capture fails."""
+    create = DecodeState.__init__
+
+    def init(self, *arguments):
+        create(self, *arguments)
+        self.graphs = {}
+        self.cache.static = True
+
+    @contextlib.contextmanager
+    def capture(graph, pool):
+        streams.append("that of the capture")
+        yield
+        raise RuntimeError("operation not permitted when stream is capturing")
+
+    streams = ["default"]
+    arguments = load("llama")[0], PROMPTS, 4, 20, STOP, [1, 2, 3]
+    expected = generate(*arguments)
+    monkeypatch.setattr(DecodeState, "__init__", init)
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", lambda: None)
+    monkeypatch.setattr(torch.cuda, "graph", capture)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda: streams[-1])
+    monkeypatch.setattr(torch.cuda, "set_stream", streams.append)
+    monkeypatch.setattr(DecodeState, "decode_step", only_outside(DecodeState.decode_step, streams))
+    rollout = generate(*arguments)
+    assert torch.equal(rollout.ids, expected.ids)
+    assert streams == ["default", "that of the capture", "default"]
+    said = capsys.readouterr().out
+    assert "without CUDA graphs" in said and said.count("not permitted when stream") == 1
+
+
+def only_outside(step, streams):
+    """What is captured is not run."""
+
+    def decode_step(*arguments):
+        if streams[-1] == "default":
+            step(*arguments)
+
+    return decode_step
 
 
 def test_steps_are_captured_again_only_where_something_has_changed(load, monkeypatch):

@@ -269,7 +269,7 @@ def test_a_run_says_at_its_start_what_it_is_about_to_do(base, capsys):
     run(base, "--reward number --steps 1 --eval_problems 7")
     shown = capsys.readouterr().out
     for text in (
-        "7 held out to evaluate on, 810 for eval.py",
+        "7 held out to evaluate on, 843 for eval.py",
         "number; evaluations measure mean_reward by number and accuracy by exact",
         "float32 on cpu, --lr 0.001",
         "4 prompts x 8 of at most 8 tokens per step, ended by '<eos>'",

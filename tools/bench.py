@@ -11,7 +11,7 @@ seconds on a CPU (set OMP_NUM_THREADS=1: a thread that waits for another counts 
 seconds.
 """
 
-import resource
+import math
 import time
 from dataclasses import dataclass
 from functools import partial
@@ -29,6 +29,11 @@ from engine.memory import Memory
 from lib.estimate import SHAPES, cache_bytes, shape
 from lib.flags import check_range, flag, run_script
 from policy import pick_device
+
+try:
+    import resource
+except ImportError:  # Windows: the memory of the process is not known
+    resource = None
 from sample import Rollout, Sampling
 
 
@@ -74,9 +79,12 @@ def machine_speed(device, dtype) -> tuple[float, float]:
 
 
 def peak_memory(device) -> float:
-    """GB: the most that tensors took so far on a GPU, or the whole process on a CPU."""
+    """GB: the most that tensors took on a GPU since the last reset, or the whole process so far on
+    a CPU."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated() / 1e9
+    if resource is None:
+        return math.nan
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9  # Linux counts in kB
 
 
@@ -178,8 +186,10 @@ def main(config) -> None:
     memory = {}
     for _ in range(config.repeats + 1):  # the first warms up
         for name, function in work.items():
+            if device.type == "cuda":
+                torch.cuda.reset_peak_memory_stats()
             seconds[name].append(timed(function, device))
-            memory.setdefault(name, peak_memory(device))
+            memory[name] = max(memory.get(name, 0), peak_memory(device))
 
     tokens = dict.fromkeys(work, int(rollout.response_lengths.sum()))
     tokens["model.generate"] = count_tokens(reference(), stop)

@@ -1,0 +1,125 @@
+"""The figures and the picture of docs/precision.md.
+
+    python docs/precision.py curves --model models/add   # float32, nearest, stochastic
+    python docs/precision.py share --model FOLDER       # weights that change, by rate
+    python docs/precision.py plot runs/precision --output docs/precision.png
+
+A CPU without units for bfloat16 is 60 times slower in it than in float32. So products are computed
+in float32 from bfloat16 numbers and rounded once, as a GPU does; --native leaves that out.
+"""
+
+import argparse
+import contextlib
+import json
+import sys
+from pathlib import Path
+
+import matplotlib
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+sys.path.insert(0, str(Path(__file__).parent.parent))
+
+import engine.optimizer
+import train
+from lib.files import read_rows
+from lib.flags import parse
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
+
+aten = torch.ops.aten
+PRODUCTS = (aten.mm.default, aten.bmm.default, aten.addmm.default)
+ATTENTION = aten._scaled_dot_product_flash_attention_for_cpu.default
+ATTENTION_BACKWARD = aten._scaled_dot_product_flash_attention_for_cpu_backward.default
+MODES = ("float32", "nearest", "stochastic")
+
+
+class FloatProducts(TorchDispatchMode):
+    """bfloat16 products, computed in float32 and rounded once."""
+
+    def __torch_dispatch__(self, function, types, arguments=(), options=None):
+        options = options or {}
+        first = arguments[0] if arguments else None
+        if not (torch.is_tensor(first) and first.dtype == torch.bfloat16):
+            return function(*arguments, **options)
+        inputs = [widen(argument) for argument in arguments]
+        if function is aten.mm.out:
+            return options["out"].copy_(torch.mm(*inputs))
+        options = {name: widen(option) for name, option in options.items()}
+        if function in PRODUCTS:
+            return function(*inputs, **options).bfloat16()
+        if function is ATTENTION:
+            out, normaliser = function(*inputs, **options)
+            return out.bfloat16(), normaliser
+        if function is ATTENTION_BACKWARD:
+            return tuple(gradient.bfloat16() for gradient in function(*inputs, **options))
+        return function(*arguments, **options)
+
+
+def widen(thing):
+    if torch.is_tensor(thing) and thing.dtype == torch.bfloat16:
+        return thing.float()
+    return thing
+
+
+def curves(config, flags):
+    """A run for each mode and seed."""
+    stochastic = engine.optimizer.round_stochastically
+    for seed in map(int, config.seeds.split(",")):
+        for mode in config.modes.split(","):
+            nearest = mode == "nearest"
+            rounding = (lambda values, *key: values.bfloat16()) if nearest else stochastic
+            engine.optimizer.round_stochastically = rounding
+            dtype = "float32" if mode == "float32" else "bfloat16"
+            words = [*flags, "--model", config.model, "--dtype", dtype, "--seed", str(seed)]
+            words += ["--name", f"{config.name}-{mode}-{seed}", "--runs_dir", config.folder]
+            emulate = dtype == "bfloat16" and not config.native
+            with FloatProducts() if emulate else contextlib.nullcontext():
+                train.main(parse(train.Config, train.HELP, words, train.fill)[0])
+
+
+def share(config, flags):
+    """Of the weights of a model that starts on bfloat16 numbers: the share whose bfloat16 copy is
+    another one after each weight has moved by some distance."""
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(config.model, dtype=torch.bfloat16)
+    weights = torch.cat([parameter.detach().flatten() for parameter in model.parameters()])
+    sign = torch.where(torch.rand(weights.shape) < 0.5, -1.0, 1.0)
+    print("moved by     nearest   stochastic")
+    for distance in (1e-7, 1e-6, 1e-5, 1e-4, 1e-3):
+        masters = weights.float() + distance * sign
+        nearest = (masters.bfloat16() != weights).float().mean()
+        stochastic = engine.optimizer.round_stochastically(masters, 0)
+        print(f"{distance:8.0e}{nearest:12.4f}{(stochastic != weights).float().mean():12.4f}")
+
+
+def plot(config, flags):
+    figure, axes = plt.subplots(figsize=(7, 3.5))
+    for mode, colour in zip(MODES, ("black", "tab:red", "tab:blue")):
+        for run in sorted(Path(config.folder).glob(f"{config.name}-{mode}-*")):
+            rewards = [row["reward"] for row in read_rows(run / "metrics.jsonl")]
+            label = mode if run.name.endswith("-0") else None
+            axes.plot(range(1, len(rewards) + 1), rewards, color=colour, label=label, alpha=0.7)
+            after = run / "after.json"
+            if after.is_file():
+                print(run.name, rewards[-1], json.loads(after.read_text()))
+    axes.set(xlabel="step", ylabel="reward")
+    axes.legend()
+    figure.tight_layout()
+    figure.savefig(config.output, dpi=100)
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("what", choices=["curves", "share", "plot"])
+    parser.add_argument("--model", default="models/add")
+    parser.add_argument("--folder", default="runs/precision")
+    parser.add_argument("--name", default="add")
+    parser.add_argument("--seeds", default="0,1,2")
+    parser.add_argument("--modes", default=",".join(MODES))
+    parser.add_argument("--output", default="docs/precision.png")
+    parser.add_argument("--native", action="store_true")
+    config, flags = parser.parse_known_args()
+    {"curves": curves, "share": share, "plot": plot}[config.what](config, flags)
