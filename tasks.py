@@ -21,6 +21,7 @@ from tqdm import tqdm
 
 from lib.files import download, is_text, read_jsonl, read_problems
 from lib.flags import UserError, first_line
+from lib.progress import phase
 
 
 @dataclass(frozen=True)
@@ -245,6 +246,7 @@ PLAIN_NUMBER = re.compile(  # -1,012.5, +75, .5, 1e-07
 )
 
 
+@phase("reading the problems of {}")
 def load_task(name, data_dir="") -> Task:
     """A task by its name in TASKS, or from a .jsonl file, whose rule is `number` if all answers are
     plain numbers, else `exact`. UserError: no such task, a bad line."""
@@ -362,6 +364,7 @@ def freeze_date(template) -> str:
     return re.sub(r"""strftime_now\(\s*(["'])(.*?)\1\s*\)""", write, template)
 
 
+@phase("measuring the lengths of prompts")
 def longest_prompts(task, problems, tokenizer):
     """Token ids of the longest prompts, longest first, and at the end those of the shortest."""
     found = []

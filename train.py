@@ -34,7 +34,7 @@ from engine.start import prepare
 from eval import Evaluation
 from lib.flags import UserError, check_range, flag, list_presets, run_script
 from lib.metrics import rollout_metrics, update_metrics
-from lib.run import Run, resumed_flags
+from lib.run import Run, after_mistake, resumed_flags
 from loss import (
     DENOMINATORS,
     FILTERS,
@@ -93,9 +93,7 @@ class Config:
     )
     minibatches: int = flag(1, "optimizer steps per epoch; above 1 likewise")
     lr: float = flag(0.0, "peak learning rate; 0: by the size of the model, and LoRA (policy.py)")
-    warmup_steps: int = flag(
-        -1, "steps over which --lr is reached, then it falls to a tenth; -1: a tenth, at most 10"
-    )
+    warmup_steps: int = flag(-1, "steps up to the peak of --lr; -1: a tenth of --steps, at most 10")
     weight_decay: float = flag(0.0, "AdamW weight decay")
     max_grad_norm: float = flag(1.0, "gradients are scaled down to at most this norm")
     # memory
@@ -276,8 +274,8 @@ def main(config):
     reference = load_reference(config, policy)
     config = fill_in(config, policy)
     forms, memory = prepare(policy, tokenizer, task, measured, config, run.state)
-    learner = Learner(policy, forms, memory, config)
-    sampler = LocalSampler(policy, tokenizer, forms, memory)
+    learner = Learner(policy, forms, memory, config, run.progress)
+    sampler = LocalSampler(policy, tokenizer, forms, memory, run.progress)
     evaluation = Evaluation(
         sampler, tokenizer, task, task.validation[: config.eval_problems], measured,
         config.sampling, config.max_new_tokens, memory.sizes["rows_at_once"],
@@ -354,4 +352,4 @@ def main(config):
 
 
 if __name__ == "__main__":
-    run_script(main, Config, __doc__, fill, HELP)
+    run_script(main, Config, __doc__, fill, HELP, after_mistake)

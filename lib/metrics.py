@@ -143,6 +143,24 @@ def hint(rows) -> str:
     return ""
 
 
+def collapse(rewards) -> str:
+    """A warning if the rewards of a run (a mean for each step) fell to nothing and stayed there, or
+    ''. Measured over a tenth of the steps, at least five: the last are below a tenth of the best,
+    and not above the first."""
+    width = max(5, len(rewards) // 10)
+    if len(rewards) < 3 * width:
+        return ""
+    windows = [fmean(rewards[i : i + width]) for i in range(len(rewards) - width + 1)]
+    best = max(windows)
+    if best <= 0 or windows[-1] > windows[0] or windows[-1] >= 0.1 * best:
+        return ""
+    step = windows.index(best) + width // 2 + 1
+    return (
+        f"warning: the mean reward was {best:.3g} around step {step} and is {windows[-1]:.3g} at "
+        "the end: the policy has collapsed. Start again with a third of the --lr, or --kl_beta 0.01"
+    )
+
+
 def tokens_per_second(metrics, responses) -> dict:
     """How fast a step sampled and trained, in response tokens. A prompt is not counted.
 

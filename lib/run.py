@@ -23,6 +23,7 @@ import os
 import platform
 import re
 import shlex
+import shutil
 import subprocess
 import sys
 import time
@@ -53,8 +54,8 @@ from lib.files import (
     write_text,
     writing,
 )
-from lib.flags import UserError, parse
-from lib.metrics import hint, is_idle, tokens_per_second
+from lib.flags import UserError, align, parse
+from lib.metrics import collapse, hint, is_idle, tokens_per_second
 from lib.plots import plot_run
 from lib.processes import gather, is_first, processes
 from lib.progress import Progress
@@ -123,6 +124,20 @@ def flags_of_runs(config, runs, names):
             raise UserError(f"--{name}: the runs differ in it ({listed}), give one for all")
         config = replace(config, **{name: values[0]})
     return config
+
+
+def after_mistake() -> str:
+    """What to do after an error that ended a run. A run without a checkpoint cannot be resumed: its
+    folder gets another name, so that the command can be given again."""
+    run = Run.current
+    if run is None:
+        return ""
+    if (run.folder / "checkpoint").exists():
+        return f" (to resume from the last checkpoint: {run.resume_command()})"
+    failed = run.folder.with_name(f"{run.folder.name}.failed")
+    shutil.rmtree(failed, ignore_errors=True)
+    run.folder.rename(failed)
+    return f" (no checkpoint was saved yet; what there is of the run is now in {failed})"
 
 
 class Tracker:
@@ -263,6 +278,8 @@ class Run:
                 added: plain Python types and tensors
     """
 
+    current = None  # the run that this process is at work on, for `after_mistake`
+
     def __init__(self, config):
         if config.prompts_per_step < processes():
             raise UserError(
@@ -270,6 +287,8 @@ class Run:
                 "one for each process"
             )
         self.tracker = Tracker(config.tracker)
+        self.progress = Progress()
+        Run.current = None
         self.folder = self.checkpoint = None
         self.state = {"step": 0, "prompts_seen": 0, "halved": {}}
         if is_first():
@@ -325,6 +344,7 @@ class Run:
             with writing(self.folder):
                 self.folder.mkdir(parents=True, exist_ok=True)
             self.lock_file = lock(self.folder)
+        Run.current = self
         resumed = config.resume
         config = replace(config, name=self.folder.name, resume=False)
         self.config = asdict(config)
@@ -370,9 +390,8 @@ class Run:
         """Numbers of the steps to do, with a progress bar. A signal no longer ends the process: the
         step is finished and saved first."""
         self.last = last
-        self.progress = Progress(self.state["step"] + 1, last)
         with catch_signals() as self.signals:
-            yield from self.progress.steps()
+            yield from self.progress.steps(self.state["step"] + 1, last)
 
     def is_due(self, step, every):
         """Whether the step is the last one, or a multiple of `every`."""
@@ -403,17 +422,29 @@ class Run:
                     save_state(folder, {**self.state, "optimizer": optimizer.state_dict()})
         if received and step < self.last:
             gather(None)  # the others wait until the first process has saved
-            command = f"python {sys.argv[0]} --name {shlex.quote(self.folder.name)} --resume"
-            if self.folder.parent != Path("runs"):
-                command += f" --runs_dir {shlex.quote(str(self.folder.parent))}"
-            tqdm.write(f"stopped; step {step} is saved. To resume:\n\n    {command}")
+            tqdm.write(f"stopped; step {step} is saved. To resume:\n\n    {self.resume_command()}")
             raise SystemExit(128 + received[0])
+
+    def resume_command(self) -> str:
+        command = f"python {sys.argv[0]} --name {shlex.quote(self.folder.name)} --resume"
+        if self.folder.parent != Path("runs"):
+            command += f" --runs_dir {shlex.quote(str(self.folder.parent))}"
+        return command
 
     def summary(self, task, problems) -> str:
         """What to read at the end."""
+        Run.current = None
         table = before_and_after(self.folder, task, problems) if problems else ""
-        command = f"python eval.py {self.folder}      # on the test problems, unseen in training"
-        return f"\n{table}\n\n{command}"
+        rows = read_rows(self.folder / "metrics.jsonl", {"step", "reward"}.__contains__)
+        warning = collapse([row["reward"] for row in rows])
+        name = shlex.quote(str(self.folder))
+        places = [
+            ["curves", f"{self.folder}/curves.png", ""],
+            ["samples", f"{self.folder}/samples.jsonl", f"python -m tools.show {name}"],
+            ["checkpoint", f"{self.folder}/checkpoint", f"python sample.py {name} --chat"],
+        ]
+        command = f"python eval.py {name}      # on the test problems, unseen in training"
+        return "\n\n".join(filter(None, [f"\n{table}".rstrip(), align(places), command, warning]))
 
     def write_json(self, name, content):
         if is_first():
