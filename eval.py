@@ -24,7 +24,7 @@ from transformers import PreTrainedTokenizerBase
 from engine.choose import choose
 from engine.memory import Memory
 from engine.sampler import LocalSampler
-from lib.files import write_json, write_rows
+from lib.files import find_model, write_json, write_rows
 from lib.flags import UserError, check_range, flag, run_script
 from lib.plots import plot_evaluation
 from lib.report import comparison_text, results_table
@@ -204,6 +204,8 @@ def main(config, models) -> dict:
     """Evaluates the models, and the base model of each run. Returns the content of eval.json."""
     check_range(config, 0, "limit max_new_tokens seed temperature")
     check_range(config, 1, "samples rows_at_once", most=1e6)
+    for name in models:
+        find_model(name)  # a folder that is not there is named before anything else
     runs = {name: read_config(Path(name)) for name in models if is_run(Path(name))}
     for flags in runs.values():
         flags["reward"] = flags["true_reward"] or flags["reward"]

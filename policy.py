@@ -21,6 +21,7 @@ from transformers import (
 from transformers.utils import logging
 
 from lib.checks import check_causal, freeze_unused
+from lib.files import find_model
 from lib.flags import UserError, first_line
 from lib.lora import adapted_layers, add_adapter, find_base, load_adapter, save_adapter
 
@@ -66,9 +67,8 @@ def load_policy(
     UserError: it cannot be loaded, parameters are missing, the tokenizer does not fit,
                or the model cannot be a policy (lib/checks.py)
     """
+    name = find_model(name)
     folder = Path(name)
-    if name.startswith((".", "/", "~", "runs/", "models/")) and not folder.exists():
-        raise UserError(f"model {name}: there is no such folder")  # do not ask the hub for it
     if (folder / "checkpoint").is_dir():
         folder = folder / "checkpoint"
         name = str(folder)

@@ -27,6 +27,7 @@ from functools import lru_cache, partial
 from importlib.util import find_spec
 from itertools import chain
 from pathlib import Path
+from typing import ClassVar
 
 import torch
 
@@ -400,6 +401,8 @@ def load_rewards(task, reward, true_reward, device="auto") -> tuple[Rewards, Rew
 class Config:
     reward: str = flag("number", "what to score with")
     limit: int = flag(512, "the most tokens of a response, for the rule overlong")
+
+    CHOICES: ClassVar = {"reward": REWARDS}  # --help has a line for each rule
 
 
 def main(config, file):

@@ -312,7 +312,10 @@ def main(config, model, prompt=None) -> None:
     check_range(config, 0, "seed")
     check_range(config, -1, "temperature")
     if prompt is None and not config.chat:
-        raise UserError(f"{model}: needs a prompt, or --chat")
+        raise UserError(
+            f"{model}: is taken for the model, and a prompt is missing (or --chat): "
+            'python sample.py MODEL "PROMPT"'
+        )
     task, sampling = NO_TASK, Sampling()
     if is_run(Path(model)):  # asks as in training: the task's instruction, the run's sampling
         flags = read_config(Path(model))

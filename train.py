@@ -107,7 +107,7 @@ class Config:
     eval_every: int = flag(20, "steps between evaluations on held-out problems")
     eval_problems: int = flag(200, "held-out problems to evaluate on, 0 for none")
     save_every: int = flag(20, "steps between checkpoints")
-    log_samples: int = flag(4, "responses per step that samples.jsonl keeps")
+    log_samples: int = flag(16, "most responses of each of two groups a step in samples.jsonl")
     tracker: Literal["none", "tensorboard", "trackio", "wandb"] = flag(
         "none", "also send metrics there"
     )
@@ -129,6 +129,13 @@ class Config:
         "steps": "update",
         "micro_batch_tokens": "memory",
         "eval_every": "evaluation and logging",
+    }
+
+    CHOICES: ClassVar = {  # --help has a line for each of these
+        "normaliser": NORMALISERS,
+        "filter": FILTERS,
+        "denominator": DENOMINATORS,
+        "loss": LOSSES,
     }
 
     @property

@@ -37,6 +37,11 @@ def check_prompts(policy, prompts, max_new_tokens) -> None:
         knows = f"but the model knows {vocabulary}: its tokenizer is another model's"
         raise UserError(f"a prompt has token {highest}, {knows}")
     room = context_length(policy)
+    if room is not None and longest >= room:
+        raise UserError(
+            f"a prompt has {longest} tokens, and the model's context is {room}: these problems "
+            "need another --model, with a longer context"
+        )
     if room is not None and longest + max_new_tokens > room:
         raise UserError(
             f"a prompt of {longest} tokens and --max_new_tokens {max_new_tokens} do not fit into "

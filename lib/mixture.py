@@ -17,7 +17,7 @@ from pathlib import Path
 
 import torch
 
-from lib.flags import UserError, first_line, name_error, shorten
+from lib.flags import UserError, did_you_mean, first_line, name_error, shorten
 
 OPERATORS = {ast.Add: operator.add, ast.Sub: operator.sub, ast.Mult: operator.mul}
 TEXTS = 3  # the first parameters of a function: prompt, response, answer
@@ -102,7 +102,9 @@ def parse_mixture(text, rules, makers) -> Mixture:
                 example = f'text in quotes, as in {name}("runs/rm")'
                 raise UserError(f"--reward {ast.unparse(node)}: needs one {example}")
             case _:
-                raise UserError(f"--reward {ast.unparse(node)}: not one of {known}")
+                word = ast.unparse(node)
+                near = did_you_mean(word, rules)
+                raise UserError(f"--reward {word}: not one of {known}{near and f': {near}'}")
         parts[ast.unparse(node)] = function
         return 0.0  # no value yet: this pass only collects the parts
 

@@ -52,11 +52,18 @@ def number_texts(numbers, prefix=""):
         if isinstance(value, float):
             texts[title] = f"{value:.3f}"
         elif isinstance(value, dict) and "interval" in value:
-            low, high = value["interval"]
-            texts[title] = f"{value['mean']:.3f} [{low:.3f}, {high:.3f}]"
+            texts[title] = interval_text(value)
         elif isinstance(value, dict):
             texts |= number_texts(value, f"{key} ")
     return texts
+
+
+def interval_text(found):
+    """{"mean": 0.5, "interval": (0.4, 0.6)} -> '0.500 [0.400, 0.600]';  None -> ''"""
+    if not found:
+        return ""
+    low, high = found["interval"]
+    return f"{found['mean']:.3f} [{low:.3f}, {high:.3f}]"
 
 
 def comparison_text(pair):

@@ -2,7 +2,7 @@
 
 runs/<name>/config.json     every flag, versions, device, git commit; of each --resume too
             metrics.jsonl   one object per step; docs/metrics.md defines each key
-            samples.jsonl   a few responses per step, with rewards and weights
+            samples.jsonl   two groups of responses per step, with rewards and weights
             code/           the scripts as they ran; code-20/ those of a --resume at step 20
             checkpoint/     the policy as a Hugging Face folder, and state.pt to resume from
             checkpoint.old/ the one before it
@@ -44,12 +44,22 @@ from lib.checkpoint import (
     restore_random_state,
     save_state,
 )
-from lib.files import append_rows, read_rows, write_json, write_rows, write_text, writing
+from lib.files import (
+    append_rows,
+    near_folder,
+    read_rows,
+    write_json,
+    write_rows,
+    write_text,
+    writing,
+)
 from lib.flags import UserError, parse
-from lib.metrics import hint, is_idle, step_line
+from lib.metrics import hint, is_idle, tokens_per_second
 from lib.plots import plot_run
 from lib.processes import gather, is_first, processes
+from lib.progress import Progress
 from lib.report import before_and_after, model_card
+from lib.samples import logged_groups
 
 TRACKERS = ("none", "tensorboard", "trackio", "wandb")
 ROOT = Path(__file__).parent.parent
@@ -78,7 +88,8 @@ def read_config(folder) -> dict:
         for name in ("model", "task", "data_dir", "reward", "true_reward"):
             Path(flags[name])
     except Exception:  # a damaged file may raise anything
-        raise UserError(f"{folder}: no run there, or its {path.name} is damaged") from None
+        near = near_folder(folder) if not folder.exists() else ""
+        raise UserError(f"{folder}: no run there, or its {path.name} is damaged{near}") from None
     return flags
 
 
@@ -162,7 +173,7 @@ def is_free(folder):
     """Whether a new run may have this folder: not there, or left by a run killed in its start."""
     if not folder.exists():
         return True
-    if folder.is_dir() and set(os.listdir(folder)) <= {"lock", "config.json.part"}:
+    if folder.is_dir() and all(name == "lock" or ".part" in name for name in os.listdir(folder)):
         with suppress(UserError):  # another process is about to start there
             lock(folder).close()
             return True
@@ -359,9 +370,9 @@ class Run:
         """Numbers of the steps to do, with a progress bar. A signal no longer ends the process: the
         step is finished and saved first."""
         self.last = last
-        done = self.state["step"]
+        self.progress = Progress(self.state["step"] + 1, last)
         with catch_signals() as self.signals:
-            yield from tqdm(range(done + 1, last + 1), initial=done, total=last, dynamic_ncols=True)
+            yield from self.progress.steps()
 
     def is_due(self, step, every):
         """Whether the step is the last one, or a multiple of `every`."""
@@ -409,9 +420,10 @@ class Run:
             write_json(self.folder / name, content)
 
     def record(self, metrics, samples, log_samples):
-        """Writes a step down: its metrics, and `log_samples` of its samples from the largest to the
-        smallest "weight". After three steps in a row with skipped updates, writes all samples of
-        the step to bad-step.jsonl and raises UserError."""
+        """Writes a step down: its metrics, and two groups of its samples (lib/samples.py). After
+        three steps in a row with skipped updates, writes all samples of the step to bad-step.jsonl
+        and raises UserError."""
+        metrics |= tokens_per_second(metrics, len(samples))
         self.recent = [*self.recent[-10:], metrics]
         if not is_first():
             return
@@ -421,11 +433,13 @@ class Run:
             if not isinstance(value, float) or math.isfinite(value):  # nan is not JSON
                 finite[key] = value
         append_rows(path, [finite])
-        rows = [{"step": metrics["step"], **sample} for sample in samples]
-        rows.sort(key=lambda row: row["weight"], reverse=True)
-        every = max(1, len(rows) // max(1, log_samples))
-        append_rows(self.folder / "samples.jsonl", rows[::every][:log_samples])
-        tqdm.write(step_line(metrics))
+        step = metrics["step"]
+        sizes = [self.config["group_size"]] * (len(samples) // self.config["group_size"])
+        first = metrics["prompts_seen"] - len(sizes)  # the place of the step's first prompt
+        rows = logged_groups(samples, sizes, log_samples, step, self.config["seed"])
+        rows = [{"step": step, "prompt_index": first + row["group"], **row} for row in rows]
+        append_rows(self.folder / "samples.jsonl", rows)
+        self.progress.show(metrics)
         if text := hint(self.recent):
             tqdm.write(text)
         self.tracker.send(self.folder, self.config, metrics)
@@ -433,9 +447,9 @@ class Run:
             return
         if [row["skipped"] > 0 for row in self.recent[-3:]] == [True, True, True]:
             path = self.folder / "bad-step.jsonl"
-            write_rows(path, rows)
+            write_rows(path, [{"step": step, **sample} for sample in samples])
             raise UserError(
-                f"step {metrics['step']}: the third in a row with a loss, a gradient or log-probs "
+                f"step {step}: the third in a row with a loss, a gradient or log-probs "
                 f"that are not finite; those updates were skipped. {path} has the samples: start a "
                 f"new run with a lower --lr, maybe from the last checkpoint (--model {self.folder})"
             )

@@ -10,7 +10,6 @@ llama-cpp-python, which is not needed here and compiles for minutes. Where the h
 --model HuggingFaceTB/SmolLM2-135M-Instruct is the same model, without the rounding to 4 bits.
 """
 
-import os
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
@@ -18,6 +17,7 @@ from pathlib import Path
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, LlamaForCausalLM
 
+from lib.files import whole
 from lib.flags import UserError, flag, run_script
 from policy import save_policy
 
@@ -43,9 +43,11 @@ def main(config) -> None:
     if output.exists():
         raise UserError(f"--output {output}: exists already, delete it or choose another")
     file = find_weights()
-    tokenizer = AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name)
+    tokenizer = AutoTokenizer.from_pretrained(
+        file.parent, gguf_file=file.name, trust_remote_code=False
+    )
     unpacked = AutoModelForCausalLM.from_pretrained(
-        file.parent, gguf_file=file.name, dtype=torch.float32
+        file.parent, gguf_file=file.name, dtype=torch.float32, trust_remote_code=False
     )
     # a model that came from 4 bits refuses to be saved, so its weights go into a fresh one
     model_config = unpacked.config
@@ -55,10 +57,8 @@ def main(config) -> None:
     end = tokenizer.eos_token_id
     model.generation_config = GenerationConfig(eos_token_id=end, pad_token_id=end)
 
-    # written aside first: a folder that has its final name is whole
-    aside = output.with_name(f"{output.name}.{os.getpid()}.part")
-    save_policy(model, tokenizer, aside)
-    aside.rename(output)
+    with whole(output) as folder:
+        save_policy(model, tokenizer, folder)
     print(f"{output}/: SmolLM2-135M-Instruct in float32")
 
 
