@@ -24,16 +24,18 @@ from transformers import PreTrainedTokenizerBase
 from engine.choose import choose
 from engine.memory import Memory
 from engine.sampler import LocalSampler
-from lib.files import write_json, write_rows
+from lib.files import find_model, write_json, write_rows
 from lib.flags import UserError, check_range, flag, run_script
 from lib.plots import plot_evaluation
 from lib.report import comparison_text, results_table
 from lib.run import flags_of_runs, is_run, read_config
-from lib.stats import at_k, compare_values, mean_interval
+from lib.stats import at_k, compare_values, mean_interval, right_or_wrong
 from policy import DEVICES, DTYPES, load_policy, pick_device, stop_ids
-from reward import ANSWERS, Rewards, final_answer, load_reward, measures
+from reward import Rewards, load_reward, measures, votes
 from sample import Sampling, sample_and_score, sampling_of
 from tasks import Problem, Task, load_task, longest_prompts, stable_hash
+
+GROUP = 8  # responses to a prompt where a reward compares them and --samples is not given
 
 
 @dataclass
@@ -58,7 +60,9 @@ class Evaluation:
         sampling = replace(self.sampling, temperature=0) if greedy else self.sampling
         groups = []
         count = max(1, self.rows // group_size)
-        for start in tqdm(range(0, len(self.problems), count), self.label, leave=False):
+        responses = len(self.problems) * group_size
+        bar = tqdm(total=responses, desc=self.label, unit=" responses", leave=False)
+        for start in range(0, len(self.problems), count):
             problems = self.problems[start : start + count]
             seeds = [stable_hash(f"{seed}/{problem.prompt}") for problem in problems]
             _, samples = sample_and_score(
@@ -68,6 +72,8 @@ class Evaluation:
             for p, problem in enumerate(problems):
                 group = samples[p * group_size : (p + 1) * group_size]
                 groups.append([{**row, "difficulty": problem.difficulty} for row in group])
+            bar.update(len(samples))
+        bar.close()
         return groups
 
     def summary(self, greedy=False) -> dict:
@@ -75,9 +81,9 @@ class Evaluation:
         measured is measured for greedy responses as well."""
         measured = self.measured.texts
         if greedy:
-            at_zero = summarise(self.respond(greedy=True), measured)
+            at_zero = with_values(self.respond(greedy=True), measured)
         groups = self.respond()
-        found = summarise(groups, measured)
+        found = with_values(groups, measured)
         found["responses"] = [group[0]["response"] for group in groups]
         return beside_greedy(at_zero, found, measured) if greedy else found
 
@@ -91,24 +97,33 @@ class Evaluation:
         return numbers
 
 
+def compared_by(measured) -> str:
+    """The measure by which models are compared: the first, but rather the accuracy than a reward
+    that compares the responses to a prompt, because that is the same for any model."""
+    first, *_ = measured.mixtures
+    groups = measured.mixtures[first].sees_groups
+    return "accuracy" if groups and "accuracy" in measured.mixtures else first
+
+
 def means(groups, key) -> list[float]:
     """The mean of a row's `key` for each problem."""
     return [fmean(row[key] for row in group) for group in groups]
 
 
-def mean_of(groups, name) -> dict:
+def mean_of(groups, name, graded=()) -> dict:
     """{"mean": 0.5, "interval": (0.4, 0.6)}"""
-    return mean_interval(means(groups, name), shares=name == "accuracy")
+    return mean_interval(means(groups, name), proportion=name not in graded)
 
 
-def summarise(groups, measured) -> dict:
+def summarise(groups, measured, graded=()) -> dict:
     """The mean of each measure with its interval; thinking and finished (shares), response_length
     (tokens).
 
     measured: the names of what is measured
+    graded:   those that are not only 0 or 1, in all runs that are compared
     """
     rows = list(chain(*groups))
-    numbers = {name: mean_of(groups, name) for name in measured}
+    numbers = {name: mean_of(groups, name, graded) for name in measured}
     return {
         **numbers,
         "thinking": fmean("</think>" in row["response"] for row in rows),
@@ -117,13 +132,21 @@ def summarise(groups, measured) -> dict:
     }
 
 
+def with_values(groups, measured) -> dict:
+    """`summarise`, and for each measure its value for each problem."""
+    numbers = summarise(groups, measured)
+    for name in measured:
+        numbers[name]["values"] = means(groups, name)
+    return numbers
+
+
 def beside_greedy(greedy, sampled, measured) -> dict:
     """Two of `summarise` -> the sampled one, with what is measured for both."""
     both = {name: {"greedy": greedy[name], "sampled": sampled[name]} for name in measured}
     return {**sampled, **both}
 
 
-def details(groups, measured) -> dict:
+def details(groups, measured, graded=()) -> dict:
     """What eval.json has beyond `summarise`: the parts of a mixture, each difficulty if there are
     several ("steps 2" before "steps 10"), and pass@k and maj@k if there are several responses."""
     first, *_ = measured
@@ -137,20 +160,23 @@ def details(groups, measured) -> dict:
         levels[group[0]["difficulty"]].append(group)
     if len(levels) > 1:
         order = sorted(levels, key=lambda level: (len(level), level))
-        numbers["by_difficulty"] = {level: mean_of(levels[level], first) for level in order}
+        numbers["by_difficulty"] = {level: mean_of(levels[level], first, graded) for level in order}
     if "accuracy" in measured and len(groups[0]) > 1:
-        normalise = ANSWERS.get(measured["accuracy"], str)
+        rule = measured["accuracy"]
         right = [[row["accuracy"] == 1 for row in group] for group in groups]
-        votes = [[normalise(final_answer(row["response"])) for row in group] for group in groups]
-        numbers |= at_k(votes, right)
+        answers = [votes(rule, [row["response"] for row in group]) for group in groups]
+        numbers |= at_k(answers, right)
     return numbers
 
 
-def sampling_of_runs(runs, temperature) -> Sampling:
-    """How the runs sampled, in which they must agree; with another temperature if it is not 0."""
+def sampling_of_runs(runs, temperature, stop="") -> Sampling:
+    """How the runs sampled, in which they must agree; with another temperature if it is not 0, and
+    other stop tokens if some are given."""
     found = {sampling_of(flags) for flags in runs.values()} or {Sampling()}
     if temperature:
         found = {replace(sampling, temperature=temperature) for sampling in found}
+    if stop:
+        found = {replace(sampling, stop=stop) for sampling in found}
     if len(found) > 1:
         raise UserError(f"--temperature: the runs differ in how they sampled ({found})")
     return found.pop()
@@ -164,6 +190,7 @@ class Config:
     samples: int = flag(1, "responses per problem; above 1 also pass@k and maj@k")
     temperature: float = flag(0.0, "0: the run's, or 1; greedy is measured as well")
     max_new_tokens: int = flag(0, "most tokens of a response; 0: the run's, or 512")
+    stop: str = flag("", "more tokens that end a response; default: the run's")
     reward: str = flag("", "what is measured; default: the run's, or the task's rule")
     rows_at_once: int = flag(256, "responses sampled in parallel; changes no number")
     seed: int = flag(0, "same seed, same responses")
@@ -177,6 +204,8 @@ def main(config, models) -> dict:
     """Evaluates the models, and the base model of each run. Returns the content of eval.json."""
     check_range(config, 0, "limit max_new_tokens seed temperature")
     check_range(config, 1, "samples rows_at_once", most=1e6)
+    for name in models:
+        find_model(name)  # a folder that is not there is named before anything else
     runs = {name: read_config(Path(name)) for name in models if is_run(Path(name))}
     for flags in runs.values():
         flags["reward"] = flags["true_reward"] or flags["reward"]
@@ -193,6 +222,13 @@ def main(config, models) -> dict:
     config = replace(config, max_new_tokens=N, reward=config.reward or task.reward)
     load = partial(load_reward, device=device, problems=problems)
     measured = Rewards(measures(task, config.reward), load)
+    first = compared_by(measured)
+    if measured.mixtures[first].sees_groups and config.samples == 1:
+        config = replace(config, samples=GROUP)
+        print(
+            f"--reward {config.reward}: is called with all responses, and may compare those to one "
+            f"prompt. {GROUP} are sampled to each (--samples); greedy is one, so not compared"
+        )
     one_run = len(models) == 1 and models[0] in runs
     output = Path(config.output or (models[0] if one_run else "runs/eval"))
     try:
@@ -203,12 +239,12 @@ def main(config, models) -> dict:
     # a run is compared with its base model, any other model with the first
     bases = {name: runs[name]["model"] if name in runs else models[0] for name in models}
     in_4_bits = [flags["model"] for flags in runs.values() if flags.get("load_in_4bit")]
-    sampled = sampling_of_runs(runs, config.temperature)
+    sampled = sampling_of_runs(runs, config.temperature, config.stop)
     groups, results, rows = {}, {}, []
     for name in dict.fromkeys(chain(*zip(bases.values(), bases))):
         policy, tokenizer = load_policy(name, device, config.dtype, name in in_4_bits)
         prompts = longest_prompts(task, problems, tokenizer)
-        stop = stop_ids(policy, tokenizer)
+        stop = stop_ids(policy, tokenizer, sampled.stop)
         forms = choose(policy, prompts, stop, sampled, N, config.fast)
         memory = Memory({}, rows_at_once=config.rows_at_once)
         sampler = LocalSampler(policy, tokenizer, forms, memory)
@@ -219,18 +255,21 @@ def main(config, models) -> dict:
             "greedy": evaluation.respond(greedy=True, seed=config.seed),
             "sampled": evaluation.respond(group_size=config.samples, seed=config.seed),
         }
-        names = measured.texts
-        summaries = [summarise(found, names) for found in groups[name].values()]
-        results[name] = beside_greedy(*summaries, names)
-        results[name] |= details(groups[name]["sampled"], names)
         for kind, found in groups[name].items():
             rows += [{"model": name, "decoding": kind, **row} for row in chain(*found)]
+
+    # by the values of all models, so that their intervals are of one kind
+    names = measured.texts
+    graded = {name for name in names if not right_or_wrong(row[name] for row in rows)}
+    for name, found in groups.items():
+        summaries = [summarise(found[kind], names, graded) for kind in found]
+        results[name] = beside_greedy(*summaries, names)
+        results[name] |= details(found["sampled"], names, graded)
 
     kinds = f"greedy, and {config.samples} sampled at temperature {sampled.temperature:g}"
     print(f"\n{len(problems)} test problems of {task.name}, responses to each: {kinds}\n")
     print(results_table(results))
     comparisons = []
-    first, *_ = measured.texts
     for name, base in bases.items():
         if name != base:
             pair = {"before": base, "after": name, "measured": first}

@@ -52,6 +52,11 @@ def batch_std(rewards, config=None, eps=1e-4):
 def maxrl(rewards, config=None, eps=1e-4):
     """(r - m) / m, for rewards from 0 up: the gradient of log m, where `mean` has the gradient of
     m. (1, 0, 0, 0) -> (3, -1, -1, -1), (1, 0, 0, 1) -> (1, -1, -1, 1). MaxRL, arXiv 2602.02710."""
+    if rewards.min() < 0:  # a mean below 0 would turn the signs
+        reason = f"wants rewards from 0 up, and there is one of {rewards.min():g}"
+        raise UserError(
+            f"--normaliser maxrl: {reason}: change --reward, or take another normaliser"
+        )
     return mean(rewards) / (rewards.mean(1, keepdim=True) + eps)
 
 

@@ -3,6 +3,7 @@
 A policy is any causal language model that transformers loads. It stays in eval mode throughout:
 dropout would make the trained policy another one than the sampling policy."""
 
+import math
 import os
 import random
 from dataclasses import replace
@@ -19,7 +20,8 @@ from transformers import (
 )
 from transformers.utils import logging
 
-from lib.checks import check_causal
+from lib.checks import check_causal, freeze_unused
+from lib.files import find_model
 from lib.flags import UserError, first_line
 from lib.lora import adapted_layers, add_adapter, find_base, load_adapter, save_adapter
 
@@ -65,9 +67,8 @@ def load_policy(
     UserError: it cannot be loaded, parameters are missing, the tokenizer does not fit,
                or the model cannot be a policy (lib/checks.py)
     """
+    name = find_model(name)
     folder = Path(name)
-    if name.startswith((".", "/", "~", "runs/", "models/")) and not folder.exists():
-        raise UserError(f"model {name}: there is no such folder")  # do not ask the hub for it
     if (folder / "checkpoint").is_dir():
         folder = folder / "checkpoint"
         name = str(folder)
@@ -115,6 +116,8 @@ def load_policy(
         torch.set_num_threads(1 if model.num_parameters() < 10e6 else THREADS)
     model.to(device).eval()
     check_causal(name, model)
+    if frozen := freeze_unused(model):
+        print(f"{name}: {frozen / 1e6:,.2f} M parameters for images or sound are not trained")
     return model, tokenizer
 
 
@@ -136,7 +139,11 @@ def start_policy(config, checkpoint) -> tuple[PreTrainedModel, PreTrainedTokeniz
 def fill_in(config, policy):
     """The config of a run, with the values that its flags leave to the model."""
     lr = config.lr or default_learning_rate(policy, config.lora_rank)
-    return replace(config, lr=lr, dtype=str(policy.dtype).removeprefix("torch."))
+    warmup_steps = config.warmup_steps
+    if warmup_steps < 0:
+        warmup_steps = default_warmup(config.steps)
+    dtype = str(policy.dtype).removeprefix("torch.")
+    return replace(config, lr=lr, warmup_steps=warmup_steps, dtype=dtype)
 
 
 def load_reference(config, policy) -> PreTrainedModel | None:
@@ -149,14 +156,36 @@ def load_reference(config, policy) -> PreTrainedModel | None:
     return load_policy(config.model, policy.device, config.dtype)[0]
 
 
-def stop_ids(model, tokenizer) -> list[int]:
-    """Every token that ends a response: the tokenizer's end of text, and what
-    generation_config.json says (chat models end their turns with a token of their own)."""
+def stop_ids(model, tokenizer, stop="") -> list[int]:
+    """Every token that ends a response: the tokenizer's end of text, what generation_config.json
+    says, the token that the chat template puts after an assistant's turn, and those of --stop."""
     ids = model.generation_config.eos_token_id or []
     ids = ids if isinstance(ids, list) else [ids]
     if not {*map(type, ids)} <= {int}:
         raise UserError(f"model {model.name_or_path}: its eos_token_id {ids} is not a number")
-    return sorted({tokenizer.eos_token_id, *ids})
+    known = tokenizer.get_added_vocab()
+    for token in stop.split():
+        if token not in known:
+            few = ", ".join(list(known)[:9])
+            raise UserError(f"--stop {token}: not a token of its own, as {few} are")
+        ids = [*ids, known[token]]
+    return sorted({tokenizer.eos_token_id, *ids, *end_of_turn(tokenizer)})
+
+
+def end_of_turn(tokenizer) -> list[int]:
+    """The token that the chat template puts after an assistant's turn, if it has one of its own."""
+    if tokenizer.chat_template is None:
+        return []
+    question = {"role": "user", "content": "1+1?"}
+    turn = {"role": "assistant", "content": "It is two."}
+    try:
+        text = tokenizer.apply_chat_template([question, turn], tokenize=False)
+    except Exception:  # of jinja2, or of what a template calls; a prompt will tell
+        return []
+    _, found, rest = text.rpartition(turn["content"])
+    ids = tokenizer(rest.lstrip(), add_special_tokens=False)["input_ids"] if found else []
+    added = set(tokenizer.get_added_vocab().values())
+    return [id for id in ids[:1] if id in added]
 
 
 def save_policy(model, tokenizer, folder) -> None:
@@ -170,7 +199,22 @@ def save_policy(model, tokenizer, folder) -> None:
 
 
 def default_learning_rate(model, lora_rank) -> float:
-    """2e-4 for models under 10 M parameters, 1e-5 for an adapter, else 1e-6."""
-    if model.num_parameters() < 10e6:
+    """Smaller models want larger steps, and an adapter about ten times those of the whole model.
+    Measured and published rates: docs/real-model.md
+
+    parameters   whole model   adapter
+    under 10 M          2e-4      2e-4
+    under 500 M         1e-5      1e-4
+    more                5e-6      3e-5
+    """
+    size = model.num_parameters()
+    if size < 10e6:
         return 2e-4
-    return 1e-5 if lora_rank else 1e-6
+    if size < 500e6:
+        return 1e-4 if lora_rank else 1e-5
+    return 3e-5 if lora_rank else 5e-6
+
+
+def default_warmup(steps) -> int:
+    """A tenth of the steps, at most 10: a long warm-up would take most of a short run."""
+    return min(10, math.ceil(steps / 10))

@@ -9,8 +9,10 @@
 A rule is a function of three texts that returns a number. Add yours to this file and to RULES, or
 put `def politeness(prompt, response, answer)` into my_rewards.py in the current folder. If it has a
 parameter `length` it gets the number of tokens of the response, as `limit` the most allowed. With a
-parameter `tokens`, the text of each token, it may return a number for each: loss.token_weights. If
-its first parameter is `prompts`, it is called once, with three lists, and returns a list.
+parameter `tokens`, the text of each token, it may return a number for each, see
+loss.token_weights. Any
+other parameter gets the column of that name of your .jsonl file. If its first parameter is
+`prompts`, it is called once, with lists, and returns a list.
 
 The lines `response | answer -> reward` in the docstrings are examples, which are run as tests. No
 rule runs what a model wrote (`math` computes it), and none is slow on any text.
@@ -25,6 +27,7 @@ from functools import lru_cache, partial
 from importlib.util import find_spec
 from itertools import chain
 from pathlib import Path
+from typing import ClassVar
 
 import torch
 
@@ -35,6 +38,7 @@ from lib.mixture import (
     Mixture,
     arithmetic,
     call_part,
+    check_columns,
     evaluate_mixture,
     evaluate_tokens,
     parse_mixture,
@@ -61,6 +65,12 @@ NUMBER = re.compile(  # -> sign, digits
 NUMBER_ALONE = re.compile(
     rf"[\W_]* (?: (?:boxed|[dt]?frac) [\W_]* )* {NUMBER.pattern} [\W_]*", re.VERBOSE
 )
+# 1 000 with a space of any width or an apostrophe: groups of three digits
+THOUSANDS = re.compile(
+    r"(?<![0-9.,/])[0-9]{1,3}(?:[ \u00a0\u2007\u2009\u202f'\u2019][0-9]{3})+(?![0-9])"
+)
+BULLET = re.compile(r"(?m)^[ \t]*[-*\u2022\u2013][ \t]+")
+WIDE = {0xFEE0 + ord(sign): sign for sign in "0123456789+-./"}  # as in Chinese and Japanese text
 # the A of "B. A bird flew" is an article
 LETTER = re.compile(r"(?<![A-Za-z0-9])([A-E])(?![A-Za-z0-9])(?:[.:)*]{1,4} A(?= [a-z]))?")
 
@@ -74,15 +84,30 @@ def final_answer(response) -> str:
     return response.rpartition("</think>")[2].partition("<think>")[0].strip()
 
 
+def plain_digits(text) -> str:
+    r"""Numbers as NUMBER reads them: '1 000' and "1'000" -> '1000', '\frac12' -> '\frac{1}{2}',
+    full-width digits in ASCII, '- 75 apples' without the bullet (but '- 75' alone is below 0)"""
+    text = THOUSANDS.sub(lambda found: re.sub("[^0-9]", "", found[0]), text.translate(WIDE))
+    text = re.sub(r"(frac) ?([0-9])", r"\1{\2}", text)
+    text = re.sub(r"(frac\{[0-9]+\}) ?([0-9])", r"\1{\2}", text)
+    return text if NUMBER_ALONE.fullmatch(text) else BULLET.sub("", text)
+
+
 def last_number(text) -> str | None:
     """'so 3 x 4 is $1,012.' -> '1012';  'it fell to -7.50 %' -> '-15/2';  'no idea' -> None"""
     try:
-        [(sign, digits)] = NUMBER.findall(text)[-1:]
+        [(sign, digits)] = NUMBER.findall(plain_digits(text))[-1:]
         digits = re.sub(r"[{\\]?,[}\\!]*(?=[0-9]{3}(?![0-9]))", "", digits)  # 1,012,000 -> 1012000
         value = Fraction(digits.replace("}{", "/"))
         return str(-value if sign else value)
     except (ValueError, ZeroDivisionError):  # there is none; 1,2345; 1/0; thousands of digits
         return None
+
+
+def stated_number(text) -> str | None:
+    """'12.' -> '12';  '8+4=12. The answer is 12.' -> '12';  'so it makes 12' -> None"""
+    text = re.split(r"(?i)####|\banswer is:?", text)[-1]
+    return last_number(text) if NUMBER_ALONE.fullmatch(plain_digits(text)) else None
 
 
 def last_letter(text) -> str | None:
@@ -91,10 +116,10 @@ def last_letter(text) -> str | None:
 
 
 def last_expression(text) -> str | None:
-    """'<answer>(3 * 8) / 1</answer>' -> '(3 * 8) / 1';  '3 * 8' -> None"""
+    """'<answer>(3 * 8) / 1</answer>' -> '(3*8)/1';  '3 * 8' -> None"""
     before_end = text.rpartition("</answer>")[0]
     _, tag, expression = before_end.rpartition("<answer>")
-    return " ".join(expression.split()) if tag else None
+    return re.sub(r" ?([-+*/()]) ?", r"\1", " ".join(expression.split())) if tag else None
 
 
 def same(find, response, answer) -> float:
@@ -141,8 +166,8 @@ def stated(prompt, response, answer):
     so it makes 12 | 12 -> 0
     The answer is 12 apples | 12 -> 0
     """
-    text = re.split(r"(?i)####|\banswer is:?", final_answer(response))[-1]
-    return same(last_number, text, answer) if NUMBER_ALONE.fullmatch(text) else 0.0
+    found = stated_number(final_answer(response))
+    return float(found is not None and found == last_number(answer))
 
 
 def choice(prompt, response, answer):
@@ -223,13 +248,41 @@ RULES = exact, number, stated, choice, countdown, math, format, length, overlong
 REWARDS = {rule.__name__: rule for rule in RULES}
 # rules that give only 1 or 0: their mean is called accuracy. All but format want an answer
 RIGHT_OR_WRONG = {"exact", "number", "stated", "choice", "countdown", "math", "format"}
-# for majority votes: final answer -> what the rule compares
-ANSWERS = {"number": last_number, "choice": last_letter, "countdown": last_expression}
+# for majority votes: final answer -> what the rule compares, None where there is no answer
+ANSWERS = {
+    "number": last_number,
+    "stated": stated_number,
+    "choice": last_letter,
+    "countdown": last_expression,
+}
+
+
+def votes(rule, responses) -> list:
+    """What each of several responses answers, by the rule: equal answers are equal, and None is no
+    answer. By `stated`: '12', 'The answer is 12.0', 'hm' -> '12', '12', None"""
+    answers = [final_answer(response) for response in responses]
+    if rule == "math":
+        return math_votes(answers)
+    read = ANSWERS.get(rule, str)
+    return [read(answer) or None for answer in answers]
+
+
+def math_votes(answers) -> list:
+    """The index of the first answer that math-verify finds equal, None where it finds no answer."""
+    from math_verify import parse, verify  # slow to import
+
+    found = [parse(answer, parsing_timeout=1) for answer in answers]
+    first = {}  # text of the answer -> index
+    for i, one in enumerate(found):
+        if one and str(one) not in first:
+            equals = (j for j in first.values() if verify(found[j], one, timeout_seconds=1))
+            first[str(one)] = next(equals, i)
+    return [first[str(one)] if one else None for one in found]
 
 
 def load_reward(text, device=torch.device("cpu"), problems=()) -> Mixture:
     """'number + 0.2*format' -> what `score` takes. UserError where the syntax is not supported, or
-    one of the problems lacks the answer that a rule wants."""
+    one of the problems lacks the answer that a rule wants, or the column that a function wants."""
     makers = {
         "model": lambda name: RewardModel(name, device),
         "raw_model": lambda name: RewardModel(name, device, bounded=False),
@@ -239,6 +292,8 @@ def load_reward(text, device=torch.device("cpu"), problems=()) -> Mixture:
         raise UserError(
             "--reward math: needs the package math-verify, install it by: pip install math-verify"
         )
+    for part, function in reward.parts.items():
+        check_columns(part, function, [problem.columns for problem in problems])
     for rule in RIGHT_OR_WRONG.intersection(reward.parts) - {"format"}:
         for problem in problems:
             if problem.answer is None:
@@ -346,6 +401,8 @@ def load_rewards(task, reward, true_reward, device="auto") -> tuple[Rewards, Rew
 class Config:
     reward: str = flag("number", "what to score with")
     limit: int = flag(512, "the most tokens of a response, for the rule overlong")
+
+    CHOICES: ClassVar = {"reward": REWARDS}  # --help has a line for each rule
 
 
 def main(config, file):

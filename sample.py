@@ -23,6 +23,7 @@ from torch.nn.utils.rnn import pad_sequence
 from lib.checks import CACHE, check_prompts, context_length
 from lib.flags import UserError, check_range, flag, run_script
 from lib.run import is_run, read_config
+from lib.texts import response_text, token_texts
 from policy import DEVICES, load_policy, pick_device, stop_ids
 from tasks import NO_TASK, Problem, load_task, prompt_ids
 
@@ -33,6 +34,7 @@ class Sampling:
     passed whole: train.py has it as config.sampling."""
 
     temperature: float = 1.0  # 0 takes the most likely token
+    stop: str = ""  # more tokens that end a response: --stop
 
 
 @dataclass
@@ -82,23 +84,31 @@ class Rollout:
         return type(self)(*(column[index] for column in vars(self).values()))
 
     def samples(self, problems, tokenizer, with_tokens=False) -> list[dict]:
-        """A dict for each row: prompt, response, answer, length (tokens), finished, and if wanted
-        tokens (the text of each)."""
+        """A dict for each row: prompt, response, answer, length (tokens), finished, columns (what
+        else the problem has), and if wanted tokens (the text of each)."""
         group_size = len(self.ids) // len(problems)
         rows = [problem for problem in problems for _ in range(group_size)]
         columns = rows, self.responses(tokenizer), self.response_lengths.tolist()
         samples = []
         for problem, response, length, finished in zip(*columns, self.finished.tolist()):
             sample = {"prompt": problem.prompt, "response": response, "answer": problem.answer}
-            samples.append({**sample, "length": length, "finished": finished})
+            sample |= {"length": length, "finished": finished}
+            if problem.columns:
+                sample["columns"] = problem.columns
+            samples.append(sample)
         if with_tokens:
-            for sample, ids in zip(samples, self.response_ids()):
-                sample["tokens"] = tokenizer.batch_decode([[token] for token in ids])
+            for sample, parts in zip(samples, self.parts()):
+                sample["tokens"] = token_texts(tokenizer, *parts)
         return samples
 
     def response_ids(self) -> list[list[int]]:
-        spans = zip(self.ids.tolist(), self.prompt_lengths.tolist(), self.lengths.tolist())
-        return [ids[start:end] for ids, start, end in spans]
+        return [response for _, response, _ in self.parts()]
+
+    def parts(self) -> list[tuple[list[int], list[int], bool]]:
+        """The prompt and the response of each row, as ids, and whether it ended by a stop token."""
+        ends = zip(self.prompt_lengths.tolist(), self.lengths.tolist(), self.finished.tolist())
+        rows = zip(self.ids.tolist(), ends)
+        return [(ids[:start], ids[start:end], finished) for ids, (start, end, finished) in rows]
 
     def responses(self, tokenizer) -> list[str]:
         """The response of each row as text, for rewards and people. It is never tokenised again.
@@ -107,7 +117,7 @@ class Rollout:
             raise UserError(
                 "the model's log-probs are nan: its parameters are damaged, or --lr was too high"
             )
-        return tokenizer.batch_decode(self.response_ids(), skip_special_tokens=True)
+        return [response_text(tokenizer, *parts) for parts in self.parts()]
 
 
 def sampling_of(flags) -> Sampling:
@@ -292,6 +302,7 @@ class Config:
     chat: bool = flag(False, "a conversation: read a line, print a response, and so on")
     temperature: float = flag(-1.0, "0 takes the most likely token; default: the run's, or 1")
     max_new_tokens: int = flag(256, "tokens after which a response is truncated")
+    stop: str = flag("", "more tokens that end a response, such as <|im_end|>")
     seed: int = flag(0, "same seed, same responses")
     device: Literal[DEVICES] = flag("auto", "auto: the first of the others that is available")
 
@@ -301,7 +312,10 @@ def main(config, model, prompt=None) -> None:
     check_range(config, 0, "seed")
     check_range(config, -1, "temperature")
     if prompt is None and not config.chat:
-        raise UserError(f"{model}: needs a prompt, or --chat")
+        raise UserError(
+            f"{model}: is taken for the model, and a prompt is missing (or --chat): "
+            'python sample.py MODEL "PROMPT"'
+        )
     task, sampling = NO_TASK, Sampling()
     if is_run(Path(model)):  # asks as in training: the task's instruction, the run's sampling
         flags = read_config(Path(model))
@@ -311,7 +325,9 @@ def main(config, model, prompt=None) -> None:
         sampling = replace(sampling, temperature=config.temperature)
     policy, tokenizer = load_policy(model, pick_device(config.device))
     room = context_length(policy) or 10**9
-    stop = stop_ids(policy, tokenizer)
+    if config.stop:
+        sampling = replace(sampling, stop=config.stop)
+    stop = stop_ids(policy, tokenizer, sampling.stop)
 
     def encode(prompt):
         return prompt_ids(task, Problem(prompt, ""), tokenizer)

@@ -13,8 +13,11 @@ import json
 import random
 import re
 from dataclasses import dataclass, field, replace
+from datetime import datetime
 from functools import lru_cache
 from pathlib import Path
+
+from tqdm import tqdm
 
 from lib.files import download, is_text, read_jsonl, read_problems
 from lib.flags import UserError, first_line
@@ -24,13 +27,17 @@ from lib.flags import UserError, first_line
 class Problem:
     """A question with its reference answer.
 
-    prompt:     text, or chat messages: [{"role": "user", "content": "48+27="}]
+    prompt:     text, or chat messages: [{"role": "user", "content": "48+27="}]. If the last message
+                is the assistant's, the response continues it
     difficulty: a label, if the task has one; eval.py measures the accuracy of each
+    columns:    what else the row of a .jsonl file has: `tools` and `chat_template_kwargs` go to the
+                chat template, and a reward gets the columns that it names as parameters
     """
 
     prompt: str | list
     answer: str | None  # a rule may not need it
     difficulty: str = field(default="", compare=False)
+    columns: dict = field(default_factory=dict, compare=False)
 
 
 @dataclass(frozen=True)
@@ -65,28 +72,40 @@ def stable_hash(text):
     return int.from_bytes(digest[:8], "big")
 
 
-def hold_out(problems, share):
-    """-> (held out, the rest). Chosen by a hash of the prompt, and sorted by it.
+def same_prompt(problem) -> str:
+    """Equal for equal prompts, also where the keys of a message have another order."""
+    return json.dumps(problem.prompt, sort_keys=True)
 
-    So the choice depends on nothing else, equal prompts are never on both sides, and the first few
-    of those held out are a random sample of them. The hash must have no pattern: with a linear
-    one, all sums that were held out ended in 0.
+
+def hold_out(problems, border, identity=same_prompt):
+    """-> (held out, the rest). Held out are the problems whose hash is at most `border`, where the
+    hashes lie between 0 and 1; at least those of the lowest hash.
+
+    So where a problem goes depends on the problem only: a file may grow or shrink, and no problem
+    changes sides. The held-out problems are sorted by their hash: the first few are a random sample
+    of them. The hash must have no pattern: with a linear one, all sums that were held out ended
+    in 0.
+
+    identity: problems for which this text is equal are on the same side
     """
-
-    def key(problem) -> int:
-        return stable_hash(json.dumps(problem.prompt))
-
-    hashes = sorted({key(problem) for problem in problems})
-    border = hashes[max(1, round(share * len(hashes))) - 1]
-    held_out = [problem for problem in problems if key(problem) <= border]
-    rest = [problem for problem in problems if key(problem) > border]
-    return sorted(held_out, key=key), rest
+    hashes = [stable_hash(identity(problem)) / 2**64 for problem in problems]
+    border = max(border, min(hashes))
+    rest = [problem for problem, place in zip(problems, hashes) if place > border]
+    held_out = [pair for pair in zip(hashes, problems) if pair[0] <= border]
+    held_out.sort(key=lambda pair: pair[0])
+    return [problem for _, problem in held_out], rest
 
 
-def split(name, problems, reward, *prompting) -> Task:
-    """A tenth of the problems for test, a tenth of the others for validation."""
-    test, rest = hold_out(problems, 0.1)
-    validation, train = hold_out(rest, 0.1) if rest else ([], [])
+def fingerprint(task) -> str:
+    """Another text where any problem of the task is another one, or has another place."""
+    rows = [[p.prompt, p.answer, p.columns] for p in task.train + task.validation]
+    return f"{stable_hash(json.dumps([rows, task.system, task.template])):016x}"
+
+
+def split(name, problems, reward, *prompting, identity=same_prompt) -> Task:
+    """About a tenth of the problems for test, a tenth of the others for validation."""
+    test, rest = hold_out(problems, 0.1, identity)
+    validation, train = hold_out(rest, 0.19, identity) if rest else ([], [])
     if not train:
         few = f"{len(problems)} problems are too few to hold some out, give at least 3"
         raise UserError(f"--task {name}: {few}")
@@ -117,6 +136,11 @@ ADD_SYSTEM = (
 )
 
 
+def same_pair(problem) -> str:
+    """Equal for "48+27=" and "27+48=": who knows one of them knows the other."""
+    return " ".join(sorted(problem.prompt.strip("=").split("+")))
+
+
 def add(data_dir) -> Task:
     """The sums "48+27=" -> "75", for all 8,100 pairs of two-digit numbers."""
     problems = []
@@ -124,7 +148,7 @@ def add(data_dir) -> Task:
         for b in range(10, 100):
             carries = (a % 10 + b % 10 > 9) + (a + b > 99)
             problems.append(Problem(f"{a}+{b}=", str(a + b), f"carries {carries}"))
-    return split("add", problems, "exact", ADD_SYSTEM)
+    return split("add", problems, "exact", ADD_SYSTEM, identity=same_pair)
 
 
 COUNTDOWN_SYSTEM = (
@@ -217,7 +241,9 @@ def gsm8k(data_dir) -> Task:
 
 
 TASKS = {"add": add, "countdown": countdown, "gsm8k": gsm8k}
-PLAIN_NUMBER = re.compile(r"-?[0-9]+(,[0-9]{3})*(\.[0-9]+)?(e[-+][0-9]+)?")  # -1,012.5, 1e-07
+PLAIN_NUMBER = re.compile(  # -1,012.5, +75, .5, 1e-07
+    r"\s*[-+]?([0-9]+(,[0-9]{3})*(\.[0-9]+)?|\.[0-9]+)([eE][-+]?[0-9]{1,3})?\s*"
+)
 
 
 def load_task(name, data_dir="") -> Task:
@@ -229,45 +255,122 @@ def load_task(name, data_dir="") -> Task:
         raise UserError(f"--task {name}: not one of {', '.join(TASKS)}, nor a .jsonl file")
     problems = []
     for row in read_problems(Path(name)):
+        columns = {key: row[key] for key in row if key not in ("prompt", "answer")}
         difficulty = str(row.get("difficulty", ""))
-        problems.append(Problem(row["prompt"], row["answer"], difficulty))
+        problems.append(Problem(row["prompt"], row["answer"], difficulty, columns))
     numbers = [problem for problem in problems if PLAIN_NUMBER.fullmatch(problem.answer or "")]
     task = split(name, problems, "number" if numbers == problems else "exact")
     guess = f"{len(numbers)} of {len(problems)} answers are plain numbers"
     return replace(task, rule_guess=guess)
 
 
+# -------------------------------------------------------------------------------------------------
+# How a model is prompted
+
+TODAY = datetime(2025, 1, 1)  # in every chat template that asks for the date
+
+
 def prompt_ids(task, problem, tokenizer) -> list[int]:
-    """The token ids that the model gets, by the tokenizer's chat template or by task.template."""
+    """The token ids that the model gets."""
+    [ids] = encode([prompt_text(task, problem, tokenizer)], tokenizer)
+    return ids
+
+
+def encode(texts, tokenizer) -> list[list[int]]:
+    """Token ids of prompts. A special token that the tokenizer appends is removed: after its own
+    end-of-text token a model would begin something new."""
+    specials = set(tokenizer.all_special_ids)
+    # a chat template writes the special tokens itself
+    prompts = tokenizer(texts, add_special_tokens=tokenizer.chat_template is None)["input_ids"]
+    for text, ids in zip(texts, prompts):
+        while ids and ids[-1] in specials:
+            if text.rstrip().endswith(tokenizer.convert_ids_to_tokens(ids[-1])):
+                break
+            ids.pop()
+    return prompts
+
+
+def prompt_text(task, problem, tokenizer) -> str:
+    """The text that the model gets, by the tokenizer's chat template or by task.template."""
     prompt = problem.prompt
     is_chat = isinstance(prompt, list)
     if tokenizer.chat_template is None:
+        for name in problem.columns.keys() & {"tools", "chat_template_kwargs"}:
+            raise UserError(f'a row has "{name}", but the model\'s tokenizer has no chat template')
         if is_chat:
             raise UserError(
                 "the prompt is a list of chat messages, but the model's tokenizer has no chat "
                 "template: give prompts as text, or use a chat model"
             )
-        text = task.template.replace("{eos}", tokenizer.eos_token).replace("{prompt}", prompt)
-        return tokenizer(text)["input_ids"]
+        return task.template.replace("{eos}", tokenizer.eos_token).replace("{prompt}", prompt)
 
     messages = prompt if is_chat else [{"role": "user", "content": prompt}]
-    system = []
     if task.system and not is_chat:
-        system = [{"role": "system", "content": task.system}]
+        messages = [{"role": "system", "content": task.system}, *messages]
+    without = without_system(messages)
     try:
+        text = apply_template(messages, problem.columns, tokenizer)
+    except UserError:
+        if without == messages:
+            raise
+        text = ""
+    lost = [row for row in messages if row["role"] == "system" and not is_in(row["content"], text)]
+    if lost and without != messages:
+        # the template refuses the system role (Gemma's), or drops it without a word
+        text = apply_template(without, problem.columns, tokenizer)
+    return text
+
+
+def is_in(part, text) -> bool:
+    """Whether a text contains another one, whatever the white space."""
+    return " ".join(part.split()) in " ".join(text.split())
+
+
+def without_system(messages) -> list[dict]:
+    """System messages are put before the text of the first user message, if there is one."""
+    system = [message["content"] for message in messages if message["role"] == "system"]
+    others = [message for message in messages if message["role"] != "system"]
+    for i, message in enumerate(others):
+        if system and message["role"] == "user":
+            others[i] = {**message, "content": "\n\n".join([*system, message["content"]])}
+            return others
+    return messages
+
+
+def apply_template(messages, columns, tokenizer) -> str:
+    """The chat template's text, up to where the response begins. UserError: it refuses them."""
+    half = messages[-1]["role"] == "assistant"  # a turn that the response continues
+    options = {"add_generation_prompt": not half, "continue_final_message": half}
+    try:
+        options |= columns.get("chat_template_kwargs") or {}
+        tools = columns.get("tools")
+        template = freeze_date(tokenizer.get_chat_template(None, tools))
         return tokenizer.apply_chat_template(
-            system + messages, add_generation_prompt=True, return_dict=False
+            messages, tools, chat_template=template, tokenize=False, **options
         )
     except Exception as error:  # of jinja2, or of what a template calls
-        if not system:
-            reason = first_line(error)
-            raise UserError(f"the model's chat template refuses the prompt: {reason}") from None
-    # some templates (Gemma's) have no system role: begin the user's message with the instruction
-    return prompt_ids(NO_TASK, Problem(f"{task.system}\n\n{prompt}", ""), tokenizer)
+        reason = first_line(error)
+        raise UserError(f"the model's chat template refuses the prompt: {reason}") from None
+
+
+@lru_cache
+def freeze_date(template) -> str:
+    """Equal runs have equal prompts: 'on {{ strftime_now("%Y") }}' -> 'on {{ "2025" }}'"""
+
+    def write(call):
+        return json.dumps(TODAY.strftime(call[2]))
+
+    return re.sub(r"""strftime_now\(\s*(["'])(.*?)\1\s*\)""", write, template)
 
 
 def longest_prompts(task, problems, tokenizer):
-    """Token ids of the longest prompts, longest first."""
-    longest = sorted(problems, key=lambda problem: len(str(problem.prompt)))[-64:]
-    prompts = [prompt_ids(task, problem, tokenizer) for problem in longest]
-    return sorted(prompts, key=len, reverse=True)
+    """Token ids of the longest prompts, longest first, and at the end those of the shortest."""
+    found = []
+    size = 1000
+    starts = range(0, len(problems), size)
+    for start in tqdm(starts, "reading prompts", leave=False, disable=len(problems) <= 10_000):
+        batch = problems[start : start + size]
+        found += encode([prompt_text(task, problem, tokenizer) for problem in batch], tokenizer)
+        found.sort(key=len, reverse=True)
+        found = found[:63] + found[63:][-1:]
+    return found

@@ -49,7 +49,7 @@ from loss import (
 from policy import fill_in, load_reference, save_policy, start_policy
 from reward import load_rewards
 from sample import Rollout, Sampling, join, sample_and_score
-from tasks import load_task, stable_hash, take_problems
+from tasks import fingerprint, load_task, stable_hash, take_problems
 
 
 @dataclass(frozen=True)
@@ -65,6 +65,7 @@ class Config:
     group_size: int = flag(16, "G, responses to each prompt")
     max_new_tokens: int = flag(512, "tokens after which a response is truncated")
     temperature: float = flag(1.0, "sampling temperature; the loss uses the same")
+    stop: str = flag("", "more tokens that end a response, such as <|im_end|>")
     rows_at_once: int = flag(0, "most responses sampled in parallel, the rest are queued; 0: all")
     fast: Literal["auto", "off"] = flag("auto", "off: plain sampler and log-probs: same, slower")
     # weights and loss (loss.py)
@@ -90,8 +91,10 @@ class Config:
         1, "epochs over a rollout; above 1 use --loss clip, cispo or gspo"
     )
     minibatches: int = flag(1, "optimizer steps per epoch; above 1 likewise")
-    lr: float = flag(0.0, "peak; 0: 2e-4 under 10 M parameters, 1e-5 with LoRA, else 1e-6")
-    warmup_steps: int = flag(10, "steps over which --lr is reached; then it falls to a tenth")
+    lr: float = flag(0.0, "peak learning rate; 0: by the size of the model, and LoRA (policy.py)")
+    warmup_steps: int = flag(
+        -1, "steps over which --lr is reached, then it falls to a tenth; -1: a tenth, at most 10"
+    )
     weight_decay: float = flag(0.0, "AdamW weight decay")
     max_grad_norm: float = flag(1.0, "gradients are scaled down to at most this norm")
     # memory
@@ -104,7 +107,7 @@ class Config:
     eval_every: int = flag(20, "steps between evaluations on held-out problems")
     eval_problems: int = flag(200, "held-out problems to evaluate on, 0 for none")
     save_every: int = flag(20, "steps between checkpoints")
-    log_samples: int = flag(4, "responses per step that samples.jsonl keeps")
+    log_samples: int = flag(16, "most responses of each of two groups a step in samples.jsonl")
     tracker: Literal["none", "tensorboard", "trackio", "wandb"] = flag(
         "none", "also send metrics there"
     )
@@ -128,13 +131,21 @@ class Config:
         "eval_every": "evaluation and logging",
     }
 
+    CHOICES: ClassVar = {  # --help has a line for each of these
+        "normaliser": NORMALISERS,
+        "filter": FILTERS,
+        "denominator": DENOMINATORS,
+        "loss": LOSSES,
+    }
+
     @property
     def sampling(self) -> Sampling:
         """What the sampler and the learner must agree on."""
-        return Sampling(self.temperature)
+        return Sampling(self.temperature, self.stop)
 
 
-ADD = dict(prompts_per_step=32, max_new_tokens=32, steps=60, eval_every=10, eval_problems=500)
+ADD = dict(prompts_per_step=32, max_new_tokens=32, steps=60, warmup_steps=10)
+ADD |= dict(eval_every=10, eval_problems=500)
 PRESETS = {"add": ADD}  # defaults of the flags for a task
 HELP = f"{list_presets('task', PRESETS)}\n{list_presets('recipe', RECIPES)}"
 
@@ -155,11 +166,8 @@ def check(config) -> None:
         "prompts_per_step group_size max_new_tokens minibatches updates_per_rollout",
         most=1e6,
     )
-    check_range(
-        config,
-        0,
-        "clip_low clip_high kl_beta warmup_steps eval_problems log_samples rows_at_once seed",
-    )
+    check_range(config, 0, "clip_low clip_high kl_beta eval_problems log_samples rows_at_once seed")
+    check_range(config, -1, "warmup_steps")
     check_range(config, 0, "lr weight_decay top_share", most=1)
     check_range(config, 0, "lora_rank", most=1e4)
     if config.load_in_4bit and not config.lora_rank:
@@ -248,7 +256,9 @@ def sample_groups(run, task, tokenizer, sampler, rewards, config):
         )  # fmt: skip
         rollouts.append(rollout)
         samples += scored
-        by_group = torch.tensor([sample["reward"] for sample in samples]).view(-1, G)
+        # float64 until the weights are made: float32 would not tell 2^24 from 2^24 + 1
+        by_group = torch.tensor([sample["reward"] for sample in samples], dtype=torch.float64)
+        by_group = by_group.view(-1, G)
         informative = by_group.amax(1) != by_group.amin(1)
         if informative.sum() >= P:
             break
@@ -271,7 +281,7 @@ def main(config):
         sampler, tokenizer, task, task.validation[: config.eval_problems], measured,
         config.sampling, config.max_new_tokens, memory.sizes["rows_at_once"],
     )  # fmt: skip
-    config = run.start(config, learner.optimizer)
+    config = run.start(config, learner.optimizer, fingerprint(task))
     if evaluation.problems and run.state["step"] == 0:
         run.write_json("before.json", evaluation.summary(greedy=True))
 
@@ -288,7 +298,7 @@ def main(config):
         weights = group_weights.where(selected, 0.0).view(-1, 1)  # (B, 1)
         token_rewards = [sample.get("token_rewards") for sample in samples]
         weights = token_weights(weights, token_rewards, rollout.response_mask.cpu())
-        weights = weights.to(policy.device)  # (B, 1), or (B, N)
+        weights = weights.float().to(policy.device)  # (B, 1), or (B, N)
         selected = selected.flatten().to(policy.device)  # (B,)
 
         # ---------------------------------------------------------- 3. log-probs to compare with

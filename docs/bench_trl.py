@@ -4,13 +4,19 @@
     python docs/bench_trl.py --setting A --steps 10    # times and their ratios
     python docs/bench_trl.py --setting B --only ours   # peak memory: run each in its own process
 
-The work: 16 prompts x 16 responses, a Llama in float32 (hidden 128, 4 layers, 4 heads, random
-parameters), sampled at temperature 1. The reward is the share of the answer's digits that are in
-their place. One AdamW step at 1e-5.
+The work of A, B and C: 16 prompts x 16 responses, a Llama in float32 (hidden 128, 4 layers, 4
+heads, random parameters), sampled at temperature 1. The reward is the share of the answer's digits
+that are in their place. One AdamW step at 1e-5.
 
     A: 6 prompt tokens, 16 new, V = 100
     B: 6 prompt tokens, 64 new, V = 30,000
     C: 128 prompt tokens, 64 new, V = 100
+
+and on a real chat model, models/smollm2-135m (python -m tools.smollm), with the conversations of
+examples/questions.py (about 60 tokens) and the reward examples.rewards.short:
+
+    R: 4 prompts x 8 responses of 24 tokens
+    S: 8 prompts x 16 responses of 64 tokens
 
 Both answer the same prompts in each pair of steps. In the first pair they also get the same
 responses: then the norms of their gradients must agree, which is checked. Seconds are CPU seconds
@@ -23,6 +29,7 @@ import sys
 import tempfile
 import time
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from statistics import mean, median
 from typing import Literal
@@ -33,8 +40,10 @@ import torch
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
 from transformers import (
     AutoModelForCausalLM,
+    AutoTokenizer,
     GenerationConfig,
     PreTrainedModel,
+    PreTrainedTokenizerBase,
     PreTrainedTokenizerFast,
 )
 
@@ -42,22 +51,26 @@ import engine.choose
 import train
 from engine.learner import Learner
 from engine.memory import Memory
+from examples import questions
+from examples.rewards import short
 from lib.estimate import shape
 from lib.flags import flag, run_script
 from loss import DENOMINATORS, NORMALISERS
 from sample import Rollout, Sampling
 
-P, G = 16, 16
-SETTINGS = {  # rows: in a micro-batch of TRL, the fastest of those tried
-    "A": {"prompt": 6, "new": 16, "vocab": 100, "rows": 64},
-    "B": {"prompt": 6, "new": 64, "vocab": 30000, "rows": 16},
-    "C": {"prompt": 128, "new": 64, "vocab": 100, "rows": 32},
+SETTINGS = {  # P x G responses; rows: in a micro-batch of TRL, the fastest of those tried
+    "A": {"P": 16, "G": 16, "prompt": 6, "new": 16, "vocab": 100, "rows": 64},
+    "B": {"P": 16, "G": 16, "prompt": 6, "new": 64, "vocab": 30000, "rows": 16},
+    "C": {"P": 16, "G": 16, "prompt": 128, "new": 64, "vocab": 100, "rows": 32},
+    "R": {"P": 4, "G": 8, "new": 24, "rows": 8},
+    "S": {"P": 8, "G": 16, "new": 64, "rows": 8},
 }
+REAL = Path(__file__).parent.parent / "models" / "smollm2-135m"
 
 
 @dataclass(frozen=True)
 class Config:
-    setting: Literal["A", "B", "C"] = flag("A", "the work, see above")
+    setting: Literal["A", "B", "C", "R", "S"] = flag("A", "the work, see above")
     steps: int = flag(10, "pairs of steps that count, after one that warms up")
     stop_prob: float = flag(0.0, "share of the vocabulary that ends a response: random lengths")
     weights: Literal["natural", "all"] = flag(
@@ -66,6 +79,12 @@ class Config:
     only: Literal["both", "ours", "trl"] = flag("both", "run one, for its memory")
     micro_batch_tokens: int = flag(4096, "ours: tokens per forward pass")
     micro_batch_rows: int = flag(0, "TRL: rows per forward pass; 0: see SETTINGS")
+
+
+def load_tokenizer(config: Config) -> PreTrainedTokenizerBase:
+    if "vocab" not in SETTINGS[config.setting]:
+        return AutoTokenizer.from_pretrained(REAL, padding_side="left")
+    return make_tokenizer(SETTINGS[config.setting]["vocab"])
 
 
 def make_tokenizer(vocab: int) -> PreTrainedTokenizerFast:
@@ -92,6 +111,9 @@ def make_tokenizer(vocab: int) -> PreTrainedTokenizerFast:
 
 def make_model(config: Config) -> tuple[PreTrainedModel, list[int]]:
     """-> the model, the same one at every call, and the ids that end a response"""
+    if "vocab" not in SETTINGS[config.setting]:
+        model = AutoModelForCausalLM.from_pretrained(REAL, dtype=torch.float32).eval()
+        return model, [model.config.eos_token_id]
     V = SETTINGS[config.setting]["vocab"]
     stop = [2]
     if config.stop_prob:
@@ -103,9 +125,18 @@ def make_model(config: Config) -> tuple[PreTrainedModel, list[int]]:
     return model, stop
 
 
-def make_problems(length: int, count: int = 4096) -> dict[str, str]:
-    """{prompt: answer}. A prompt is `length` characters long: '12+34=', and before it worked
-    examples where there is room."""
+def make_problems(config: Config, count: int = 4096) -> dict[str, str]:
+    """{prompt: answer}. A prompt is a number of characters long: '12+34=', and before it worked
+    examples where there is room. Of a real model it is a conversation as its chat template writes
+    it, and there is no answer."""
+    if "vocab" not in SETTINGS[config.setting]:
+        conversations = questions.conversations()
+        random.Random(0).shuffle(conversations)
+        write = partial(
+            load_tokenizer(config).apply_chat_template, tokenize=False, add_generation_prompt=True
+        )
+        return dict.fromkeys(map(write, conversations), "")
+    length = SETTINGS[config.setting]["prompt"]
     rng = random.Random(0)
     answers = {}
     for k in rng.sample(range(8100), count):
@@ -118,11 +149,16 @@ def make_problems(length: int, count: int = 4096) -> dict[str, str]:
 
 
 def score(responses: list[str], answers: list[str], config: Config) -> list[float]:
-    """The share of the answer's characters that are in their place. With --weights all a little is
-    added that differs within a group, so that no response has weight 0."""
+    """The share of the answer's characters that are in their place, or `short` where there is no
+    answer. With --weights all a little is added that differs within a group, so that no response
+    has weight 0."""
     rewards = []
+    G = SETTINGS[config.setting]["G"]
     for row, (response, answer) in enumerate(zip(responses, answers)):
-        reward = sum(x == y for x, y in zip(response, answer)) / len(answer)
+        if answer:
+            reward = sum(x == y for x, y in zip(response, answer)) / len(answer)
+        else:
+            reward = short("", response, "")
         if config.weights == "all":
             reward += 1e-3 * (row % G)
         rewards.append(reward)
@@ -135,28 +171,31 @@ class Ours:
     def __init__(self, config: Config):
         setting = SETTINGS[config.setting]
         self.config = config
+        self.P, self.G = setting["P"], setting["G"]
         self.flags = train.Config(max_new_tokens=setting["new"])
         self.model, self.stop = make_model(config)
-        self.tokenizer = make_tokenizer(setting["vocab"])
-        self.answers = make_problems(setting["prompt"])
+        self.tokenizer = load_tokenizer(config)
+        self.answers = make_problems(config)
         self.prompts = [self.tokenizer(prompt)["input_ids"] for prompt in self.answers]
         self.forms = engine.choose.choose(
             self.model, self.prompts[:8], self.stop, Sampling(), self.flags.max_new_tokens
         )
-        memory = Memory({}, micro_batch_tokens=config.micro_batch_tokens, rows_at_once=P * G)
+        rows = self.P * self.G
+        memory = Memory({}, micro_batch_tokens=config.micro_batch_tokens, rows_at_once=rows)
         self.learner = Learner(self.model, self.forms, memory, self.flags)
         self.buffers = {}
         self.log = []
 
     def sample(self, prompts: list[list[int]]) -> Rollout:
-        first = len(self.log) * P
-        seeds = list(range(first, first + P))
+        first = len(self.log) * self.P
+        seeds = list(range(first, first + self.P))
         N = self.flags.max_new_tokens
         return self.forms.generate(
-            self.model, prompts, G, N, self.stop, seeds, Sampling(), buffers=self.buffers
+            self.model, prompts, self.G, N, self.stop, seeds, Sampling(), buffers=self.buffers
         )
 
     def step(self, prompts: list[list[int]]) -> None:
+        P, G = self.P, self.G
         start = time.process_time()
         rollout = self.sample(prompts)
         sampled = time.process_time()
@@ -191,6 +230,7 @@ def run_trl(config: Config, ours: Ours | None) -> list[dict]:
     from trl import GRPOConfig, GRPOTrainer
 
     setting = SETTINGS[config.setting]
+    P, G = setting["P"], setting["G"]
     rows = config.micro_batch_rows or setting["rows"]
     log = []
     record = {}  # of the current step
@@ -253,14 +293,14 @@ def run_trl(config: Config, ours: Ours | None) -> list[dict]:
             dataloader_pin_memory=False,
             logging_steps=1000,
         )
-        problems = make_problems(setting["prompt"])
+        problems = make_problems(config)
         data = [{"prompt": prompt, "answer": answer} for prompt, answer in problems.items()]
         trainer = GRPOTrainer(
             make_model(config)[0],
             reward,
             arguments,
             Dataset.from_list(data),
-            processing_class=make_tokenizer(setting["vocab"]),
+            processing_class=load_tokenizer(config),
             callbacks=[Clock()],
         )
         trainer.remove_callback(PrinterCallback)
@@ -270,7 +310,7 @@ def run_trl(config: Config, ours: Ours | None) -> list[dict]:
     return log
 
 
-def report(ours: list[dict], trl: list[dict]) -> None:
+def report(ours: list[dict], trl: list[dict], G: int) -> None:
     """Medians over all pairs except the first, and medians of the pairs' ratios."""
     first, *ours = ours
     first_trl, *trl = trl
@@ -301,12 +341,12 @@ def main(config: Config) -> None:
     ours = None if config.only == "trl" else Ours(config)
     if config.only == "ours":
         for step in range(config.steps + 1):
-            ours.step(ours.prompts[step * P : (step + 1) * P])
+            ours.step(ours.prompts[step * ours.P : (step + 1) * ours.P])
         log = ours.log
     else:
         log = run_trl(config, ours)
     if config.only == "both":
-        report(ours.log, log)
+        report(ours.log, log, ours.G)
         return
     seconds = median(row["step"] for row in log[1:])
     megabytes = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e6

@@ -22,7 +22,6 @@ class LocalSampler:
         self.policy = policy
         self.tokenizer = tokenizer
         self.generate = forms.generate
-        self.stop = stop_ids(policy, tokenizer)
         self.memory = memory
         self.exact = policy.dtype == torch.float32
         self.buffers = {}  # KV cache and CUDA graphs
@@ -34,10 +33,11 @@ class LocalSampler:
         seeds: (P,) a prompt's responses depend on its own seed, not on the other prompts
         """
         mine, seeds = share(prompts), share(seeds)
+        stop = stop_ids(self.policy, self.tokenizer, sampling.stop)
 
         def generate(rows_at_once):
             return self.generate(
-                self.policy, mine, group_size, max_new_tokens, self.stop, seeds, sampling,
+                self.policy, mine, group_size, max_new_tokens, stop, seeds, sampling,
                 rows_at_once, self.buffers, sample.interjection(self.tokenizer, sampling),
             )  # fmt: skip
 

@@ -5,8 +5,9 @@ from engine.memory import Memory, enable_gradient_checkpointing
 from lib.checks import check_prompts
 from lib.estimate import device_memory, memory_table
 from lib.report import describe_run
+from lib.texts import describe_prompt
 from policy import stop_ids
-from tasks import longest_prompts
+from tasks import longest_prompts, prompt_ids
 
 
 def prepare(policy, tokenizer, task, measured, config, state) -> tuple[Forms, Memory]:
@@ -17,9 +18,11 @@ def prepare(policy, tokenizer, task, measured, config, state) -> tuple[Forms, Me
     problems = task.train + task.validation[: config.eval_problems]
     prompts = longest_prompts(task, problems, tokenizer)
     check_prompts(policy, prompts, config.max_new_tokens)
-    stop = stop_ids(policy, tokenizer)
+    stop = stop_ids(policy, tokenizer, config.stop)
     ends = tokenizer.convert_ids_to_tokens(stop)
     print(describe_run(config, policy, task, measured.texts, ends), end="")
+    first = prompt_ids(task, task.train[0], tokenizer)
+    print(describe_prompt(tokenizer, first, task.train[0].answer), end="")
     print(memory_table(config, policy, device_memory(policy.device), len(prompts[0])), end="")
     if config.gradient_checkpointing:  # not before: the estimate counts what it would recompute
         enable_gradient_checkpointing(policy)

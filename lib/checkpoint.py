@@ -6,9 +6,11 @@
 """
 
 import json
+import os
 import random
 import shutil
 import signal
+import stat
 import sys
 from contextlib import contextmanager, suppress
 
@@ -131,12 +133,20 @@ def lock(folder):
     return file
 
 
+def leave_terminal():
+    """What is printed from now on goes nowhere, unless it goes into a file: the terminal is gone,
+    and writing to it would raise an error."""
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    for output in (1, 2):
+        if not stat.S_ISREG(os.fstat(output).st_mode):
+            os.dup2(nowhere, output)
+    os.close(nowhere)
+
+
 @contextmanager
 def catch_signals():
-    """Yields a list, into which the first SIGINT or SIGTERM is put: the caller can stop cleanly.
-
-    A second signal has its usual effect at once.
-    """
+    """Yields a list, into which the first SIGINT, SIGTERM or SIGHUP (a closed terminal) is put: the
+    caller can stop cleanly. A second signal has its usual effect at once."""
     received = []
     before = {}
 
@@ -147,12 +157,17 @@ def catch_signals():
     def remember(number, frame):
         received.append(number)
         restore()
+        if number == getattr(signal, "SIGHUP", None):
+            leave_terminal()
         name = signal.Signals(number).name
         tqdm.write(f"{name}: finishing this step and saving it; once more to stop at once")
 
     with suppress(ValueError):  # only the main thread may set handlers
-        for number in (signal.SIGINT, signal.SIGTERM):
-            before[number] = signal.signal(number, remember)
+        for name in ("SIGINT", "SIGTERM", "SIGHUP"):
+            number = getattr(signal, name, None)  # Windows has no SIGHUP
+            # nohup has SIGHUP ignored, and that is meant
+            if number and not (name == "SIGHUP" and signal.getsignal(number) == signal.SIG_IGN):
+                before[number] = signal.signal(number, remember)
     try:
         yield received
     finally:

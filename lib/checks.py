@@ -36,6 +36,11 @@ def check_prompts(policy, prompts, max_new_tokens) -> None:
         knows = f"but the model knows {vocabulary}: its tokenizer is another model's"
         raise UserError(f"a prompt has token {highest}, {knows}")
     room = context_length(policy)
+    if room is not None and longest >= room:
+        raise UserError(
+            f"a prompt has {longest} tokens, and the model's context is {room}: these problems "
+            "need another --model, with a longer context"
+        )
     if room is not None and longest + max_new_tokens > room:
         raise UserError(
             f"a prompt of {longest} tokens and --max_new_tokens {max_new_tokens} do not fit into "
@@ -88,3 +93,16 @@ def read_all(model, arguments, options) -> tuple[tuple, dict]:
 
 def keep_ids(model, arguments, output) -> None:
     output[CACHE] = arguments[0]
+
+
+def freeze_unused(model) -> int:
+    """Of a model that also sees or hears, only the language model is trained: the rest gets no
+    gradient from text, and would cost 16 bytes a parameter in the optimizer. Returns how many
+    parameters are frozen."""
+    if model.config.get_text_config() is model.config:
+        return 0
+    used = {*model.get_decoder().parameters(), *model.get_output_embeddings().parameters()}
+    unused = [parameter for parameter in model.parameters() if parameter not in used]
+    for parameter in unused:
+        parameter.requires_grad_(False)
+    return sum(parameter.numel() for parameter in unused)

@@ -2,7 +2,9 @@
 
 import math
 import os
+import re
 from dataclasses import replace
+from pathlib import Path
 
 import torch
 from transformers import AutoConfig, PreTrainedConfig
@@ -114,7 +116,13 @@ def estimate(flags, model, activations, longest_prompt) -> dict[str, float]:
     width = longest_prompt + flags.max_new_tokens
     rows_at_once = min(rows, flags.rows_at_once or rows)
     columns = rows_at_once * width + flags.prompts_per_step * longest_prompt
-    tokens = max(width, min(flags.micro_batch_tokens, rows * width))
+    # of a micro-batch: a prompt is run once for its rows, see engine/logprobs.py
+    update_rows = max(1, min(rows, flags.micro_batch_tokens / width))
+    prompts = min(flags.prompts_per_step, update_rows)
+    if flags.gradient_checkpointing:
+        prompts = update_rows
+    tokens = prompts * longest_prompt + update_rows * flags.max_new_tokens
+    copied = update_rows * longest_prompt if prompts < update_rows else 0
     adapter = sum(p.numel() for name, p in model.named_parameters() if "lora_" in name)
     parameters = model.num_parameters() - adapter
     linear = linear_layers(model)
@@ -134,15 +142,17 @@ def estimate(flags, model, activations, longest_prompt) -> dict[str, float]:
     if flags.gradient_checkpointing:  # the input of each layer, and one layer in full
         activations = layers * config.hidden_size * bytes_each + of_layer
     activations += of_layer / 2  # and the gradients of some, measured in tests/test_memory.py
+    # the logits of a decode step: CUDA graphs keep them during the update too
+    graphs = "sampling" if model.dtype == torch.float32 else "graphs"
     logits = min(TILE, tokens) * config.vocab_size * (8 + 2 * bytes_each)
     return {
         "weights": weights,
         f"optimizer{host}": 4 * copies * trained,
         "keys and values": columns * cache_bytes(config, bytes_each),
-        # of a step; CUDA graphs keep them during the update too
-        "graphs: logits": rows_at_once * config.vocab_size * (4 + bytes_each),
+        f"{graphs}: logits": rows_at_once * config.vocab_size * (4 + bytes_each),
         "update: gradients": 4 * trained,  # with --offload too: they add up on the device
-        "update: activations": tokens * activations,
+        # and the keys and values of a prompt, copied to its rows
+        "update: activations": tokens * activations + copied * cache_bytes(config, bytes_each),
         "update: logits": logits + head * (4 + bytes_each),  # and the gradient of the head
     }
 
@@ -156,13 +166,21 @@ def peak(parts) -> float:
     return max(totals)
 
 
-def device_memory(device) -> int:
-    """Bytes that are free for us on the device, or the host's memory where it is a CPU."""
+def device_memory(device) -> float:
+    """Bytes that a run may take on the device, with those that this process has already. On a CPU
+    it is the memory of the host that no other program uses: inf on Windows, which does not tell."""
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0] + torch.cuda.memory_reserved(device)
     if device.type == "mps":
         return torch.mps.recommended_max_memory()
-    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    if not hasattr(os, "sysconf"):
+        return math.inf
+    try:  # Linux
+        [kilobytes] = re.findall(r"MemAvailable: +(\d+) kB", Path("/proc/meminfo").read_text())
+        own_pages = int(Path("/proc/self/statm").read_text().split()[1])
+        return int(kilobytes) * 1024 + own_pages * os.sysconf("SC_PAGE_SIZE")
+    except (OSError, ValueError):
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
 
 def memory_table(flags, model, available, longest_prompt) -> str:
@@ -171,6 +189,8 @@ def memory_table(flags, model, available, longest_prompt) -> str:
 
     flags: train.Config; model may be without storage (FakeTensorMode). Not counted: a reward model.
     """
+    if available == math.inf:
+        return "memory: how much there is cannot be found out here, so there is no estimate\n"
     try:
         activations = activation_bytes(model)
         parts = estimate(flags, model, activations, longest_prompt)

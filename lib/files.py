@@ -1,7 +1,7 @@
 """Files that are whole or not there at all, and JSON lines.
 
-A file is written under a name that ends in .part and renamed once it is on the disk, so a process
-may be killed at any moment.
+A file is written under a name with .part in it and renamed once it is on the disk, so a process may
+be killed at any moment.
 """
 
 import hashlib
@@ -12,10 +12,11 @@ import sys
 import urllib.request
 from contextlib import contextmanager
 from http.client import HTTPException
+from pathlib import Path
 
 from safetensors import SafetensorError
 
-from lib.flags import UserError, first_line, name_error
+from lib.flags import UserError, did_you_mean, first_line, name_error
 
 
 @contextmanager
@@ -30,6 +31,25 @@ def writing(path):
         ) from error
 
 
+def find_model(name) -> str:
+    """A model's name as it is, except that models/add is found from any folder. UserError if it can
+    only be the name of a folder, and there is no such folder."""
+    path = Path(name)
+    if path.exists() or not name.startswith((".", "/", "~", "runs/", "models/")):
+        return name
+    own = Path(__file__).parent.parent / name
+    if name.startswith("models/") and own.exists():
+        return str(own)
+    raise UserError(f"model {name}: there is no such folder{near_folder(path)}")
+
+
+def near_folder(path):
+    """runs/ad -> ': did you mean runs/add?', or ''"""
+    siblings = [str(sibling) for sibling in path.parent.glob("*")]
+    near = did_you_mean(str(path), siblings)
+    return near and f": {near}"
+
+
 def sync(path):
     """Waits until the content of a file, or the names in a folder, are on the disk."""
     if os.name == "posix":  # Windows cannot open folders
@@ -38,12 +58,21 @@ def sync(path):
         os.close(descriptor)
 
 
-def write_text(path, text):
-    aside = path.with_name(path.name + ".part")
+@contextmanager
+def whole(path):
+    """A path beside `path` for a file or folder, which gets the name `path` at the end of the
+    block: whoever looks there finds it whole, or not at all. Processes that write the same do not
+    meet: each has a path of its own."""
+    aside = path.with_name(f"{path.stem}.{os.getpid()}.part{path.suffix}")
     with writing(path):
-        aside.write_text(text, encoding="utf-8")
+        yield aside
         sync(aside)
         aside.replace(path)
+
+
+def write_text(path, text):
+    with whole(path) as aside:
+        aside.write_text(text, encoding="utf-8")
 
 
 def write_json(path, content):
@@ -117,7 +146,10 @@ def read_jsonl(path, fields) -> list[dict]:
             raise UserError(f"{place}: not an object with {' and '.join(fields)}")
         for field, check in fields.items():
             if not check(row.get(field)):
-                raise UserError(f'{place}: "{field}" is missing, empty or of the wrong type')
+                has = "" if field in row else f": the line has {', '.join(row) or 'nothing'}"
+                raise UserError(f'{place}: "{field}" is missing, empty or of the wrong type{has}')
+        if isinstance(row.get("answer"), float):
+            row["answer"] = json.loads(line, parse_float=str)["answer"]  # 1e5 stays 1e5
         rows.append(row)
     if not rows:
         raise UserError(f"{path}: no problems in it")
@@ -125,12 +157,16 @@ def read_jsonl(path, fields) -> list[dict]:
 
 
 def read_problems(path, fields=None) -> list[dict]:
-    """The rows of a user's file of problems: "prompt" and "answer" (text or None), and `fields`."""
+    """The rows of a user's file of problems: "prompt" and "answer" (text or None), and `fields`.
+    An answer that is a number or true becomes the text that stands in the file."""
     fields = {"prompt": is_prompt, "answer": is_answer, **(fields or {})}
     rows = read_jsonl(path, fields)
     for row in rows:
-        if row.setdefault("answer", None) is not None:
-            row["answer"] = str(row["answer"])
+        answer = row.setdefault("answer", None)
+        if isinstance(answer, bool):
+            row["answer"] = json.dumps(answer)
+        elif answer is not None:
+            row["answer"] = str(answer)
     return rows
 
 
@@ -146,12 +182,12 @@ def is_text(value):
 
 
 def is_answer(value):
-    """Text, a number, or None for a problem without an answer."""
+    """Text, a number, true, or None for a problem without an answer."""
     if value is None:
         return True
     if isinstance(value, float):
         return math.isfinite(value)
-    return isinstance(value, int) or is_text(value)
+    return isinstance(value, int) or (is_text(value) and not value.isspace())
 
 
 def is_prompt(value):
@@ -183,8 +219,6 @@ def download(url, path, sha256):
     found = hashlib.sha256(content).hexdigest()
     if found != sha256:
         raise UserError(f"{url} is not the file expected (SHA-256 {found}), nothing was written")
-    aside = path.with_name(f"{path.name}.{os.getpid()}.part")  # two processes may fetch at once
-    with writing(path):
-        path.parent.mkdir(parents=True, exist_ok=True)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with whole(path) as aside:
         aside.write_bytes(content)
-        aside.replace(path)

@@ -3,12 +3,15 @@
 Every script ends in `run_script(main, Config, __doc__)`. HfArgumentParser (transformers) parses.
 """
 
-import argparse
+import difflib
 import json
 import os
+import re
 import sys
 from dataclasses import fields, make_dataclass
 from pathlib import Path
+from textwrap import fill as wrap
+from typing import get_args
 
 from transformers import HfArgumentParser
 from transformers.hf_argparser import HfArg
@@ -20,8 +23,7 @@ class UserError(Exception):
     """A mistake of the user's, in one sentence: the flag, the value and the cure."""
 
 
-class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
-    """Shows the default of every flag, and keeps the line breaks of the docstring."""
+WIDTH = 100  # of --help
 
 
 def flag(default, help):
@@ -57,7 +59,8 @@ def parse(config_class, doc, argv, fill=None, epilog="", **positionals):
     """argv -> (config, positional arguments by name)
 
     config_class: may have GROUPS, {"model": "model and task"}: for --help, the title of a group of
-                  flags by the name of its first flag
+                  flags by the name of its first flag. CHOICES, {"loss": {"clip": function}}:
+                  --help explains them by their docstrings. SHOWN: the flags that --help lists
     doc, epilog: what --help shows before and after the flags
     fill:        gets the value of every flag, returns defaults for the flags that the user left out
     positionals: name -> arguments of `ArgumentParser.add_argument`
@@ -77,19 +80,18 @@ def parse(config_class, doc, argv, fill=None, epilog="", **positionals):
             make_dataclass("Group", members, namespace={"_argument_group_name": title})
             for title, members in groups
         ],
-        description=doc,
-        epilog=epilog,
-        usage=argparse.SUPPRESS,
-        formatter_class=HelpFormatter,
         allow_abbrev=False,
     )
 
     def refuse(message):
         if message.endswith("expected one argument"):
             message += " (one that begins with - needs an = before it: --reward=-length)"
-        raise UserError(message)
+        raise UserError(
+            message + suggestion(message, [field.name for field in fields(config_class)])
+        )
 
     parser.error = refuse
+    parser.format_help = lambda: help_text(parser, config_class, doc, groups, epilog, positionals)
     for name, options in positionals.items():
         parser.add_argument(name, **options)
     if fill:
@@ -99,17 +101,77 @@ def parse(config_class, doc, argv, fill=None, epilog="", **positionals):
     return config_class(**values), arguments
 
 
+def suggestion(message, flags) -> str:
+    """What argparse refuses -> ': did you mean --steps?', or ''"""
+    if re.search(r"unrecognized arguments: (?!--\w)", message):
+        return ': a value with spaces needs quotes, as in --reward "number + 0.2*format"'
+    if wrong := re.search(r"unrecognized arguments: --([^ =]+)", message):
+        near = did_you_mean(wrong[1], flags)
+        return near and f": {near.replace('mean ', 'mean --')}"
+    if wrong := re.search(r"invalid choice: '(.*)' \(choose from (.*)\)", message):
+        near = did_you_mean(wrong[1], re.findall("[^', ]+", wrong[2]))
+        return near and f": {near}"
+    return ""
+
+
+def did_you_mean(word, known) -> str:
+    """'step', ['steps', 'seed'] -> 'did you mean steps?';  'xyz' -> ''"""
+    near = difflib.get_close_matches(word, known, n=1)
+    return f"did you mean {near[0]}?" if near else ""
+
+
+def help_text(parser, config_class, doc, groups, epilog, positionals) -> str:
+    """What --help shows: the docstring, a line for each flag, and the epilog."""
+    lines = [doc.strip(), ""]
+    for name, options in positionals.items():
+        lines.append(f"{name:<12}{options['help']}")
+    lines.append("flags, with their defaults in parentheses; of several values the first is it:")
+    explained = getattr(config_class, "CHOICES", {})
+    shown = getattr(config_class, "SHOWN", "").split()
+    for title, members in groups:
+        members = [member for member in members if not shown or member[0] in shown]
+        if members:
+            lines.append("" if title == "flags" else f"\n{title}:")
+        for name, kind, field in members:
+            kind = str if name in explained else kind  # the values have lines of their own
+            lines.append(flag_line(name, kind, parser.get_default(name), field.metadata["help"]))
+            for choice, function in explained.get(name, {}).items():
+                lines.append(choice_lines(choice, function.__doc__))
+    return "\n".join([*lines, "", epilog, ""])
+
+
+def flag_line(name, kind, default, text) -> str:
+    """'  --lr    peak learning rate (0.0)'. A flag that takes no value has no default."""
+    choices = [choice for choice in get_args(kind) if isinstance(choice, str)]
+    if choices and default:
+        others = [choice for choice in choices if choice != default]
+        text += f" ({', '.join([default, *others])})"
+    elif default not in ("", None) and kind is not bool:
+        text += f" ({default:g})" if isinstance(default, float) else f" ({default})"
+    return f"  {'--' + name:<26}{text}"
+
+
+def choice_lines(name, doc) -> str:
+    """A value of a flag with the first sentence of its docstring."""
+    sentence = re.split(r"\.(?:\s|$)", " ".join(doc.split()))[0]
+    return wrap(f"      {name:<13} {sentence}", WIDTH, subsequent_indent=" " * 20)
+
+
 def list_presets(flag, presets):
     """'recipe', {"raft": {"loss": "logprob"}} -> '--recipe raft: --loss logprob', for --help"""
     lines = []
     for name, values in presets.items():
-        settings = " ".join(f"--{flag} {value}" for flag, value in values.items())
-        lines.append(f"--{flag} {name}: {settings}")
-    return "\n".join(lines)
+        # a line ends between two flags, not between a flag and its value
+        settings = " ".join(f"--{flag}\0{value}" for flag, value in values.items())
+        line = f"--{flag}\0{name}: {settings}"
+        lines.append(wrap(line, WIDTH, subsequent_indent="    ", break_on_hyphens=False))
+    return "\n".join(lines).replace("\0", " ")
 
 
-def run_script(main, config_class, doc, fill=None, epilog="", **positionals):
+def run_script(main, config_class, doc, fill=None, epilog="", on_error=str, **positionals):
     """Calls main(config, **arguments) with what `parse` makes of sys.argv.
+
+    on_error: -> what to say after the line of a mistake, such as how to resume; '' for nothing
 
     A mistake of the user's, a file that cannot be used or a lack of memory ends the script with one
     line and exit status 2. Ctrl-C ends it without a traceback, with status 130.
@@ -135,7 +197,7 @@ def run_script(main, config_class, doc, fill=None, epilog="", **positionals):
     except KeyboardInterrupt:
         sys.exit(130)
     message = " ".join(message.split())
-    fail(f"{Path(sys.argv[0]).name}: error: {message}")
+    fail(f"{Path(sys.argv[0]).name}: error: {message}{on_error()}")
 
 
 def fail(line):

@@ -17,6 +17,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, BitsAndBytesConfig
 from transformers.pytorch_utils import Conv1D
 from transformers.utils import is_accelerate_available, is_bitsandbytes_available
 
+from lib.checks import freeze_unused
 from lib.flags import UserError
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
@@ -76,7 +77,9 @@ def add_adapter(model, rank, saved=None) -> None:
     if not rank:
         return
     if saved:
-        return load_adapter(model, saved)
+        load_adapter(model, saved)
+        freeze_unused(model)
+        return
     peft = import_peft()
     config = peft.LoraConfig(
         r=rank,
@@ -86,6 +89,7 @@ def add_adapter(model, rank, saved=None) -> None:
         base_model_name_or_path=str(Path(base).absolute()) if Path(base).exists() else base,
     )
     peft.inject_adapter_in_model(config, model)
+    freeze_unused(model)
 
 
 def load_adapter(model, folder) -> None:

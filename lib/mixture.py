@@ -12,13 +12,15 @@ import runpy
 import traceback
 from copy import deepcopy
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 
 import torch
 
-from lib.flags import UserError, first_line, name_error, shorten
+from lib.flags import UserError, did_you_mean, first_line, name_error, shorten
 
 OPERATORS = {ast.Add: operator.add, ast.Sub: operator.sub, ast.Mult: operator.mul}
+TEXTS = 3  # the first parameters of a function: prompt, response, answer
 EXTRA = "length", "limit", "tokens"  # what a function gets where it has such a parameter
 SIGNED = OPERATORS | {ast.USub: operator.neg}  # the minus of -number
 
@@ -32,9 +34,36 @@ class Mixture:
     def wants_tokens(self) -> bool:
         return any("tokens" in parameters_of(function) for function in self.parts.values())
 
+    @property
+    def sees_groups(self) -> bool:
+        """Whether one of one's own functions is called once for all responses: it may compare
+        those to the same prompt."""
+        own = filter(inspect.isfunction, self.parts.values())
+        return any(parameters_of(function)[:1] == ["prompts"] for function in own)
+
 
 def parameters_of(function) -> list[str]:
     return list(inspect.signature(function).parameters)
+
+
+def columns_of(function) -> dict[str, bool]:
+    """Its parameters after the three texts that get a column of the data: name -> whether the
+    column must be there, because the parameter has no default."""
+    parameters = list(inspect.signature(function).parameters.values())[TEXTS:]
+    open_ended = inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD
+    named = [one for one in parameters if one.kind not in open_ended and one.name not in EXTRA]
+    return {one.name: one.default is one.empty for one in named}
+
+
+def check_columns(part, function, columns):
+    """UserError if one of the rows lacks a column that the function must get.
+
+    columns: for each row, name -> value"""
+    for name, needed in columns_of(function).items():
+        for number, row in enumerate(columns, 1):
+            if needed and name not in row:
+                lacks = f'problem {number} has no column "{name}"'
+                raise UserError(f"--reward {part}: has a parameter `{name}`, but {lacks}")
 
 
 def arithmetic(node, leaf, operators):
@@ -65,15 +94,17 @@ def parse_mixture(text, rules, makers) -> Mixture:
                 return 0.0
             case ast.Name(name) if name in rules:
                 function = rules[name]
-            case ast.Attribute(ast.Name(module), name):
-                function = own_function(module, name)
+            case ast.Attribute(module, name) if is_dotted(module):
+                function = own_function(ast.unparse(module), name)
             case ast.Call(ast.Name(name), [ast.Constant(str(word))], []) if name in makers:
                 function = makers[name](word)
             case ast.Call(ast.Name(name)) if name in makers:
                 example = f'text in quotes, as in {name}("runs/rm")'
                 raise UserError(f"--reward {ast.unparse(node)}: needs one {example}")
             case _:
-                raise UserError(f"--reward {ast.unparse(node)}: not one of {known}")
+                word = ast.unparse(node)
+                near = did_you_mean(word, rules)
+                raise UserError(f"--reward {word}: not one of {known}{near and f': {near}'}")
         parts[ast.unparse(node)] = function
         return 0.0  # no value yet: this pass only collects the parts
 
@@ -87,14 +118,30 @@ def parse_mixture(text, rules, makers) -> Mixture:
     return Mixture(tree, parts)
 
 
+@lru_cache
+def run_file(path, content) -> dict:
+    """The names of a file, which is run once for all parts that come from it. content: a file that
+    was edited is run again"""
+    return runpy.run_path(str(path))
+
+
+def is_dotted(node) -> bool:
+    """Whether an expression is a name, or names with dots between: folder.module"""
+    while isinstance(node, ast.Attribute):
+        node = node.value
+    return isinstance(node, ast.Name)
+
+
 def own_function(module, name):
-    """The function `name` of module.py in the current folder. UserError if it is not there."""
+    """The function `name` of module.py in the current folder, or for folder.module of a file in a
+    folder. UserError if it is not there."""
     where = f"--reward {module}.{name}"
-    path = Path(f"{module}.py").resolve()
+    file = f"{module.replace('.', '/')}.py"
+    path = Path(file).resolve()
     if not path.exists():
-        raise UserError(f"{where}: there is no {module}.py in the current folder")
+        raise UserError(f"{where}: there is no {file} in the current folder")
     try:
-        function = runpy.run_path(str(path)).get(name)
+        function = run_file(path, path.read_bytes()).get(name)
     except KeyboardInterrupt:
         raise
     except BaseException as error:  # the user's file may raise anything, SystemExit too
@@ -152,8 +199,10 @@ def call_part(part, function, rows, limit) -> list[float | list[float]]:
 
     rows:  {"prompt", "response", "answer"} each, and "length" and "tokens" (texts) if known
     limit: most tokens of a response. A function with a parameter `length`, `tokens` or `limit` gets
-           that too, and only one with `tokens` may return a list. One whose first parameter is
-           `prompts` is called once, with three lists, and has none of these.
+           that too, and only one with `tokens` may return a list. Another parameter gets the
+           column of its name, of row["columns"], or of the row itself where it comes from a file.
+           A function whose first parameter is `prompts` is called once, with three lists and one
+           for each column, and has no `length`, `tokens` or `limit`.
     UserError names the row for which the function raised, or returned no finite number.
     """
     names = parameters_of(function)
@@ -166,24 +215,35 @@ def call_part(part, function, rows, limit) -> list[float | list[float]]:
         response = shorten(rows[i]["response"], 100)
         return UserError(f"--reward {part}: {reason} (prompt: {prompt}; response: {response})")
 
+    columns = [row.get("columns", row) for row in rows]
+    check_columns(part, function, columns)
+    wanted = columns_of(function)
     # copies: a function may change the list of messages that is its prompt
     texts = [[deepcopy(row[name]) for row in rows] for name in ("prompt", "response", "answer")]
 
-    def call(row, *arguments):
+    def call(row, others, *texts):
         known = {**row, "limit": limit}
-        return function(*arguments, **{name: known[name] for name in EXTRA if name in names})
+        more = {name: known[name] for name in EXTRA if name in names}
+        more |= {name: deepcopy(others[name]) for name in wanted if name in others}
+        return function(*texts, **more)
 
     values = []
     try:
         if names[:1] == ["prompts"]:
-            found = list(function(*texts))
+            more = {name: [deepcopy(row.get(name)) for row in columns] for name in wanted}
+            found = function(*texts, **more)
+            if isinstance(found, (dict, set, str)):
+                raise error_at(0, f"returned a {type(found).__name__}, not a list, the first")
+            found = list(found)
             if len(found) != len(rows):
                 reason = f"returned {len(found)} values for {len(rows)} responses, the first"
                 raise error_at(0, reason)
         else:
-            found = map(call, rows, *texts)
+            found = map(call, rows, columns, *texts)
         for i, value in enumerate(found):
-            per_token = isinstance(value, list) and len(value) == len(rows[i].get("tokens", []))
+            # [] is not the list of a row without texts of its tokens
+            tokens = rows[i].get("tokens")
+            per_token = isinstance(value, list) and tokens and len(value) == len(tokens)
             if not is_finite(sum(value) if per_token else value):
                 raise error_at(i, f"returned {shorten(repr(value), 50)}, not a finite number")
             values.append([*map(float, value)] if per_token else float(value))

@@ -6,9 +6,7 @@ import math
 from itertools import chain
 from statistics import fmean
 
-from matplotlib.figure import Figure
-
-from lib.files import read_rows, writing
+from lib.files import read_rows, whole
 
 CURVES = {  # metric -> title of its panel
     "reward": "reward (mean of the step's responses)",
@@ -91,7 +89,7 @@ def plot_runs(runs, path):
         shown = [metric for metric in shown if metric != "true_reward"]
     lines = math.ceil(len(shown) / 4)
     columns = math.ceil(len(shown) / lines)
-    figure = Figure(figsize=(3.7 * columns, 2.75 * lines), layout="constrained")
+    figure = new_figure(3.7 * columns, 2.75 * lines)
     panels = figure.subplots(lines, columns, squeeze=False).flatten()
     for panel in panels[len(shown) :]:
         panel.axis("off")
@@ -136,7 +134,7 @@ def plot_evaluation(results, path):
     measured = "mean_reward" if "mean_reward" in first else "accuracy"
     titles = {measured: measured.replace("_", " ")}
     titles |= {key: title for key, title in PANELS.items() if key in first}
-    figure = Figure(figsize=(5 * len(titles), 4), layout="constrained")
+    figure = new_figure(5 * len(titles), 4)
     panels = figure.subplots(1, len(titles), sharey=measured == "accuracy", squeeze=False)[0]
     for (key, title), panel in zip(titles.items(), panels):
         panel.set_title(title, fontsize=10)
@@ -162,10 +160,14 @@ def plot_points(panel, found, shift, color, label):
     panel.set_xticks(range(len(x)), list(found))
 
 
+def new_figure(width, height):
+    from matplotlib.figure import Figure  # here: --help and a typo do not wait for it
+
+    return Figure(figsize=(width, height), layout="constrained")
+
+
 def save(figure, path):
     """Whole or not at all, because somebody may be looking at the picture."""
-    aside = path.with_name(f"{path.stem}.part.png")
-    with writing(path):
+    with whole(path) as aside:
         figure.savefig(aside, dpi=110)
-        aside.replace(path)
     gc.collect()  # a figure is a reference cycle: a long run would grow with each

@@ -4,6 +4,9 @@ import json
 from textwrap import indent
 
 from lib.flags import align, shorten
+from lib.stats import compare_values, mean_interval, right_or_wrong
+
+KINDS = "greedy", "sampled"
 
 
 def describe_run(config, policy, task, measured, ends) -> str:
@@ -31,6 +34,9 @@ responses  {config.prompts_per_step} prompts x {config.group_size} of at most \
 def results_table(results):
     """{name: result of eval.beside_greedy} -> a column per model, a line per number."""
     columns = {name: number_texts(result) for name, result in results.items()}
+    if not any(result.get("thinking") for result in results.values()):
+        for column in columns.values():  # a task without thinking
+            column.pop("thinking", None)
     lines = [["", *columns]]
     for title in next(iter(columns.values())):
         lines.append([title, *(column[title] for column in columns.values())])
@@ -46,18 +52,25 @@ def number_texts(numbers, prefix=""):
         if isinstance(value, float):
             texts[title] = f"{value:.3f}"
         elif isinstance(value, dict) and "interval" in value:
-            low, high = value["interval"]
-            texts[title] = f"{value['mean']:.3f} [{low:.3f}, {high:.3f}]"
+            texts[title] = interval_text(value)
         elif isinstance(value, dict):
             texts |= number_texts(value, f"{key} ")
     return texts
+
+
+def interval_text(found):
+    """{"mean": 0.5, "interval": (0.4, 0.6)} -> '0.500 [0.400, 0.600]';  None -> ''"""
+    if not found:
+        return ""
+    low, high = found["interval"]
+    return f"{found['mean']:.3f} [{low:.3f}, {high:.3f}]"
 
 
 def comparison_text(pair):
     """{"before": name, "after": name, "measured": "accuracy", "greedy": a comparison from
     lib/stats.py, "sampled": another}"""
     lines = [f"{pair['after']} against {pair['before']}, {pair['measured']} on the same problems:"]
-    for kind in ("greedy", "sampled"):
+    for kind in KINDS:
         found = pair[kind]
         low, high = found["interval"]
         difference = f"{found['difference']:+.3f} [{low:+.3f}, {high:+.3f}]"
@@ -75,21 +88,47 @@ def read_results(folder) -> dict:
         if not file.exists():
             return {}
         results[when] = json.loads(file.read_text())
+    for name in measures_of(results["after"]):
+        numbers = [result[name][kind] for result in results.values() for kind in KINDS]
+        # by the values before and after together: the intervals are of one kind
+        proportion = right_or_wrong(value for number in numbers for value in number["values"])
+        for number in numbers:
+            number |= mean_interval(number["values"], proportion)
     return results
 
 
+def measures_of(result) -> list[str]:
+    """{"accuracy": {"greedy": ..., "sampled": ...}, "finished": 1.0} -> ["accuracy"]"""
+    return [name for name, value in result.items() if isinstance(value, dict)]
+
+
 def before_and_after(folder, name, problems):
-    """What a run has changed: a table, and the responses to three held-out prompts."""
+    """What a run has changed: a table, whether the difference is more than noise, and the responses
+    to three held-out prompts."""
     results = read_results(folder)
     if not results:
         return ""
     title = f"{len(problems)} held-out problems of task {name}, 95 % intervals"
     lines = [title, "", results_table(results)]
+    first, *_ = measures_of(results["after"])
+    pair = {"before": "before", "after": "after", "measured": first}
+    for kind in KINDS:
+        before, after = (results[when][first][kind]["values"] for when in ("before", "after"))
+        pair[kind] = compare_values(before, after)
+    lines += ["", comparison_text(pair)]
     for i, problem in enumerate(problems[:3]):
-        lines += ["", shorten(problem.prompt)]
+        lines += ["", shorten(last_message(problem.prompt))]
         for when, result in results.items():
             lines.append(f"  {when}: {shorten(result['responses'][i])}")
     return "\n".join(lines)
+
+
+def last_message(prompt) -> str:
+    """A prompt, or of a conversation the last message by the user."""
+    if isinstance(prompt, str):
+        return prompt
+    messages = [message["content"] for message in prompt if message["role"] == "user"]
+    return messages[-1] if messages else prompt[-1]["content"]
 
 
 def model_card(folder, config, step) -> str:

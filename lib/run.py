@@ -1,9 +1,9 @@
 """The run folder: everything that a run leaves on disk.
 
-runs/<name>/config.json     every flag, versions, device, git commit
+runs/<name>/config.json     every flag, versions, device, git commit; of each --resume too
             metrics.jsonl   one object per step; docs/metrics.md defines each key
-            samples.jsonl   a few responses per step, with rewards and weights
-            code/           the scripts as they ran
+            samples.jsonl   two groups of responses per step, with rewards and weights
+            code/           the scripts as they ran; code-20/ those of a --resume at step 20
             checkpoint/     the policy as a Hugging Face folder, and state.pt to resume from
             checkpoint.old/ the one before it
             curves.png      redrawn while the run trains
@@ -21,6 +21,7 @@ import json
 import math
 import os
 import platform
+import re
 import shlex
 import subprocess
 import sys
@@ -43,12 +44,22 @@ from lib.checkpoint import (
     restore_random_state,
     save_state,
 )
-from lib.files import append_rows, read_rows, write_json, write_rows, write_text, writing
+from lib.files import (
+    append_rows,
+    near_folder,
+    read_rows,
+    write_json,
+    write_rows,
+    write_text,
+    writing,
+)
 from lib.flags import UserError, parse
-from lib.metrics import hint, is_idle, step_line
+from lib.metrics import hint, is_idle, tokens_per_second
 from lib.plots import plot_run
 from lib.processes import gather, is_first, processes
+from lib.progress import Progress
 from lib.report import before_and_after, model_card
+from lib.samples import logged_groups
 
 TRACKERS = ("none", "tensorboard", "trackio", "wandb")
 ROOT = Path(__file__).parent.parent
@@ -77,7 +88,8 @@ def read_config(folder) -> dict:
         for name in ("model", "task", "data_dir", "reward", "true_reward"):
             Path(flags[name])
     except Exception:  # a damaged file may raise anything
-        raise UserError(f"{folder}: no run there, or its {path.name} is damaged") from None
+        near = near_folder(folder) if not folder.exists() else ""
+        raise UserError(f"{folder}: no run there, or its {path.name} is damaged{near}") from None
     return flags
 
 
@@ -161,7 +173,7 @@ def is_free(folder):
     """Whether a new run may have this folder: not there, or left by a run killed in its start."""
     if not folder.exists():
         return True
-    if folder.is_dir() and set(os.listdir(folder)) <= {"lock", "config.json.part"}:
+    if folder.is_dir() and all(name == "lock" or ".part" in name for name in os.listdir(folder)):
         with suppress(UserError):  # another process is about to start there
             lock(folder).close()
             return True
@@ -194,13 +206,39 @@ def git_commit():
         return done.stdout.strip() or None
 
 
-def copy_code(folder):
-    """Copies the scripts and their packages into folder/code."""
+def read_code(config) -> dict[str, bytes]:
+    """The scripts, their packages and files of own rewards: {"lib/run.py": content}"""
+    code = {}
     for part in (".", "lib", "engine", "tools"):
-        target = folder / "code" / part
-        target.mkdir(exist_ok=True)
         for script in (ROOT / part).glob("*.py"):
-            (target / script.name).write_bytes(script.read_bytes())
+            code[script.relative_to(ROOT).as_posix()] = script.read_bytes()
+    for module in re.findall(r"([^\W\d][\w.]*)\.\w", f"{config.reward} {config.true_reward}"):
+        name = f"{module.replace('.', '/')}.py"
+        if Path(name).exists() and Path(name).resolve() != ROOT / name:
+            code[f"own/{name}"] = Path(name).read_bytes()
+    return code
+
+
+def keep_code(folder, code, step):
+    """Writes the code into folder/code. Where another one is there, because somebody has edited
+    something before --resume, that stays, and today's goes into folder/code-STEP."""
+    newest = folder / "code"
+    for later in sorted(folder.glob("code-*"), key=lambda later: later.stat().st_mtime):
+        newest = later
+    before = {
+        path.relative_to(newest).as_posix(): path.read_bytes() for path in newest.rglob("*.py")
+    }
+    target = folder / f"code-{step}" if before else newest
+    with writing(target):
+        for name in code if before != code else ():
+            (target / name).parent.mkdir(parents=True, exist_ok=True)
+            (target / name).write_bytes(code[name])
+    if before and before != code:
+        differ = [name for name in sorted(before | code) if before.get(name) != code.get(name)]
+        print(
+            f"warning: --resume: {', '.join(differ)} changed since the run was last at work: the "
+            f"code before is in {newest}, today's is in {target}"
+        )
 
 
 def rewind(folder, step):
@@ -265,10 +303,11 @@ class Run:
         self.lock_file = lock(self.folder)
         self.find_checkpoint()
 
-    def start(self, config, optimizer):
+    def start(self, config, optimizer, problems=""):
         """Writes config.json and code/. A run that resumes gets its optimizer and random states
-        back, and what was recorded after its checkpoint is removed.
+        back, and what was recorded after its checkpoint is removed. It says what has changed.
 
+        problems: a fingerprint of the problems
         Returns the config with the run's name filled in.
         """
         if self.checkpoint:
@@ -286,24 +325,38 @@ class Run:
             with writing(self.folder):
                 self.folder.mkdir(parents=True, exist_ok=True)
             self.lock_file = lock(self.folder)
+        resumed = config.resume
         config = replace(config, name=self.folder.name, resume=False)
         self.config = asdict(config)
         versions = {name: version(name) for name in ("torch", "transformers", "tokenizers")}
         hardware = platform.machine()
         if torch.cuda.is_available() and config.device in ("auto", "cuda"):
             hardware = torch.cuda.get_device_name()
-        content = {
-            "config": self.config,
+        session = {
             "versions": {"python": platform.python_version(), **versions},
             "device": hardware,
             "threads": torch.get_num_threads(),
             "git_commit": git_commit(),
             "started": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
+            "problems": problems,
         }
+        content = {"config": self.config, **session}
+        if resumed:  # what the run began with stays
+            content = json.loads((self.folder / "config.json").read_text())
+            sessions = [content, *content.get("resumed", [])]
+            if sessions[-1].get("problems", problems) != problems:
+                print(
+                    f"warning: --resume: the problems of --task {config.task} are not those that "
+                    f"the run had before: from step {step + 1} on it learns from others, and the "
+                    "evaluation before training was of others"
+                )
+            session = {"step": step, **session}
+            content |= {"config": self.config, "resumed": [*sessions[1:], session]}
         self.write_json("config.json", content)
         rewind(self.folder, step)
-        with writing(self.folder / "code"):
-            copy_code(self.folder)
+        if step < config.steps:  # of a shorter run
+            (self.folder / "after.json").unlink(missing_ok=True)
+        keep_code(self.folder, read_code(config), step)
         self.recent = read_rows(self.folder / "metrics.jsonl")[-11:]  # the last steps
         gather(self.recent)
         return config
@@ -317,9 +370,9 @@ class Run:
         """Numbers of the steps to do, with a progress bar. A signal no longer ends the process: the
         step is finished and saved first."""
         self.last = last
-        done = self.state["step"]
+        self.progress = Progress(self.state["step"] + 1, last)
         with catch_signals() as self.signals:
-            yield from tqdm(range(done + 1, last + 1), initial=done, total=last, dynamic_ncols=True)
+            yield from self.progress.steps()
 
     def is_due(self, step, every):
         """Whether the step is the last one, or a multiple of `every`."""
@@ -327,7 +380,7 @@ class Run:
 
     def finish(self, metrics, samples, optimizer, save_model):
         """Records a step; draws curves and saves a checkpoint where they are due. Then, after a
-        signal, says how to resume, and exits with 130 (SIGINT) or 143 (SIGTERM).
+        signal, says how to resume, and exits with 128 + its number, as a shell would.
 
         save_model: writes model and tokenizer into a folder
         """
@@ -367,9 +420,10 @@ class Run:
             write_json(self.folder / name, content)
 
     def record(self, metrics, samples, log_samples):
-        """Writes a step down: its metrics, and `log_samples` of its samples from the largest to the
-        smallest "weight". After three steps in a row with skipped updates, writes all samples of
-        the step to bad-step.jsonl and raises UserError."""
+        """Writes a step down: its metrics, and two groups of its samples (lib/samples.py). After
+        three steps in a row with skipped updates, writes all samples of the step to bad-step.jsonl
+        and raises UserError."""
+        metrics |= tokens_per_second(metrics, len(samples))
         self.recent = [*self.recent[-10:], metrics]
         if not is_first():
             return
@@ -379,11 +433,13 @@ class Run:
             if not isinstance(value, float) or math.isfinite(value):  # nan is not JSON
                 finite[key] = value
         append_rows(path, [finite])
-        rows = [{"step": metrics["step"], **sample} for sample in samples]
-        rows.sort(key=lambda row: row["weight"], reverse=True)
-        every = max(1, len(rows) // max(1, log_samples))
-        append_rows(self.folder / "samples.jsonl", rows[::every][:log_samples])
-        tqdm.write(step_line(metrics))
+        step = metrics["step"]
+        sizes = [self.config["group_size"]] * (len(samples) // self.config["group_size"])
+        first = metrics["prompts_seen"] - len(sizes)  # the place of the step's first prompt
+        rows = logged_groups(samples, sizes, log_samples, step, self.config["seed"])
+        rows = [{"step": step, "prompt_index": first + row["group"], **row} for row in rows]
+        append_rows(self.folder / "samples.jsonl", rows)
+        self.progress.show(metrics)
         if text := hint(self.recent):
             tqdm.write(text)
         self.tracker.send(self.folder, self.config, metrics)
@@ -391,9 +447,9 @@ class Run:
             return
         if [row["skipped"] > 0 for row in self.recent[-3:]] == [True, True, True]:
             path = self.folder / "bad-step.jsonl"
-            write_rows(path, rows)
+            write_rows(path, [{"step": step, **sample} for sample in samples])
             raise UserError(
-                f"step {metrics['step']}: the third in a row with a loss, a gradient or log-probs "
+                f"step {step}: the third in a row with a loss, a gradient or log-probs "
                 f"that are not finite; those updates were skipped. {path} has the samples: start a "
                 f"new run with a lower --lr, maybe from the last checkpoint (--model {self.folder})"
             )

@@ -2,11 +2,12 @@
 
 import math
 from collections import Counter
-from statistics import fmean
+from statistics import fmean, stdev
 
 import torch
 
 Z = 1.959964  # a normal variable is within this many standard deviations in 95 % of cases
+T = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228)  # 1 to 10 degrees
 
 
 def wilson(successes, n):
@@ -82,11 +83,18 @@ def paired_difference(gained, lost, n):
     return max(-1.0, difference - half), min(1.0, difference + half)
 
 
-def mean_interval(values, shares=True):
-    """A value for each problem -> their mean and its 95 % interval. Wilson's where they are shares
-    of right responses, and each is 0 or 1; otherwise by `bootstrap`, because several responses to
-    one problem are alike."""
-    if shares and set(values) <= {0, 1}:
+def right_or_wrong(values) -> bool:
+    """Whether each value is 0 or 1: the mean is then a proportion."""
+    return set(values) <= {0, 1}
+
+
+def mean_interval(values, proportion=True):
+    """A value for each problem -> their mean and its 95 % interval. Wilson's where each value is 0
+    or 1; otherwise by `bootstrap`, because several responses to one problem are alike.
+
+    proportion: False: a run that this one is compared with has other values than 0 and 1
+    """
+    if proportion and right_or_wrong(values):
         interval = wilson(sum(values), len(values))
     else:
         interval = bootstrap(values)
@@ -114,10 +122,46 @@ def compare_values(before, after):
     differences = [new - old for old, new in zip(before, after)]
     gained = sum(difference > 0 for difference in differences)
     lost = sum(difference < 0 for difference in differences)
-    if {*before, *after} <= {0, 1}:
+    if right_or_wrong([*before, *after]):
         low, high = paired_difference(gained, lost, len(before))
     else:
         low, high = bootstrap(differences)
+    numbers = {"difference": fmean(differences), "gained": gained, "lost": lost}
+    return {**numbers, **verdict_of(low, high)}
+
+
+def student(n) -> float:
+    """The 97.5 % quantile of Student's t for n values: n - 1 degrees of freedom. 3 -> 4.303"""
+    degrees = n - 1
+    if degrees <= len(T):
+        return T[degrees - 1]
+    return Z + (Z**3 + Z) / (4 * degrees) + (5 * Z**5 + 16 * Z**3 + 3 * Z) / (96 * degrees**2)
+
+
+def mean_over_runs(values, shares=False):
+    """The results of several seeds -> their mean and its 95 % interval, Student's. With one seed
+    the interval is infinite; shares are from 0 to 1."""
+    mean = fmean(values)
+    half = math.inf
+    if len(values) > 1:
+        half = student(len(values)) * stdev(values) / math.sqrt(len(values))
+    low, high = mean - half, mean + half
+    if shares:
+        low, high = max(0.0, low), min(1.0, high)
+    return {"mean": mean, "interval": (low, high)}
+
+
+def unpaired_difference(before, after):
+    """Two {"mean", "interval"} -> the difference, its 95 % interval and a verdict. Newcombe, 1998,
+    method 10: from the distance of each mean to the ends of its own interval."""
+    difference = after["mean"] - before["mean"]
+    (before_low, before_high), (after_low, after_high) = before["interval"], after["interval"]
+    down = math.hypot(after["mean"] - after_low, before_high - before["mean"])
+    up = math.hypot(after_high - after["mean"], before["mean"] - before_low)
+    return {"difference": difference, **verdict_of(difference - down, difference + up)}
+
+
+def verdict_of(low, high):
+    """Whether 0 is in the interval of a difference."""
     verdict = "better" if low > 0 else "worse" if high < 0 else "no difference seen"
-    numbers = {"difference": fmean(differences), "interval": (low, high)}
-    return {**numbers, "gained": gained, "lost": lost, "verdict": verdict}
+    return {"interval": (low, high), "verdict": verdict}

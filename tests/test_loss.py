@@ -12,7 +12,7 @@ CENTRED = "mean zscore loo batch_std maxrl softmax rank"
 class Flags:
     """Those of train.py's Config that the pieces of the loss look at."""
 
-    softmax_beta, top_share, max_new_tokens = 0.5, 0.5, 10
+    softmax_beta, top_share, max_new_tokens, prompts_per_step = 0.5, 0.5, 10, 1
     clip_low, clip_high, cispo_cap = 0.2, 0.28, 1.5
 
     def __init__(self, **changes):
@@ -90,7 +90,7 @@ def test_identities_of_the_normalisers():
 FILTERED = """
 none        0.5  | 1111 1111 1111
 informative 0.5  | 1111 0000 1111
-resample    0.5  | 1111 0000 1111
+resample    0.5  | 1111 0000 0000
 finished    0.5  | 1010 1010 1010
 top         0.5  | 1001 1111 0011
 top         0.75 | 1111 1111 0111

@@ -1,3 +1,4 @@
+import os
 import re
 import weakref
 from functools import partial
@@ -18,7 +19,15 @@ import engine.start
 import train
 from engine.memory import Memory, enable_gradient_checkpointing, is_out_of_memory
 from engine.optimizer import Optimizer
-from lib.estimate import activation_bytes, cache_bytes, estimate, memory_table, peak, shape
+from lib.estimate import (
+    activation_bytes,
+    cache_bytes,
+    device_memory,
+    estimate,
+    memory_table,
+    peak,
+    shape,
+)
 from lib.flags import parse
 from lib.lora import add_adapter
 from policy import load_policy
@@ -217,10 +226,12 @@ def test_estimate_by_hand():
 
     n = 829_568
     cache = 2048 * 40  # of a row; and the prompts by themselves
-    logits = 100 * 100 * 12 + 128 * 100 * 6  # of 100 tokens; the gradient of the head
+    # 100 tokens are 2.5 rows of 40, to two prompts: 2 * 10 + 2.5 * 30 = 95 tokens, and the keys and
+    # values of the prompts for 2.5 rows
+    logits = 95 * 100 * 12 + 128 * 100 * 6  # of the tokens; the gradient of the head
     # weights, masters, moments and gradients; sampling needs less than the update
-    half_a_layer = 100 * 1000 / 4 / 2  # its gradients
-    activations = 100 * 1000 + half_a_layer
+    half_a_layer = 95 * 1000 / 4 / 2  # its gradients
+    activations = 95 * 1000 + half_a_layer + 25 * 2048
     prompts = 2048 * 2 * 10
     graph = 100 * (4 + 2)  # logits of one row
     in_update = activations + logits
@@ -228,8 +239,9 @@ def test_estimate_by_hand():
     assert needed(log_kl=True) == needed() + 2 * n
     assert needed(rows_at_once=5) == needed() - 3 * (cache + graph)
     assert needed(offload=True) == needed() - 12 * n
-    recomputed = 100 * (4 * 128 * 2 + 1000 / 4)
-    assert needed(gradient_checkpointing=True) == needed() - 100 * 1000 + recomputed
+    # 2.5 whole rows: prompts are not shared where activations are recomputed
+    recomputed = 100 * (4 * 128 * 2 + 1000 / 4 + 1000 / 4 / 2) + 5 * 100 * 12
+    assert needed(gradient_checkpointing=True) == needed() - activations + recomputed
     rank_1 = 4 * (4 * (128 + 128) + 3 * (128 + 352))  # without the head, which has no gradient
     saved = 16 * n - 18 * 8 * rank_1 + 128 * 100 * 6
     # without its adapter the policy is its own reference
@@ -237,6 +249,16 @@ def test_estimate_by_hand():
     packed = 4 * (4 * 128 * 128 + 3 * 128 * 352)  # without head and embeddings
     saved = packed * (2 - 0.515869140625) - 2 * 128 * 352  # one layer at a time is unpacked
     assert needed(lora_rank=8, load_in_4bit=True) == needed(lora_rank=8) - saved
+
+
+def test_available_on_a_cpu_is_what_no_other_program_uses(monkeypatch):
+    """40 kB are left by all programs, and two pages are used by this one."""
+    files = {
+        "/proc/meminfo": "MemTotal: 100 kB\nMemAvailable:   40 kB\n",
+        "/proc/self/statm": "9 2 1",
+    }
+    monkeypatch.setattr(Path, "read_text", lambda path: files[str(path)])
+    assert device_memory(CPU) == 40 * 1024 + 2 * os.sysconf("SC_PAGE_SIZE")
 
 
 def test_with_the_flags_that_are_suggested_it_fits(capsys):

@@ -101,7 +101,7 @@ def cut(prompt, response, answer, length):
     runs = [copy / "runs" / name for name in ("straight", "resumed")]
     one, other = ((run / "checkpoint/model.safetensors").read_bytes() for run in runs)
     assert one == other
-    rows = [read_rows(run / "metrics.jsonl", lambda key: "seconds" not in key) for run in runs]
+    rows = [read_rows(run / "metrics.jsonl", lambda key: "second" not in key) for run in runs]
     assert rows[0] == rows[1]
 
 

@@ -1,6 +1,8 @@
+from dataclasses import asdict
 from pathlib import Path
 
 import pytest
+from conftest import parse_train
 from matplotlib.figure import Figure
 
 from lib.files import read_rows, write_json, write_rows
@@ -9,10 +11,13 @@ from lib.plots import CURVES, plot_run, smooth
 from tools import plot
 
 
-def make_run(name, steps, reward):
+def make_run(name, steps, reward, **flags):
     """A run folder whose curves are all flat."""
     folder = Path("runs") / name
     folder.mkdir(parents=True)
+    if flags:
+        config = asdict(parse_train(f"--name={name}"))
+        write_json(folder / "config.json", {"config": {**config, **flags}})
     row = dict.fromkeys([*CURVES, "true_reward"], reward)
     for name in ("accuracy", "mean_reward"):
         row[f"eval_{name}_interval"] = [reward - 0.1, reward + 0.1]
@@ -44,6 +49,14 @@ def test_runs_that_differ_only_in_their_number_become_one_curve_with_a_band(pane
     assert [*group.get_ydata(), *single.get_ydata()] == pytest.approx([0.35, 0.35, 0.9, 0.9])
     band = panel.collections[0].get_paths()[0].get_extents()
     assert (band.ymin, band.ymax) == pytest.approx((0.2, 0.5))
+
+
+def test_runs_with_other_flags_are_not_averaged_as_if_they_were_seeds(panels):
+    runs = [make_run(f"grpo-{i}", 2, 0.2, seed=i, lr=1e-5) for i in range(2)]
+    runs += [make_run("grpo-2", 2, 0.9, seed=2, lr=3e-5), make_run("b-1", 2, 0.9, lr=1e-5)]
+    plot.main(plot.Config(), runs)
+    _, labels = panels[CURVES["reward"]].get_legend_handles_labels()
+    assert labels == ["grpo --lr 1e-05 (2 runs)", "grpo-2 --lr 3e-05", "b-1"]
 
 
 def test_curves_are_smoothed_over_seven_steps():

@@ -1,14 +1,29 @@
+from pathlib import Path
+
 import pytest
 import torch
-from conftest import CPU
+from conftest import CPU, parse_train
+from transformers import AutoConfig, AutoModelForCausalLM
 
+import train
 from engine.optimizer import Optimizer
 from lib.batching import micro_batches
+from lib.estimate import shape
 from lib.flags import UserError
+from lib.run import read_config
 from loss import token_logprobs
-from policy import load_policy, stop_ids
+from policy import default_learning_rate, default_warmup, load_policy, stop_ids
 from sample import Rollout, Sampling
-from train import Config, learning_rate
+
+SMOLLM2 = dict(
+    hidden_size=576,
+    num_hidden_layers=30,
+    num_attention_heads=9,
+    num_key_value_heads=3,
+    intermediate_size=1536,
+    vocab_size=49152,
+    tie_word_embeddings=True,
+)
 
 
 def test_micro_batches_hold_every_row_once_and_keep_to_the_limit():
@@ -88,8 +103,32 @@ def test_folders_that_cannot_be_loaded_get_one_sentence(folders, tmp_path):
 
 
 def test_the_learning_rate_rises_and_then_falls_to_a_tenth():
-    rates = [
-        learning_rate(step, Config(lr=1.0, warmup_steps=10, steps=20))
-        for step in (1, 5, 10, 15, 20)
-    ]
+    config = train.Config(lr=1.0, warmup_steps=10, steps=20)
+    rates = [train.learning_rate(step, config) for step in (1, 5, 10, 15, 20)]
     assert rates == pytest.approx([0.1, 0.5, 1.0, 0.55, 0.1])
+
+
+def test_the_warm_up_is_a_tenth_of_the_steps_and_at_most_ten():
+    assert [default_warmup(steps) for steps in (1, 5, 16, 60, 200)] == [1, 1, 2, 6, 10]
+
+
+def test_the_default_rate_falls_with_size_and_an_adapter_wants_more():
+    """Of models without storage: 0.5 M, 135 M and 1.5 G parameters."""
+    small = AutoConfig.for_model("llama", **SMOLLM2)
+    rates = []
+    for config in (shape("tiny"), small, shape("qwen2.5-1.5b")):
+        with torch.device("meta"):
+            model = AutoModelForCausalLM.from_config(config)
+        rates.append((default_learning_rate(model, 0), default_learning_rate(model, 16)))
+    assert rates == [(2e-4, 2e-4), (1e-5, 1e-4), (5e-6, 3e-5)]
+
+
+@pytest.mark.parametrize(("flag", "warmup_steps"), [("", 1), ("--warmup_steps 0", 0)])
+def test_a_run_records_the_rate_and_the_warm_up_that_it_took(base, flag, warmup_steps):
+    Path("my.jsonl").write_text(
+        "\n".join(f'{{"prompt": "{i}+1=", "answer": "2"}}' for i in range(9))
+    )
+    sizes = "--prompts_per_step 1 --group_size 2 --max_new_tokens 2 --eval_problems 0"
+    flags = f"--model {base} --task my.jsonl --steps 2 {sizes} {flag}".split()
+    config = read_config(train.main(parse_train(*flags)))
+    assert (config["lr"], config["warmup_steps"]) == (2e-4, warmup_steps)

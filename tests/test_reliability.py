@@ -64,7 +64,7 @@ def resume(name, *flags):
 
 def outcome(run):
     """What a run leaves, except times."""
-    rows = read_rows(run / "metrics.jsonl", lambda key: not key.startswith("seconds"))
+    rows = read_rows(run / "metrics.jsonl", lambda key: "second" not in key)
     return {
         "metrics": rows,
         "samples": read_rows(run / "samples.jsonl"),
@@ -172,7 +172,7 @@ def test_killed_at_20_moments_a_run_comes_out_the_same(killable, straight):
 def test_killed_before_its_first_checkpoint_a_run_starts_again(run, straight):
     early = Path("runs/early")
     early.mkdir()
-    (early / "config.json.part").write_text("{")  # killed in its first moments
+    (early / "config.7.part.json").write_text("{")  # killed in its first moments
     assert Run(parse_train("--name=early")).folder == early  # the name is still free
     shutil.rmtree(run / "checkpoint")
     shutil.rmtree(run / "checkpoint.old")
@@ -182,7 +182,11 @@ def test_killed_before_its_first_checkpoint_a_run_starts_again(run, straight):
 
 @pytest.mark.parametrize(
     ("number", "status"),
-    [(signal.SIGINT, 130), pytest.param(signal.SIGTERM, 143, marks=pytest.mark.slow)],
+    [
+        (signal.SIGINT, 130),
+        (signal.SIGHUP, 129),
+        pytest.param(signal.SIGTERM, 143, marks=pytest.mark.slow),
+    ],
 )
 def test_a_signal_ends_the_step_saves_and_says_how_to_resume(straight, capsys, number, status):
     """It comes while step 3 of 6 is being rewarded; checkpoints are due after 2, 4 and 6."""
@@ -196,6 +200,84 @@ def test_a_signal_ends_the_step_saves_and_says_how_to_resume(straight, capsys, n
     assert len(read_rows(Path("my runs/told/metrics.jsonl"))) == 3
     write_reward()
     assert outcome(resume("told", "--runs_dir=my runs")) == straight
+
+
+def test_nohup_keeps_a_run_alive(run):
+    write_reward(20, "os.kill(os.getpid(), signal.SIGHUP)")
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        run_train(*FLAGS, "--name=told")
+        assert signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGHUP, before)
+
+
+CLOSED = """
+import os, pty, sys, time
+child, terminal = pty.fork()
+if child == 0:
+    os.execv(sys.executable, [sys.executable, *sys.argv[1:]])
+deadline = time.monotonic() + 300
+while not os.path.exists("runs/closed/metrics.jsonl") or not os.path.getsize("runs/closed/metrics.jsonl"):
+    os.read(terminal, 10_000)
+    assert time.monotonic() < deadline
+os.close(terminal)
+sys.exit(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
+"""
+
+
+@pytest.mark.slow
+def test_a_closed_terminal_ends_the_step_and_saves_it(run):
+    """Every line that is printed after it would raise an error."""
+    flags = [*FLAGS, "--name=closed", "--steps=100000", "--save_every=100000"]
+    command = [sys.executable, "-c", CLOSED, str(ROOT / "train.py"), *flags]
+    assert subprocess.run(command, check=False, timeout=300).returncode == 129
+    steps = len(read_rows(Path("runs/closed/metrics.jsonl")))
+    state = torch.load("runs/closed/checkpoint/state.pt", weights_only=True)
+    assert state["step"] == steps > 0
+
+
+def test_what_changed_before_a_resume_is_said_and_kept(run, capsys):
+    """config.json and code/ were overwritten; other problems were learned from without a word."""
+    first = json.loads((run / "config.json").read_text())
+    resume("straight", "--steps=7")
+    assert "warning" not in capsys.readouterr().out
+    assert not list(run.glob("code-*"))
+    assert Path("mine.py").read_text() == (run / "code" / "own" / "mine.py").read_text()
+
+    write_reward(what_happens="print()")
+    (run / "code" / "loss.py").write_text("# as it was")
+    resume("straight", "--steps=8")
+    said = capsys.readouterr().out
+    assert "warning: --resume: loss.py, own/mine.py changed" in said
+    assert f"today's is in {run}/code-7" in said
+    assert (run / "code" / "loss.py").read_text() == "# as it was"
+    assert (run / "code-7" / "loss.py").read_text() == (ROOT / "loss.py").read_text()
+    assert (run / "code-7" / "own" / "mine.py").read_text() == Path("mine.py").read_text()
+
+    with patch.object(train, "fingerprint", lambda task: "another"):
+        resume("straight", "--steps=9")
+    said = capsys.readouterr().out
+    assert "warning: --resume: the problems of --task add are not those" in said
+    assert "changed since" not in said and not (run / "code-8").exists()
+
+    now = json.loads((run / "config.json").read_text())
+    assert {**now, "config": 0, "resumed": 0} == {**first, "config": 0, "resumed": 0}
+    assert now["config"]["steps"] == 9
+    assert [session["step"] for session in now["resumed"]] == [6, 7, 8]
+
+
+def test_a_model_card_has_no_numbers_of_a_shorter_run(run):
+    """Until the run has come to its end again."""
+    card = Path("runs/straight/checkpoint/README.md")
+    assert "accuracy" in card.read_text() or "mean_reward" in card.read_text()
+    write_reward(16 // 2 + 8 * 3, "os.kill(os.getpid(), signal.SIGINT)")
+    with pytest.raises(SystemExit):
+        resume("straight", "--steps=20")
+    assert "On held-out problems" not in card.read_text()
+    write_reward()
+    resume("straight", "--steps=12")
+    assert "On held-out problems" in card.read_text()
 
 
 def test_a_second_signal_stops_at_once(run):

@@ -310,6 +310,18 @@ def counted(prompt, response, answer, length, limit): return length / limit
         score(reward, [{**SAMPLES[0], "length": None}])
 
 
+def test_a_reward_of_ones_own_may_stand_in_a_folder():
+    Path("rewards").mkdir()
+    Path("rewards/mine.py").write_text("def seven(prompt, response, answer):\n    return 7.0\n")
+    assert score(load_reward("rewards.mine.seven"), SAMPLES[:1])[0]["reward"] == 7.0
+    with pytest.raises(
+        UserError, match=r"--reward rewards.other.seven: there is no rewards/other.py"
+    ):
+        load_reward("rewards.other.seven")
+    with pytest.raises(UserError, match=r"--reward \(exact \+ format\).seven: not one of"):
+        load_reward("(exact + format).seven")
+
+
 FAILURES = """
 p, r, a: 1 / (r != '7') -> raised ZeroDivisionError: division by zero in mine.py, line 1 (prompt: 3
 p, r, a: float('nan' if r == '7' else 1) -> returned nan, not a finite number (prompt: 3+3=; resp

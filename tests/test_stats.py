@@ -56,7 +56,9 @@ def test_bootstrap_intervals_are_those_of_theory():
 def test_means_of_right_and_wrong_have_wilson_intervals_and_others_are_bootstrapped():
     assert mean_interval([1, 1, 0, 1])["interval"] == wilson(3, 4)
     assert mean_interval([True] * 20)["interval"] == wilson(20, 20)
-    assert mean_interval([1.0] * 20, shares=False)["interval"] == (1, 1)
+    assert mean_interval([0] * 27)["interval"] == wilson(0, 27)  # not [0, 0]
+    # another run has 0.5 somewhere: the reward is no proportion, though it looks like one here
+    assert mean_interval([1.0] * 20, proportion=False)["interval"] == (1, 1)
     assert mean_interval([1, 0.5, 0]) == {"mean": 0.5, "interval": bootstrap([1, 0.5, 0])}
 
 

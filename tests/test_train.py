@@ -4,8 +4,9 @@ import json
 import random
 import subprocess
 import sys
+from collections import defaultdict
 from pathlib import Path
-from statistics import fmean
+from statistics import fmean, pstdev
 from unittest.mock import patch
 
 import pytest
@@ -21,6 +22,7 @@ from lib.files import append_rows, read_rows
 from lib.flags import UserError, run_script
 from lib.run import Run, read_config
 from policy import load_policy
+from tasks import load_task, take_problems
 
 ROOT = Path(__file__).parent.parent
 WHEN = "before", "after"
@@ -53,7 +55,7 @@ def run(base, *flags):
 
 def metrics_of(folder):
     rows = read_rows(folder / "metrics.jsonl")
-    return [{key: row[key] for key in row if not key.startswith("seconds")} for row in rows]
+    return [{key: row[key] for key in row if "second" not in key} for row in rows]
 
 
 def weights_of(folder):
@@ -94,8 +96,18 @@ def test_a_run_leaves_what_it_should(base):
     assert ["eval_accuracy" in row for row in rows] == [False, True, True]
     assert [row["prompts_seen"] for row in rows] == [4, 8, 12]
     assert all(0 < row["sampler_gap"] < 1e-5 and row["grad_norm"] > 0 for row in rows)
-    samples = read_rows(folder / "samples.jsonl")
-    assert [sample["step"] for sample in samples] == [1] * 4 + [2] * 4 + [3] * 4
+    problems = take_problems(load_task("add").train, 0, 12, seed=0)
+    groups = defaultdict(list)
+    for sample in read_rows(folder / "samples.jsonl"):
+        assert sample["prompt_index"] == 4 * (sample["step"] - 1) + sample["group"]
+        assert sample["prompt"] == problems[sample["prompt_index"]].prompt
+        groups[sample["step"], sample["group"]].append(sample)
+    assert {len(group) for group in groups.values()} == {8}  # whole groups, one or two a step
+    assert {step for step, _ in groups} == {1, 2, 3} and 3 < len(groups) <= 6
+    for row in rows:
+        logged = [group for (step, _), group in groups.items() if step == row["step"]]
+        widest = max(pstdev(sample["reward"] for sample in group) for group in logged)
+        assert widest >= row["reward_std"] > 0
     before, after = (json.loads((folder / f"{when}.json").read_text()) for when in WHEN)
     assert len(before["responses"]) == len(after["responses"]) == 20
     measured = after["mean_reward"]
@@ -257,7 +269,7 @@ def test_a_run_says_at_its_start_what_it_is_about_to_do(base, capsys):
     run(base, "--reward number --steps 1 --eval_problems 7")
     shown = capsys.readouterr().out
     for text in (
-        "7 held out to evaluate on, 810 for eval.py",
+        "7 held out to evaluate on, 843 for eval.py",
         "number; evaluations measure mean_reward by number and accuracy by exact",
         "float32 on cpu, --lr 0.001",
         "4 prompts x 8 of at most 8 tokens per step, ended by '<eos>'",

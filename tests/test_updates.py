@@ -13,6 +13,7 @@ from test_train import assert_equal, cut_and_resume, metrics_of, run, weights_of
 
 import engine.choose
 import engine.start
+import lib.run
 import loss
 import sample
 import train
@@ -30,6 +31,12 @@ def use_forms(monkeypatch, generate=sample.generate, token_logprobs=loss.token_l
     monkeypatch.setattr(
         engine.start, "choose", lambda *arguments: engine.choose.Forms(generate, token_logprobs)
     )
+
+
+def log_all(monkeypatch):
+    """samples.jsonl keeps every response, in the order of the rows."""
+    every = lambda samples, *rest: [{**sample, "group": 0} for sample in samples]  # noqa: E731
+    monkeypatch.setattr(lib.run, "logged_groups", every)
 
 
 def changed_sampler(change):
@@ -109,10 +116,10 @@ def test_tokens_that_the_policy_did_not_write_are_not_counted(base, monkeypatch,
 
 
 @pytest.mark.parametrize("name", ["finished", "top"])
-def test_weights_are_normalised_over_the_whole_group_before_the_filter(base, name):
-    flags = f"--filter {name} --top_share 0.25 --reward noisy --steps 1 --log_samples 32"
+def test_weights_are_normalised_over_the_whole_group_before_the_filter(base, monkeypatch, name):
+    flags = f"--filter {name} --top_share 0.25 --reward noisy --steps 1"
+    log_all(monkeypatch)
     samples = read_rows(run(base, flags) / "samples.jsonl")
-    samples.sort(key=lambda row: row["prompt"])
     rewards = torch.tensor([row["reward"] for row in samples]).view(4, 8)
     expected = NORMALISERS["zscore"](rewards)
     kept = rewards >= rewards.topk(2).values[:, -1:]
@@ -420,7 +427,8 @@ def digits(prompt, response, answer, tokens):
         return backward(batch, *rest)
 
     monkeypatch.setattr(train, "backward", spy)
-    folder = run(base, "--reward mine.digits --steps 1 --log_samples 32 --normaliser raw")
+    log_all(monkeypatch)
+    folder = run(base, "--reward mine.digits --steps 1 --normaliser raw")
     [rollout] = seen
     weights = rollout.weights
     lengths = rollout.response_lengths.tolist()

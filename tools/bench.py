@@ -11,7 +11,7 @@ seconds on a CPU (set OMP_NUM_THREADS=1: a thread that waits for another counts 
 seconds.
 """
 
-import resource
+import math
 import time
 from dataclasses import dataclass
 from functools import partial
@@ -29,6 +29,11 @@ from engine.memory import Memory
 from lib.estimate import SHAPES, cache_bytes, shape
 from lib.flags import check_range, flag, run_script
 from policy import pick_device
+
+try:
+    import resource
+except ImportError:  # Windows: the memory of the process is not known
+    resource = None
 from sample import Rollout, Sampling
 
 
@@ -78,6 +83,8 @@ def peak_memory(device) -> float:
     a CPU."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated() / 1e9
+    if resource is None:
+        return math.nan
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9  # Linux counts in kB
 
 

@@ -5,6 +5,7 @@ python -m tools.memory Qwen/Qwen2.5-0.5B-Instruct --lora_rank 16   # downloads c
 """
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -20,6 +21,12 @@ from policy import DTYPES, pick_device
 class Config(train.Config):
     longest_prompt: int = flag(256, "tokens of the longest prompt")
     memory_gb: float = flag(0.0, "memory of the GPU; 0: of this machine")
+
+    # the flags that change the estimate; the others of train.py are accepted too
+    SHOWN: ClassVar = """prompts_per_step group_size max_new_tokens rows_at_once kl_beta log_kl
+        micro_batch_tokens lora_rank load_in_4bit offload gradient_checkpointing device dtype
+        longest_prompt memory_gb"""
+    CHOICES: ClassVar = {}
 
 
 def main(config, architecture) -> None:

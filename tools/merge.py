@@ -1,13 +1,13 @@
 """Write the whole model of a run that trained an adapter (--lora_rank), for programs that load no
 adapters and for new runs: python -m tools.merge runs/NAME [--output FOLDER]"""
 
-import os
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from transformers import AutoConfig
 
+from lib.files import whole
 from lib.flags import UserError, flag, run_script
 from lib.lora import CONFIG, find_base, save_merged
 from policy import DTYPES, load_policy
@@ -29,10 +29,9 @@ def main(config, run) -> None:
     base, _ = find_base(folders[0], False, cpu, torch.float32)
     dtype = str(AutoConfig.from_pretrained(base, trust_remote_code=False).dtype)[len("torch.") :]
     model, tokenizer = load_policy(run, cpu, dtype if dtype in DTYPES else "float32")
-    aside = output.with_name(f"{output.name}.{os.getpid()}.part")
-    save_merged(model, aside)
-    tokenizer.save_pretrained(aside)
-    aside.rename(output)  # last: a folder that has its final name is whole
+    with whole(output) as folder:
+        save_merged(model, folder)
+        tokenizer.save_pretrained(folder)
     print(f"{output}/: a Hugging Face folder in {dtype}")
 
 

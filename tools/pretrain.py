@@ -15,7 +15,6 @@ model that is shown the mix from the start takes twice as long to learn the work
 For another task, write a function that writes an example, and add it to EXAMPLES.
 """
 
-import os
 import random
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,6 +26,7 @@ from torch import Tensor
 from tqdm import trange
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
+from lib.files import whole
 from lib.flags import UserError, check_range, flag, run_script
 from policy import DEVICES, pick_device, save_policy
 from tasks import load_task
@@ -159,11 +159,9 @@ def main(config) -> None:
         optimizer.zero_grad()
         bar.set_postfix(loss=f"{loss:.3f}")
 
-    # written aside first: a folder that has its final name is whole
-    aside = output.with_name(f"{output.name}.{os.getpid()}.part")
-    # a new tokenizer, because this one would be saved with its padding
-    save_policy(model.cpu(), make_tokenizer(), aside)
-    aside.rename(output)
+    with whole(output) as folder:
+        # a new tokenizer, because this one would be saved with its padding
+        save_policy(model.cpu(), make_tokenizer(), folder)
 
 
 if __name__ == "__main__":

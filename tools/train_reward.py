@@ -14,7 +14,6 @@ an ordinary Hugging Face folder.
 
 import json
 import math
-import os
 import random
 from collections import defaultdict
 from dataclasses import asdict, dataclass
@@ -28,7 +27,7 @@ from tqdm import trange
 
 import engine.choose
 from engine.optimizer import Optimizer
-from lib.files import is_prompt, is_string, read_jsonl, read_problems, write_json
+from lib.files import is_prompt, is_string, read_jsonl, read_problems, whole, write_json
 from lib.flags import UserError, check_range, flag, run_script
 from lib.reward_model import RewardModel
 from lib.run import is_run
@@ -217,10 +216,9 @@ def main(config, source=None) -> Path:
         "curve": curve,
     }
 
-    aside = output.with_name(f"{output.name}.{os.getpid()}.part")
-    save_policy(model, reward_model.tokenizer, aside)
-    write_json(aside / "fit.json", result)
-    aside.rename(output)  # last: a folder that has its final name is whole
+    with whole(output) as folder:
+        save_policy(model, reward_model.tokenizer, folder)
+        write_json(folder / "fit.json", result)
     print(f"""
 {len(held_out)} held-out pairs (fitted to {len(pairs)})
 the reward model prefers the chosen one in {right:.3f} [{low:.3f}, {high:.3f}]

@@ -1,0 +1,136 @@
+"""tools.runs: runs side by side."""
+
+import csv
+import io
+import multiprocessing
+from dataclasses import asdict
+from pathlib import Path
+
+import pytest
+import torch
+
+import train
+from lib.checkpoint import lock
+from lib.files import write_json, write_rows
+from lib.flags import UserError
+from lib.stats import mean_over_runs, student, unpaired_difference
+from tools import runs
+
+
+def make_run(name, after=None, done=4, saved=None, **flags):
+    """A run of 4 steps that took 30 s each, from 0.25 [0.2, 0.3] to `after` plus or minus 0.05."""
+    folder = Path("runs") / name
+    (folder / "code").mkdir(parents=True)
+    config = asdict(train.Config(name=name, steps=4, **flags))
+    write_json(folder / "config.json", {"config": config})
+    rows = [{"step": step, "seconds": 30.0} for step in range(1, done + 1)]
+    if after is not None:
+        before = {"sampled": {"mean": 0.25, "interval": [0.2, 0.3]}}
+        write_json(folder / "before.json", {"accuracy": before})
+        interval = [round(after - 0.05, 3), round(after + 0.05, 3)]
+        rows[-1] |= {"eval_accuracy": after, "eval_accuracy_interval": interval}
+    write_rows(folder / "metrics.jsonl", rows)
+    if saved:
+        (folder / "checkpoint").mkdir()
+        torch.save({"step": saved}, folder / "checkpoint" / "state.pt")
+    return str(folder)
+
+
+def listed(capsys, *names, **flags):
+    runs.main(runs.Config(**flags), names)
+    return capsys.readouterr().out
+
+
+def test_a_line_per_run_the_best_first_with_the_flags_that_differ(capsys):
+    make_run("low", 0.5, lr=1e-4)
+    make_run("high", 0.75, lr=1e-3)
+    Path("runs/eval").mkdir()  # is no run
+    head, high, low, _, verdict, command = listed(capsys).splitlines()
+    assert head.split("  ")[0] == "run" and "flags that differ" in head
+    assert " ".join(high.split()) == (
+        "high lr=0.001 4/4 finished accuracy 0.250 [0.200, 0.300] 0.750 [0.700, 0.800] 2:00"
+    )
+    assert low.split()[:2] == ["low", "lr=0.0001"]
+    # 0.05 * sqrt(2) = 0.0707
+    assert verdict == "high against low: +0.250 [+0.179, +0.321], better"
+    assert command.startswith("python eval.py runs/high runs/low ")
+
+
+def test_seeds_are_pooled_with_the_interval_over_seeds(capsys):
+    """Mean 0.6, standard deviation 0.1, three seeds: 0.6 +- 4.303 * 0.1 / sqrt(3) = 0.248."""
+    for seed, after in enumerate([0.5, 0.6, 0.7]):
+        make_run(f"lr-{seed}", after, seed=seed)
+    make_run("lr-9", 0.7, seed=9, done=3, saved=3)  # not finished: a line of its own
+    _, stopped, pooled, *rest = listed(capsys).splitlines()
+    assert pooled.startswith("lr (3 seeds)")
+    assert "0.600 [0.352, 0.848]" in pooled and "seed" not in pooled.partition("seeds)")[2]
+    assert "stopped" in stopped and "3/4" in stopped
+    assert rest[1].endswith("no difference seen")
+
+
+def hold_lock(folder, held, done):
+    file = lock(Path(folder))
+    held.set()
+    done.wait(60)
+    file.close()
+
+
+def test_states(capsys):
+    context = multiprocessing.get_context("spawn")
+    held, done = context.Event(), context.Event()
+    make_run("finished")
+    make_run("stopped", done=2, saved=2)
+    make_run("killed", done=3, saved=2)
+    make_run("early", done=1)
+    running = make_run("running", done=2, saved=2)
+    process = context.Process(target=hold_lock, args=(running, held, done))
+    process.start()
+    assert held.wait(60)
+    shown = listed(capsys)
+    done.set()
+    process.join()
+    states = dict(line.split()[:1] + line.split()[2:3] for line in shown.splitlines()[1:])
+    failed = {"killed": "failed", "early": "failed"}
+    assert states == {"finished": "finished", "stopped": "stopped", "running": "running", **failed}
+
+
+def test_csv_has_a_column_for_each_number(capsys):
+    make_run("one", 0.5, lr=1e-4)
+    make_run("two", lr=1e-3)
+    one, two = csv.DictReader(io.StringIO(listed(capsys, csv=True)))
+    numbers = {"lr": "0.0001", "before_low": "0.2", "after": "0.5", "after_high": "0.55"}
+    assert numbers.items() <= one.items() and one["seconds"] == "120.0"
+    assert (two["run"], two["after"], two["state"]) == ("two", "", "finished")
+
+
+def test_no_verdict_over_different_tasks(capsys):
+    make_run("one", 0.5)
+    make_run("two", 0.9, task="countdown")
+    assert "against" not in listed(capsys)
+
+
+def test_without_runs_there_is_a_sentence():
+    with pytest.raises(UserError, match="no run there"):
+        runs.main(runs.Config(), [])
+    with pytest.raises(UserError, match="runs/none: no run there"):
+        runs.main(runs.Config(), ["runs/none"])
+
+
+def test_intervals_over_runs():
+    """Student's t by tables: 12.706, 2.228, 2.201, 2.042 at 1, 10, 11 and 30 degrees of freedom."""
+    for n, quantile in {2: 12.706, 11: 2.228, 12: 2.201, 31: 2.042}.items():
+        assert student(n) == pytest.approx(quantile, abs=3e-3)
+    assert mean_over_runs([0.9, 1.0], shares=True) == {
+        "mean": pytest.approx(0.95),
+        "interval": (pytest.approx(0.95 - 12.706 * 0.05), 1.0),
+    }
+
+
+def test_the_interval_of_an_unpaired_difference():
+    """Newcombe (1998), table II: 56/70 against 48/80, Wilson intervals -> 0.0524 to 0.3339."""
+    after = {"mean": 56 / 70, "interval": (0.6916, 0.8772)}
+    before = {"mean": 48 / 80, "interval": (0.4906, 0.6999)}
+    found = unpaired_difference(before, after)
+    assert found["difference"] == pytest.approx(0.2)
+    assert found["interval"] == pytest.approx((0.0524, 0.3339), abs=3e-4)
+    assert found["verdict"] == "better"

@@ -1,0 +1,192 @@
+"""List runs: a line each, the best first. Runs that differ only in their seed are one line.
+
+    python -m tools.runs                          # all in runs/
+    python -m tools.runs runs/lr-* runs/add       # these
+    python -m tools.runs --csv > runs.csv         # for a spreadsheet
+
+before and after are held-out problems, sampled, with 95 % intervals: of the problems for one run,
+of the seeds (Student's t) for several. A run is running, finished, stopped (by a signal: its
+checkpoint is as new as its metrics), or failed.
+"""
+
+import csv
+import json
+import re
+import sys
+from collections import defaultdict
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import fmean
+
+import torch
+
+from lib.checkpoint import lock
+from lib.files import read_rows
+from lib.flags import UserError, align, flag, run_script
+from lib.report import interval_text
+from lib.run import is_run, read_config
+from lib.stats import mean_over_runs, unpaired_difference
+
+NOT_LEARNED_FROM = ("name", "runs_dir", "resume", "tracker", "log_samples")
+
+
+@dataclass(frozen=True)
+class Config:
+    csv: bool = flag(False, "comma-separated values, with a column for each flag that differs")
+
+
+def main(config, runs) -> None:
+    folders = [Path(run) for run in runs] or sorted(Path("runs").glob("*"))
+    found = [describe(folder) for folder in folders if runs or is_run(folder)]
+    if not found:
+        raise UserError("runs: no run there; name some, as in python -m tools.runs ELSEWHERE/*")
+    rows = pool_seeds(found)
+    rows.sort(key=lambda row: row["after"]["mean"] if row["after"] else -float("inf"), reverse=True)
+    differing = differing_flags(rows)
+    if config.csv:
+        write_csv(rows, differing)
+        return
+    print(table(rows, differing))
+    if text := verdict(rows):
+        print(f"\n{text}")
+
+
+def describe(folder) -> dict:
+    """A run: name, flags, steps, state, seconds, what is measured, and before and after, each
+    {"mean", "interval"} or None."""
+    flags = read_config(folder)
+    metrics = read_rows(folder / "metrics.jsonl")
+    done = metrics[-1]["step"] if metrics else 0
+    measured, before, after = evaluations(folder, metrics)
+    return {
+        "name": folder.name,
+        "folders": [folder],
+        "flags": {name: value for name, value in flags.items() if name not in NOT_LEARNED_FROM},
+        "steps": done,
+        "state": state_of(folder, done, flags["steps"]),
+        "seconds": sum(row["seconds"] for row in metrics),
+        "measured": measured,
+        "before": before,
+        "after": after,
+    }
+
+
+def evaluations(folder, metrics) -> tuple:
+    """What was measured (mean_reward before accuracy), before the first step and last."""
+    before_file = folder / "before.json"
+    before = json.loads(before_file.read_text()) if before_file.exists() else {}
+    for name in ("mean_reward", "accuracy"):
+        key = f"eval_{name}"
+        values = [(row[key], row[f"{key}_interval"]) for row in metrics if key in row]
+        if name in before or values:
+            first = before[name]["sampled"] if name in before else None
+            last = None
+            if values:
+                mean, interval = values[-1]
+                last = {"mean": mean, "interval": interval}
+            return name, first, last
+    return "", None, None
+
+
+def state_of(folder, done, steps) -> str:
+    if done >= steps:
+        return "finished"
+    try:
+        lock(folder).close()
+    except UserError:  # another process holds it
+        return "running"
+    try:
+        saved = torch.load(folder / "checkpoint" / "state.pt", mmap=True, weights_only=True)["step"]
+    except Exception:  # not there, or damaged in any way
+        return "failed"
+    return "stopped" if saved == done else "failed"
+
+
+def pool_seeds(runs) -> list[dict]:
+    """Finished runs that differ only in their seed become one row."""
+    groups = defaultdict(list)
+    for run in runs:
+        flags = {name: value for name, value in run["flags"].items() if name != "seed"}
+        alone = "" if run["state"] == "finished" and run["after"] else run["name"]
+        groups[json.dumps([flags, alone])].append(run)
+    return [pool(group) if len(group) > 1 else group[0] for group in groups.values()]
+
+
+def pool(runs) -> dict:
+    stem = re.sub(r"-\d+$", "", runs[0]["name"])
+    row = {**runs[0], "name": f"{stem} ({len(runs)} seeds)"}
+    row["folders"] = [folder for run in runs for folder in run["folders"]]
+    row["seconds"] = fmean(run["seconds"] for run in runs)
+    row["flags"] = {name: value for name, value in row["flags"].items() if name != "seed"}
+    for when in ("before", "after"):
+        means = [run[when]["mean"] for run in runs if run[when]]
+        row[when] = mean_over_runs(means, row["measured"] == "accuracy") if means else None
+    return row
+
+
+def differing_flags(rows) -> list[str]:
+    """Names of the flags in which the rows differ. A pooled row has no seed."""
+    names = dict.fromkeys(name for row in rows for name in row["flags"])
+    return [
+        name
+        for name in names
+        if len({str(row["flags"][name]) for row in rows if name in row["flags"]}) > 1
+    ]
+
+
+def table(rows, differing) -> str:
+    lines = [["run", "flags that differ", "steps", "state", "measured", "before", "after", "time"]]
+    for row in rows:
+        flags = [f"{name}={row['flags'][name]}" for name in differing if name in row["flags"]]
+        minutes, seconds = divmod(round(row["seconds"]), 60)
+        lines.append(
+            [
+                row["name"],
+                " ".join(flags),
+                f"{row['steps']}/{row['flags']['steps']}",
+                row["state"],
+                row["measured"],
+                interval_text(row["before"]),
+                interval_text(row["after"]),
+                f"{minutes}:{seconds:02}",
+            ]
+        )
+    columns = [column for column in zip(*lines) if any(column[1:])]
+    return align([*zip(*columns)])
+
+
+def verdict(rows) -> str:
+    """Whether the best row is better than the next by more than noise, where both measure the same
+    on as many problems of one task."""
+    first, second, *_ = [*[row for row in rows if row["after"]], None, None]
+    same = ("task", "data_dir", "eval_problems", "reward", "true_reward")
+    if not second or first["measured"] != second["measured"]:
+        return ""
+    if any(first["flags"].get(name) != second["flags"].get(name) for name in same):
+        return ""
+    found = unpaired_difference(second["after"], first["after"])
+    low, high = found["interval"]
+    folders = f"{first['folders'][0]} {second['folders'][0]}"
+    return (
+        f"{first['name']} against {second['name']}: {found['difference']:+.3f} "
+        f"[{low:+.3f}, {high:+.3f}], {found['verdict']}\n"
+        f"python eval.py {folders}    # compares them problem by problem: narrower intervals"
+    )
+
+
+def write_csv(rows, differing) -> None:
+    writer = csv.writer(sys.stdout)
+    ends = [f"{when}{end}" for when in ("before", "after") for end in ("", "_low", "_high")]
+    writer.writerow(["run", *differing, "steps", "state", "measured", *ends, "seconds"])
+    for row in rows:
+        numbers = []
+        for when in ("before", "after"):
+            found = row[when]
+            numbers += [found["mean"], *found["interval"]] if found else [""] * 3
+        flags = [row["flags"].get(name, "") for name in differing]
+        known = [row["steps"], row["state"], row["measured"]]
+        writer.writerow([row["name"], *flags, *known, *numbers, round(row["seconds"], 1)])
+
+
+if __name__ == "__main__":
+    run_script(main, Config, __doc__, runs={"nargs": "*", "help": "folders; default: all in runs"})
