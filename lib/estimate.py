@@ -11,6 +11,7 @@ from transformers import AutoConfig, PreTrainedConfig
 from transformers.pytorch_utils import Conv1D
 
 from lib.flags import name_error
+from lib.progress import phase
 
 TILE = 512  # tokens whose logits are held at once on a GPU, see engine/logprobs.py
 MOMENTS = 2  # float32 numbers per trained parameter that AdamW keeps, see engine/optimizer.py
@@ -142,13 +143,15 @@ def estimate(flags, model, activations, longest_prompt) -> dict[str, float]:
     if flags.gradient_checkpointing:  # the input of each layer, and one layer in full
         activations = layers * config.hidden_size * bytes_each + of_layer
     activations += of_layer / 2  # and the gradients of some, measured in tests/test_memory.py
+    # the logits of a decode step: CUDA graphs keep them during the update too
+    graphs = "sampling" if model.dtype == torch.float32 else "graphs"
     logits = min(TILE, tokens) * config.vocab_size * (8 + 2 * bytes_each)
     return {
         "weights": weights,
         f"optimizer{host}": 4 * copies * trained,
         "keys and values": columns * cache_bytes(config, bytes_each),
-        "sampling: logits": rows_at_once * config.vocab_size * (4 + bytes_each),
-        f"update: gradients{host}": 4 * trained,
+        f"{graphs}: logits": rows_at_once * config.vocab_size * (4 + bytes_each),
+        "update: gradients": 4 * trained,  # with --offload too: they add up on the device
         # and the keys and values of a prompt, copied to its rows
         "update: activations": tokens * activations + copied * cache_bytes(config, bytes_each),
         "update: logits": logits + head * (4 + bytes_each),  # and the gradient of the head
@@ -181,6 +184,7 @@ def device_memory(device) -> float:
         return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
 
+@phase("estimating the memory")
 def memory_table(flags, model, available, longest_prompt) -> str:
     """The estimate as lines for the screen, and a suggestion where it does not fit. '' where it is
     less than a tenth of what is available.
