@@ -67,9 +67,7 @@ class Config:
     max_new_tokens: int = flag(512, "tokens after which a response is truncated")
     temperature: float = flag(1.0, "sampling temperature; the loss uses the same")
     stop: str = flag("", "more tokens that end a response, such as <|im_end|>")
-    rows_at_once: int = setting(
-        0, "most responses sampled in parallel, the rest are queued; 0: all"
-    )
+    rows_at_once: int = setting(0, "most responses sampled at once, the rest are queued; 0: all")
     fast: Literal["auto", "off"] = setting("auto", "off: plain sampler and log-probs: same, slower")
     # weights and loss (loss.py)
     recipe: Literal[tuple(RECIPES)] | None = flag(
