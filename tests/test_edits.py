@@ -22,13 +22,14 @@ PATCHES = sorted((ROOT / "docs" / "edits").glob("*.patch"))
 SMALL = "--prompts_per_step 4 --group_size 4 --max_new_tokens 16 --eval_problems 0 --lr 1e-3"
 
 
-def edited(name) -> Path:
-    """A copy of the project in the current folder, with a patch applied."""
-    copy = Path(name).resolve()
+def edited(*names) -> Path:
+    """A copy of the project in the current folder, with patches applied."""
+    copy = Path("-".join(["copy", *names])).resolve()
     parts = shutil.ignore_patterns(".*", "runs", "__pycache__", "*.ipynb")
     shutil.copytree(ROOT, copy, ignore=parts)
-    patch = (ROOT / "docs" / "edits" / f"{name}.patch").read_bytes()
-    subprocess.run(["patch", "-p1", "--fuzz=0"], cwd=copy, input=patch, check=True)
+    for name in names:
+        patch = (ROOT / "docs" / "edits" / f"{name}.patch").read_bytes()
+        subprocess.run(["patch", "-p1", "--fuzz=0"], cwd=copy, input=patch, check=True)
     return copy
 
 
@@ -72,7 +73,7 @@ def assert_resumes_exactly(folder, *flags):
     assert parameters[0] == parameters[1]
 
 
-# Trains one step. rollout, samples: what was sampled; token_grads (B, N): d loss / d log-prob of each
+# Trains one step. rollout, samples, groups: what was sampled; token_grads (B, N): d loss / d log-prob of each
 # token; gradient: that of the parameters
 WATCH = """
 import json
@@ -90,8 +91,8 @@ backward, sample_groups = train.backward, train.sample_groups
 
 
 def watched_groups(*arguments):
-    step["rollout"], step["samples"], by_group = sample_groups(*arguments)
-    return step["rollout"], step["samples"], by_group
+    step["rollout"], step["samples"], step["groups"] = sample_groups(*arguments)
+    return step["rollout"], step["samples"], step["groups"]
 
 
 def watched(batch, token_logprobs, config):
@@ -108,7 +109,7 @@ def watched(batch, token_logprobs, config):
 train.backward, train.sample_groups = watched, watched_groups
 flags = FLAGS.split()
 train.main(parse(train.Config, train.HELP, flags, train.fill)[0])
-rollout, samples = step["rollout"], step["samples"]
+rollout, samples, groups = step["rollout"], step["samples"], step["groups"]
 B, N = rollout.response_mask.shape
 token_grads = torch.zeros(B, N)
 for rows, grads in step["grads"]:
@@ -119,9 +120,12 @@ plain, entropy = loss.token_logprobs(policy, rollout, torch.arange(B), Sampling(
 """
 
 
-def watch(folder, flags, code):
-    """Runs a step of a run under WATCH, then code that ends by printing JSON."""
-    return evaluate(folder, WATCH.replace("FLAGS", repr(f"{SMALL} --steps 1 {flags}")) + code)
+def watch(folder, flags, code, before=""):
+    """Runs `before`, a step of a run under WATCH, and code that ends by printing JSON. The flags may use names of
+    `before` in braces."""
+    flags = f"{SMALL} --steps 1 {flags}"
+    flags = f"f{flags!r}" if before else repr(flags)
+    return evaluate(folder, before + WATCH.replace("FLAGS", flags) + code)
 
 
 def test_top_p_draws_from_the_nucleus():
