@@ -89,7 +89,7 @@ def test_every_flag_that_is_named_exists():
     known = set()
     scripts = *ROOT.glob("*.py"), *ROOT.glob("tools/*.py"), ROOT / "docs" / "bench_trl.py"
     for script in [*scripts, *ROOT.glob("docs/edits/*.patch")]:  # a patch may add a flag
-        known |= set(re.findall(r"(?m)^\+?    (\w+): .*= flag\(", script.read_text()))
+        known |= set(re.findall(r"(?m)^\+?    (\w+): .*= (?:flag|setting)\(", script.read_text()))
     known |= {"help", "collect", "exclude", "no"}  # of argparse, pytest, hf, pip (--no-deps)
     known |= {"nproc_per_node", "nnodes", "shutdown", "rdzv_backend", "rdzv_endpoint"}  # torchrun's
     for path, page in PAGES.items():
