@@ -63,6 +63,11 @@ class Task:
     template: str = "{prompt}"
     rule_guess: str = ""
 
+    def fingerprint(self) -> str:
+        """Another text where any problem is another one, or has another place."""
+        rows = [[p.prompt, p.answer, p.columns] for p in self.train + self.validation]
+        return f"{stable_hash(json.dumps([rows, self.system, self.template])):016x}"
+
 
 NO_TASK = Task("", [], [], [], reward="")  # prompts are passed on as they are
 
@@ -95,12 +100,6 @@ def hold_out(problems, border, identity=same_prompt):
     held_out = [pair for pair in zip(hashes, problems) if pair[0] <= border]
     held_out.sort(key=lambda pair: pair[0])
     return [problem for _, problem in held_out], rest
-
-
-def fingerprint(task) -> str:
-    """Another text where any problem of the task is another one, or has another place."""
-    rows = [[p.prompt, p.answer, p.columns] for p in task.train + task.validation]
-    return f"{stable_hash(json.dumps([rows, task.system, task.template])):016x}"
 
 
 def split(name, problems, reward, *prompting, identity=same_prompt) -> Task:

@@ -28,6 +28,7 @@ import engine.logprobs
 import loss
 import sample
 from engine.memory import is_out_of_memory
+from lib.checks import without_keys
 from lib.flags import name_error
 from lib.progress import phase
 
@@ -131,7 +132,7 @@ def pick(policy, plain, candidates, compare) -> Callable:
         except MISFIT as error:
             if is_out_of_memory(error):
                 raise
-            reason = name_error(error)
+            reason = without_keys(policy) or name_error(error)
             continue
         if gap <= 1:
             return form

@@ -143,13 +143,15 @@ def estimate(flags, model, activations, longest_prompt) -> dict[str, float]:
     if flags.gradient_checkpointing:  # the input of each layer, and one layer in full
         activations = layers * config.hidden_size * bytes_each + of_layer
     activations += of_layer / 2  # and the gradients of some, measured in tests/test_memory.py
+    # the logits of a decode step: CUDA graphs keep them during the update too
+    graphs = "sampling" if model.dtype == torch.float32 else "graphs"
     logits = min(TILE, tokens) * config.vocab_size * (8 + 2 * bytes_each)
     return {
         "weights": weights,
         f"optimizer{host}": 4 * copies * trained,
         "keys and values": columns * cache_bytes(config, bytes_each),
-        "sampling: logits": rows_at_once * config.vocab_size * (4 + bytes_each),
-        f"update: gradients{host}": 4 * trained,
+        f"{graphs}: logits": rows_at_once * config.vocab_size * (4 + bytes_each),
+        "update: gradients": 4 * trained,  # with --offload too: they add up on the device
         # and the keys and values of a prompt, copied to its rows
         "update: activations": tokens * activations + copied * cache_bytes(config, bytes_each),
         "update: logits": logits + head * (4 + bytes_each),  # and the gradient of the head

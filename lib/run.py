@@ -13,7 +13,7 @@ run = Run(config)                       # checks the name, makes nothing
 config = run.start(config, optimizer)   # makes the folder, or goes on from the checkpoint
 for step in run.steps():
     ...
-    run.finish(metrics, samples, optimizer, save_model)
+    run.finish(metrics, samples, group_sizes, optimizer, save_model)
 """
 
 import importlib
@@ -397,7 +397,7 @@ class Run:
         """Whether the step is the last one, or a multiple of `every`."""
         return step == self.last or step % every == 0
 
-    def finish(self, metrics, samples, optimizer, save_model):
+    def finish(self, metrics, samples, group_sizes, optimizer, save_model):
         """Records a step; draws curves and saves a checkpoint where they are due. Then, after a
         signal, says how to resume, and exits with 128 + its number, as a shell would.
 
@@ -406,7 +406,7 @@ class Run:
         config, step = self.config, metrics["step"]
         # all processes stop at the same step; a signal that comes later is for the next one
         received = [*max(gather(self.signals), key=len)]
-        self.record(metrics, samples, config["log_samples"])
+        self.record(metrics, samples, group_sizes)
         self.state["step"] = step
         saving = self.is_due(step, config["save_every"])
         if is_first():
@@ -450,7 +450,7 @@ class Run:
         if is_first():
             write_json(self.folder / name, content)
 
-    def record(self, metrics, samples, log_samples):
+    def record(self, metrics, samples, group_sizes):
         """Writes a step down: its metrics, and two groups of its samples (lib/samples.py). After
         three steps in a row with skipped updates, writes all samples of the step to bad-step.jsonl
         and raises UserError."""
@@ -465,9 +465,9 @@ class Run:
                 finite[key] = value
         append_rows(path, [finite])
         step = metrics["step"]
-        sizes = [self.config["group_size"]] * (len(samples) // self.config["group_size"])
-        first = metrics["prompts_seen"] - len(sizes)  # the place of the step's first prompt
-        rows = logged_groups(samples, sizes, log_samples, step, self.config["seed"])
+        first = metrics["prompts_seen"] - len(group_sizes)  # the place of the step's first prompt
+        log_samples, seed = self.config["log_samples"], self.config["seed"]
+        rows = logged_groups(samples, group_sizes, log_samples, step, seed)
         rows = [{"step": step, "prompt_index": first + row["group"], **row} for row in rows]
         append_rows(self.folder / "samples.jsonl", rows)
         self.progress.show(metrics)

@@ -233,10 +233,12 @@ def test_estimate_by_hand():
     half_a_layer = 95 * 1000 / 4 / 2  # its gradients
     activations = 95 * 1000 + half_a_layer + 25 * 2048
     prompts = 2048 * 2 * 10
-    assert needed() == (2 + 12 + 4) * n + 8 * cache + prompts + activations + logits
+    graph = 100 * (4 + 2)  # logits of one row
+    in_update = activations + logits
+    assert needed() == (2 + 12 + 4) * n + 8 * (cache + graph) + prompts + in_update
     assert needed(log_kl=True) == needed() + 2 * n
-    assert needed(rows_at_once=5) == needed() - 3 * cache
-    assert needed(offload=True) == needed() - 16 * n
+    assert needed(rows_at_once=5) == needed() - 3 * (cache + graph)
+    assert needed(offload=True) == needed() - 12 * n
     # 2.5 whole rows: prompts are not shared where activations are recomputed
     recomputed = 100 * (4 * 128 * 2 + 1000 / 4 + 1000 / 4 / 2) + 5 * 100 * 12
     assert needed(gradient_checkpointing=True) == needed() - activations + recomputed
