@@ -6,6 +6,7 @@ import json
 import shutil
 import subprocess
 import sys
+from collections import defaultdict
 from pathlib import Path
 
 import architectures
@@ -395,6 +396,20 @@ def test_a_higher_reward_never_gets_a_lower_weight(name):
         assert (weights[:, :, None] >= weights[:, None, :] - 1e-9)[higher].all()
         equal = rewards[:, :, None] == rewards[:, None, :]
         assert (weights[:, :, None] - weights[:, None, :])[equal].abs().max() < 1e-9
+
+
+def test_differences_of_large_rewards_do_not_vanish(folders):
+    """Float32 does not tell 2^24 from 2^24 + 1."""
+    Path("mine.py").write_text("def f(prompt, response, answer): return 2**40 + len(set(response))")
+    task = write_problems(many())
+    run = run_train(folders("llama"), f"--task={task}", "--reward=mine.f", "--log_samples=99")
+    groups = defaultdict(list)
+    for row in read_rows(run / "samples.jsonl"):
+        groups[row["prompt"]].append((row["reward"], row["weight"]))
+    differ = [group for group in groups.values() if len({reward for reward, _ in group}) > 1]
+    assert differ
+    for group in differ:
+        assert max(group)[1] > 0 > min(group)[1]
 
 
 # ------------------------------------------------------------------------------------- rewards
