@@ -11,6 +11,7 @@ from transformers import AutoConfig, PreTrainedConfig
 from transformers.pytorch_utils import Conv1D
 
 from lib.flags import name_error
+from lib.progress import phase
 
 TILE = 512  # tokens whose logits are held at once on a GPU, see engine/logprobs.py
 MOMENTS = 2  # float32 numbers per trained parameter that AdamW keeps, see engine/optimizer.py
@@ -183,6 +184,7 @@ def device_memory(device) -> float:
         return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
 
+@phase("estimating the memory")
 def memory_table(flags, model, available, longest_prompt) -> str:
     """The estimate as lines for the screen, and a suggestion where it does not fit. '' where it is
     less than a tenth of what is available.

@@ -25,7 +25,7 @@ from lib.checks import without_keys
 from lib.files import read_rows
 from lib.flags import UserError
 from lib.texts import describe_prompt, token_texts
-from loss import NORMALISERS
+from loss import NORMALISERS, group_weights
 from policy import load_policy, stop_ids
 from reward import REWARDS, load_reward, score, votes
 from sample import Rollout, Sampling
@@ -383,15 +383,15 @@ def test_equal_answers_in_latex_have_one_vote():
 def test_a_higher_reward_never_gets_a_lower_weight(name):
     """maxrl turned the signs of a group whose mean was below 0. Now it refuses such a group."""
     torch.manual_seed(0)
-    config = parse_train("--softmax_beta=0.5")
+    config = parse_train("--softmax_beta=0.5", f"--normaliser={name}")
     for low, high in [(0, 1), (0, 1e-3), (-1, 1), (-2, -1), (-1e4, 1e4)]:
         rewards = low + (high - low) * torch.rand(50, 6, dtype=torch.float64)
         rewards[::2] = rewards[::2].round()  # ties
         if name == "maxrl" and low < 0:
             with pytest.raises(UserError, match="--normaliser maxrl: wants rewards from 0 up"):
-                NORMALISERS[name](rewards, config)
+                group_weights([*rewards], config)
             continue
-        weights = NORMALISERS[name](rewards, config)
+        weights = group_weights([*rewards], config).view_as(rewards)
         higher = rewards[:, :, None] > rewards[:, None, :]
         assert (weights[:, :, None] >= weights[:, None, :] - 1e-9)[higher].all()
         equal = rewards[:, :, None] == rewards[:, None, :]
