@@ -506,6 +506,11 @@ def test_a_reward_that_compares_the_responses_to_a_prompt_is_evaluated_in_groups
     for result in content["models"].values():
         assert 0 < result["mean_reward"]["sampled"]["mean"] < 1
 
+    flags_of_run = ["--reward=mine.longest", "--eval_problems=3", "--max_new_tokens=4"]
+    run = run_train(models[0], "--task=my.jsonl", *flags_of_run)
+    [row] = read_rows(run / "metrics.jsonl")
+    assert row["eval_mean_reward"] > 0  # of one response each it would be 0
+
     content = eval.main(eval.Config(task="add", **flags), models)  # has an accuracy
     assert "compare those to one" not in capsys.readouterr().out
     [comparison] = content["comparisons"]
