@@ -101,10 +101,10 @@ def test_a_run_shows_a_prompt_as_the_model_gets_it(chat, capsys):
 
 def test_a_long_prompt_is_shown_in_15_lines(load):
     _, tokenizer = load("llama")
-    ids = tokenizer("\n".join(f"line {i}" for i in range(40)))["input_ids"]
+    ids = tokenizer("\n".join(f"line  {i}" for i in range(40)))["input_ids"]
     shown = describe_prompt(tokenizer, ids, "75").splitlines()
     assert len(shown) == 15
-    assert shown[1] == "    | line 0" and "    | line 39" in shown
+    assert shown[1] == "    | line  0" and "    | line  39" in shown
     assert "    | ... 28 lines ..." in shown
 
 
