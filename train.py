@@ -24,7 +24,7 @@ small learning rate and a reward that cannot be gamed need none (--kl_beta adds 
 
 import time
 from dataclasses import dataclass
-from typing import ClassVar, Literal
+from typing import Literal
 
 import torch
 
@@ -121,27 +121,27 @@ class Config:
         "auto", "auto: bfloat16 on cuda, else float32"
     )
 
-    GROUPS: ClassVar = {  # titles in --help, by the first flag of each
-        "model": "model, task, reward",
-        "prompts_per_step": "sampling",
-        "recipe": "weights and loss (loss.py)",
-        "steps": "update",
-        "micro_batch_tokens": "memory",
-        "eval_every": "evaluation and logging",
-    }
-
-    CHOICES: ClassVar = {  # --help has a line for each of these
-        "normaliser": NORMALISERS,
-        "filter": FILTERS,
-        "denominator": DENOMINATORS,
-        "loss": LOSSES,
-    }
-
     @property
     def sampling(self) -> Sampling:
         """What the sampler and the learner must agree on."""
         return Sampling(self.temperature, self.stop)
 
+
+Config.GROUPS = {  # titles in --help, by the first flag of each
+    "model": "model, task, reward",
+    "prompts_per_step": "sampling",
+    "recipe": "weights and loss (loss.py)",
+    "steps": "update",
+    "micro_batch_tokens": "memory",
+    "eval_every": "evaluation and logging",
+}
+
+Config.CHOICES = {  # --help has a line for each of these
+    "normaliser": NORMALISERS,
+    "filter": FILTERS,
+    "denominator": DENOMINATORS,
+    "loss": LOSSES,
+}
 
 ADD = dict(prompts_per_step=32, max_new_tokens=32, steps=60, warmup_steps=10)
 ADD |= dict(eval_every=10, eval_problems=500)
