@@ -50,7 +50,7 @@ for b, ids in enumerate(rollout.response_ids()):
             line = []
 lengths = torch.tensor([len(ids) for ids in rollout.response_ids()])
 z = zscores((values.sum(1) / lengths).double().split(8)).float()[:, None]
-mask = rollout.response_mask
+mask = rollout.response_mask.float()
 both = ((values * mask > 0).any(1) & (values * mask < 0).any(1))[:, None]
 expected = -mask * torch.where(both, z.abs() * values.sign(), z) / mask.sum()
 print(json.dumps([int((both & (z != 0)).sum()), int(lengths.sum() - mask.sum()), *gaps_to(expected)]))
@@ -145,7 +145,7 @@ def test_an_inference_server_samples_and_ratios_make_up_for_it():
 ratio = (plain - rollout.old_logprobs).exp().detach()
 rewards = torch.tensor([sample["reward"] for sample in samples], dtype=torch.float64)
 z = zscores(rewards.split(4)).float()[:, None]
-mask = rollout.response_mask
+mask = rollout.response_mask.float()
 off = ((ratio - 1).abs() * mask).max().item()
 print(json.dumps([off, server.requests[0]["seed"], *gaps_to(-mask * ratio.clamp(max=1.01) * z / mask.sum())]))
 """
@@ -319,7 +319,7 @@ def test_gold_responses_first_alone_and_then_in_each_group(warm_steps):
 rows = [json.loads(line) for line in open("sums.jsonl")]
 solutions = {{row["prompt"]: row["solution"] for row in rows}}
 gold = all(sample["response"] == solutions[sample["prompt"]] for sample in samples[3::4])
-mask = rollout.response_mask
+mask = rollout.response_mask.float()
 if {warm_steps}:
     gold_mask = mask * (torch.arange(B) % 4 == 3)[:, None]
     expected = -gold_mask / gold_mask.sum()
@@ -371,7 +371,7 @@ rewards = torch.tensor([sample["reward"] for sample in samples], dtype=torch.flo
 equal = [len(set(rewards[start : start + 4].tolist())) == 1 for start in starts]
 prompts = [len({sample["prompt"] for sample in samples[s : s + n]}) for s, n in zip(starts, sizes)]
 other = [responses[s : s + 4] != responses[s + 4 : s + 8] for s, n in zip(starts, sizes) if n == 16]
-mask = rollout.response_mask
+mask = rollout.response_mask.float()
 expected = -mask * zscores(rewards.split(sizes)).float()[:, None] / mask.sum()
 print(json.dumps([sizes, equal, prompts == [1] * 12 and all(other), *gaps_to(expected)]))
 """,
