@@ -21,6 +21,8 @@ ROOT = Path(__file__).parent.parent
 PAGES = {path: path.read_text() for path in [ROOT / "README.md", *sorted(ROOT.glob("docs/*.md"))]}
 README = PAGES[ROOT / "README.md"]
 REWARDS = PAGES[ROOT / "docs" / "rewards.md"]
+EDITS = PAGES[ROOT / "docs" / "edits.md"]
+PATCHES = sorted(ROOT.glob("docs/edits/*.patch"))
 
 
 def without_comments(page):
@@ -127,6 +129,17 @@ def test_every_key_of_a_run_is_documented():
         assert name in metrics
     for key in read_rows(run / "samples.jsonl")[0]:
         assert f"`{key}`" in metrics
+
+
+def test_the_table_of_edits_has_each_patch_with_its_lines_and_files():
+    rows = re.findall(r"(?m)^\| \[(\w+)\]\(edits/\1\.patch\) \| .* \| (.*) \| (.*) \|$", EDITS)
+    assert sorted(name for name, *_ in rows) == sorted(path.stem for path in PATCHES)
+    for name, lines, files in rows:
+        patch = (ROOT / "docs" / "edits" / f"{name}.patch").read_text()
+        added = len(re.findall(r"(?m)^\+(?!\+\+ )", patch))
+        removed = len(re.findall(r"(?m)^-(?!-- )", patch))
+        assert lines == (f"+{added} -{removed}" if removed else f"+{added}"), name
+        assert files.replace(" (new)", "").split(", ") == re.findall(r"(?m)^\+\+\+ b/(.*)$", patch)
 
 
 def test_a_recipe_stands_in_the_table_as_it_is():
