@@ -105,7 +105,7 @@ def hold_out(problems, border, identity=same_prompt):
 def split(name, problems, reward, *prompting, identity=same_prompt) -> Task:
     """About a tenth of the problems for test, a tenth of the others for validation."""
     test, rest = hold_out(problems, 0.1, identity)
-    validation, train = hold_out(rest, 0.19, identity) if rest else ([], [])
+    validation, train = hold_out(rest, 0.19, identity) if rest else ([], [])  # of 0.1 to 1
     if not train:
         few = f"{len(problems)} problems are too few to hold some out, give at least 3"
         raise UserError(f"--task {name}: {few}")
