@@ -276,7 +276,9 @@ def main(config, models) -> dict:
     print(f"\n{len(problems)} test problems of {task.name}, responses to each: {kinds}\n")
     print(results_table(results))
     comparisons = []
-    for name, base in bases.items():
+    pairs = [(base, name) for name, base in bases.items()]
+    pairs += [(models[0], name) for name in models[1:]]  # the runs with each other
+    for base, name in dict.fromkeys(pairs):
         if name != base:
             pair = {"before": base, "after": name, "measured": first}
             for kind in ("greedy", "sampled"):

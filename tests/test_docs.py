@@ -68,8 +68,8 @@ def test_a_command_has_the_flags_of_its_script(command, monkeypatch):
         return
     parsed = []
 
-    def parse_only(main, config_class, doc, *rest, **positionals):
-        parsed.append(lib.flags.parse(config_class, doc, words, *rest, **positionals))
+    def parse_only(main, config_class, doc, fill=None, epilog="", on_error=str, **positionals):
+        parsed.append(lib.flags.parse(config_class, doc, words, fill, epilog, **positionals))
 
     run = Path("runs/add")  # what --resume looks for
     run.mkdir(parents=True)
