@@ -241,12 +241,12 @@ def gsm8k(data_dir) -> Task:
 
 
 TASKS = {"add": add, "countdown": countdown, "gsm8k": gsm8k}
-PLAIN_NUMBER = re.compile(  # -1,012.5, +75, .5, 1e-07
-    r"\s*[-+]?([0-9]+(,[0-9]{3})*(\.[0-9]+)?|\.[0-9]+)([eE][-+]?[0-9]{1,3})?\s*"
+PLAIN_NUMBER = re.compile(  # -1,012.5, 1 012, +75, .5, 1e-07
+    r"\s*[-+\u2212]?([0-9]+([,' \u00a0\u2009\u202f\u2019][0-9]{3})*(\.[0-9]+)?|\.[0-9]+)"
+    r"([eE][-+]?[0-9]{1,3})?\s*"
 )
 
 
-@phase("reading the problems of {}")
 def load_task(name, data_dir="") -> Task:
     """A task by its name in TASKS, or from a .jsonl file, whose rule is `number` if all answers are
     plain numbers, else `exact`. UserError: no such task, a bad line."""
