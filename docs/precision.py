@@ -80,19 +80,25 @@ def curves(config, flags):
 
 
 def share(config, flags):
-    """Of the weights of a model that starts on bfloat16 numbers: the share whose bfloat16 copy is
-    another one after each weight has moved by some distance."""
+    """Of the weights of a model that starts on bfloat16 numbers, after each has moved by some
+    distance: the share whose bfloat16 copy is another one, and how much of the move is in the
+    copies (1: all of it, on average)."""
     from transformers import AutoModelForCausalLM
 
+    torch.manual_seed(0)
     model = AutoModelForCausalLM.from_pretrained(config.model, dtype=torch.bfloat16)
     weights = torch.cat([parameter.detach().flatten() for parameter in model.parameters()])
     sign = torch.where(torch.rand(weights.shape) < 0.5, -1.0, 1.0)
-    print("moved by     nearest   stochastic")
+    print("            nearest            at random")
+    print("moved by    changed     moved  changed     moved")
     for distance in (1e-7, 1e-6, 1e-5, 1e-4, 1e-3):
         masters = weights.float() + distance * sign
-        nearest = (masters.bfloat16() != weights).float().mean()
-        stochastic = engine.optimizer.round_stochastically(masters, 0)
-        print(f"{distance:8.0e}{nearest:12.4f}{(stochastic != weights).float().mean():12.4f}")
+        line = f"{distance:8.0e}"
+        for copies in (masters.bfloat16(), engine.optimizer.round_stochastically(masters, 0)):
+            changed = (copies != weights).float().mean()
+            moved = ((copies.float() - weights.float()) * sign).double().mean() / distance
+            line += f"{changed:11.3f}{moved:10.3f}"
+        print(line)
 
 
 def plot(config, flags):
