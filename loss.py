@@ -16,40 +16,46 @@ from lib.flags import UserError
 from sample import policy_distribution
 
 # -------------------------------------------------------------------------------------------------
-# NORMALISERS: rewards r (P, G), one group a row -> weights (P, G). Below, m and s are a group's
-# mean and deviation.
+# NORMALISERS: rewards r (G,) of a group, Config, the rewards of all groups -> weights (G,). Below,
+# m and s are the mean and the deviation of the group.
 
 
-def mean(rewards, config=None):
+def group_weights(groups, config):
+    """P groups of rewards -> (B,) weights, group after group: the advantages."""
+    normalise = NORMALISERS[config.normaliser]
+    return torch.cat([normalise(rewards, config, groups) for rewards in groups])
+
+
+def mean(rewards, config=None, groups=None):
     """r - m. (1, 0, 0, 1) -> (0.5, -0.5, -0.5, 0.5). Dr. GRPO, arXiv 2503.20783.
 
     Measured from the lowest reward, so that equal rewards give exactly 0: else zscore would divide
     rounding errors by a tiny deviation and make weights of them."""
-    above = rewards - rewards.amin(1, keepdim=True)
-    return above - above.mean(1, keepdim=True)
+    above = rewards - rewards.min()
+    return above - above.mean()
 
 
-def zscore(rewards, config=None, eps=1e-4):
+def zscore(rewards, config=None, groups=None, eps=1e-4):
     """(r - m) / s: a rare success weighs more than a common one. (1, 0, 0, 1) -> (1, -1, -1, 1),
     (1, 0, 0, 0) -> (1.73, -0.58, -0.58, -0.58). GRPO, arXiv 2402.03300."""
-    return mean(rewards) / (rewards.std(1, correction=0, keepdim=True) + eps)
-
-
-def loo(rewards, config=None):
-    """r - mean of the other rewards = (r - m) * G / (G - 1): a baseline that does not depend on
-    the response itself, so without bias. (1, 0, 0, 1) -> (2/3, -2/3, -2/3, 2/3). RLOO, arXiv
-    2402.14740."""
-    G = rewards.shape[1]
-    return mean(rewards) * G / max(1, G - 1)
-
-
-def batch_std(rewards, config=None, eps=1e-4):
-    """(r - m) / deviation over all groups: one scale for the whole batch, so that small
-    differences within a group stay small. Lite PPO, arXiv 2508.08221."""
     return mean(rewards) / (rewards.std(correction=0) + eps)
 
 
-def maxrl(rewards, config=None, eps=1e-4):
+def loo(rewards, config=None, groups=None):
+    """r - mean of the other rewards = (r - m) * G / (G - 1): a baseline that does not depend on
+    the response itself, so without bias. (1, 0, 0, 1) -> (2/3, -2/3, -2/3, 2/3). RLOO, arXiv
+    2402.14740."""
+    G = len(rewards)
+    return mean(rewards) * G / max(1, G - 1)
+
+
+def batch_std(rewards, config, groups, eps=1e-4):
+    """(r - m) / deviation over all groups: one scale for the whole batch, so that small
+    differences within a group stay small. Lite PPO, arXiv 2508.08221."""
+    return mean(rewards) / (torch.cat(groups).std(correction=0) + eps)
+
+
+def maxrl(rewards, config=None, groups=None, eps=1e-4):
     """(r - m) / m, for rewards from 0 up: the gradient of log m, where `mean` has the gradient of
     m. (1, 0, 0, 0) -> (3, -1, -1, -1), (1, 0, 0, 1) -> (1, -1, -1, 1). MaxRL, arXiv 2602.02710."""
     if rewards.min() < 0:  # a mean below 0 would turn the signs
@@ -57,37 +63,37 @@ def maxrl(rewards, config=None, eps=1e-4):
         raise UserError(
             f"--normaliser maxrl: {reason}: change --reward, or take another normaliser"
         )
-    return mean(rewards) / (rewards.mean(1, keepdim=True) + eps)
+    return mean(rewards) / (rewards.mean() + eps)
 
 
-def softmax(rewards, config):
+def softmax(rewards, config, groups=None):
     """G * softmax(r / beta) - 1: reward-weighted regression, centred. For a large beta it is
     `mean` / beta, for a small one only the best response gains."""
-    shares = ((rewards - rewards.amax(1, keepdim=True)) / config.softmax_beta).exp()
-    return shares / shares.mean(1, keepdim=True) - 1
+    shares = ((rewards - rewards.max()) / config.softmax_beta).exp()
+    return shares / shares.mean() - 1
 
 
-def rank(rewards, config=None):
+def rank(rewards, config=None, groups=None):
     """(how many of the group are below - how many are above) / (G - 1): only the order counts.
     (0.2, 0.4, 0.9, 0.9) -> (-1, -1/3, 2/3, 2/3)."""
-    differences = rewards[:, :, None] - rewards[:, None, :]
-    return differences.sign().sum(2) / max(1, rewards.shape[1] - 1)
+    differences = rewards[:, None] - rewards
+    return differences.sign().sum(1) / max(1, len(rewards) - 1)
 
 
-def best(rewards, config=None):
+def best(rewards, config=None, groups=None):
     """1 for the best of the group, shared between ties, else 0. (0.2, 0.4, 0.9, 0.9) -> (0, 0,
     0.5, 0.5). Best of n."""
-    is_best = (rewards == rewards.amax(1, keepdim=True)).to(rewards.dtype)
-    return is_best / is_best.sum(1, keepdim=True)
+    is_best = (rewards == rewards.max()).to(rewards.dtype)
+    return is_best / is_best.sum()
 
 
-def positive(rewards, config=None):
+def positive(rewards, config=None, groups=None):
     """max(r, 0): imitate what was good, learn nothing from the rest. Fast, but entropy collapses.
     RAFT, 2504.11343."""
     return rewards.clamp(min=0)
 
 
-def raw(rewards, config=None):
+def raw(rewards, config=None, groups=None):
     """r itself: REINFORCE without a baseline."""
     return rewards
 
@@ -95,8 +101,6 @@ def raw(rewards, config=None):
 NORMALISERS = {
     f.__name__: f for f in (zscore, mean, loo, batch_std, maxrl, softmax, rank, best, positive, raw)
 }
-# these compare with the group: pointless in a group of one
-BASELINED = set(NORMALISERS) - {"positive", "raw"}
 
 
 def token_weights(weights, token_rewards, mask):
@@ -124,8 +128,20 @@ def token_weights(weights, token_rewards, mask):
 
 
 # -------------------------------------------------------------------------------------------------
-# FILTERS: rewards (P, G), finished (P, G) bool -> which responses are trained on, (P, G) bool. The
-# weights are taken from the whole group, before the filter.
+# FILTERS: rewards (G,) of a group, finished (G,) bool, Config -> which of its responses are trained
+# on, (G,) bool. The weights are taken from the whole group, before the filter.
+
+
+def select(groups, finished, config):
+    """P groups of rewards, (B,) bool -> which responses are trained on, (B,) bool."""
+    keep = FILTERS[config.filter]
+    finished = finished.split([len(rewards) for rewards in groups])
+    selected = [keep(*group, config) for group in zip(groups, finished)]
+    if config.filter == "resample":  # P groups, where sampling more prompts has found more of them
+        found = torch.tensor([bool(group.any()) for group in selected]).cumsum(0)
+        enough = found <= config.prompts_per_step
+        selected = [group & few for group, few in zip(selected, enough)]
+    return torch.cat(selected)
 
 
 def none(rewards, finished, config=None):
@@ -137,15 +153,13 @@ def none(rewards, finished, config=None):
 def informative(rewards, finished, config=None):
     """Groups whose rewards differ. With centred weights only the denominator changes.
     Reinforce-Rej, 2504.11343."""
-    differ = rewards.amax(1, keepdim=True) != rewards.amin(1, keepdim=True)
-    return differ.expand_as(rewards)
+    return (rewards.max() != rewards.min()).expand(len(rewards))
 
 
-def resample(rewards, finished, config):
-    """The first P of such groups, after train.py has sampled prompts until there are as many. DAPO,
-    arXiv 2503.14476."""
-    differ = informative(rewards, finished)
-    return differ & (differ[:, :1].cumsum(0) <= config.prompts_per_step)
+def resample(rewards, finished, config=None):
+    """The same, P groups of them: train.py samples prompts until there are as many. DAPO, arXiv
+    2503.14476."""
+    return informative(rewards, finished)
 
 
 def finished(rewards, finished, config=None):
@@ -157,8 +171,8 @@ def finished(rewards, finished, config=None):
 def top(rewards, finished, config):
     """The best `top_share` of each group, at least one, and what ties with the last of them.
     Rejection sampling."""
-    count = max(1, round(config.top_share * rewards.shape[1]))
-    return rewards >= rewards.topk(count, 1).values[:, -1:]
+    count = max(1, round(config.top_share * len(rewards)))
+    return rewards >= rewards.topk(count).values[-1]
 
 
 FILTERS = {f.__name__: f for f in (none, informative, resample, finished, top)}

@@ -24,6 +24,7 @@ from lib.checks import check_causal, freeze_unused
 from lib.files import find_model
 from lib.flags import UserError, first_line
 from lib.lora import adapted_layers, add_adapter, find_base, load_adapter, save_adapter
+from lib.progress import phase
 
 logging.disable_progress_bar()  # of loading and saving: they garble the bar of the steps
 THREADS = torch.get_num_threads()
@@ -56,6 +57,7 @@ def pick_dtype(device) -> str:
     return "float32"
 
 
+@phase("loading {}")
 def load_policy(
     name, device, dtype="auto", in_4_bits=False
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:

@@ -223,13 +223,17 @@ def math(prompt, response, answer):
     1/2 | \frac{1}{2} -> 1
     \boxed{\{2, 1\}} | \{1, 2\} -> 1
     $(1, 2)$ | [1, 2) -> 0
+    no solution | no solution -> 1
 
     More than a plain number or fraction must stand in $...$ or \boxed{...}. It has a second to read
     the answer, and one to compare it. Only in the main thread: the time limit is a signal.
     """
     from math_verify import parse, verify  # slow to import
 
-    found = parse(final_answer(response), parsing_timeout=1)
+    text = final_answer(response)
+    if text and text == answer.strip():  # an answer in words, which math-verify cannot read
+        return 1.0
+    found = parse(text, parsing_timeout=1)
     return float(verify(parse(f"${answer}$"), found, timeout_seconds=1))
 
 

@@ -217,7 +217,7 @@ def interjection(tokenizer, sampling):
 @torch.no_grad()
 def generate(
     policy, prompts, group_size, max_new_tokens, stop, seeds,
-    sampling=Sampling(), rows_at_once=None, buffers=None, interject=None,
+    sampling=Sampling(), rows_at_once=None, buffers=None, interject=None, report=None,
 ) -> Rollout:  # fmt: skip
     """Samples `group_size` responses to each of P prompts (token ids), one prompt at a time.
 
@@ -225,6 +225,7 @@ def generate(
     seeds:    (P,) a prompt's responses depend on its own seed, not on the other prompts
     rows_at_once: most responses sampled in parallel; None: no limit
     buffers:  for the fast form, which keeps its KV cache and CUDA graphs there between calls
+    report:   is called with the number of new tokens now and then
     UserError: a prompt is empty, or too long for the model together with max_new_tokens
     """
     check_prompts(policy, prompts, max_new_tokens)
@@ -233,6 +234,8 @@ def generate(
         uniforms = uniform_numbers(seed, group_size, max_new_tokens, policy.device)
         for numbers in uniforms.split(rows_at_once or group_size):
             rollouts.append(sample_rows(policy, prompt, numbers, stop, sampling, interject))
+            if report:
+                report(int(rollouts[-1].response_lengths.sum()))
     return join(rollouts)
 
 

@@ -21,6 +21,7 @@ from tqdm import tqdm
 
 from lib.files import download, is_text, read_jsonl, read_problems
 from lib.flags import UserError, first_line
+from lib.progress import phase
 
 
 @dataclass(frozen=True)
@@ -62,6 +63,11 @@ class Task:
     template: str = "{prompt}"
     rule_guess: str = ""
 
+    def fingerprint(self) -> str:
+        """Another text where any problem is another one, or has another place."""
+        rows = [[p.prompt, p.answer, p.columns] for p in self.train + self.validation]
+        return f"{stable_hash(json.dumps([rows, self.system, self.template])):016x}"
+
 
 NO_TASK = Task("", [], [], [], reward="")  # prompts are passed on as they are
 
@@ -94,12 +100,6 @@ def hold_out(problems, border, identity=same_prompt):
     held_out = [pair for pair in zip(hashes, problems) if pair[0] <= border]
     held_out.sort(key=lambda pair: pair[0])
     return [problem for _, problem in held_out], rest
-
-
-def fingerprint(task) -> str:
-    """Another text where any problem of the task is another one, or has another place."""
-    rows = [[p.prompt, p.answer, p.columns] for p in task.train + task.validation]
-    return f"{stable_hash(json.dumps([rows, task.system, task.template])):016x}"
 
 
 def split(name, problems, reward, *prompting, identity=same_prompt) -> Task:
@@ -246,6 +246,7 @@ PLAIN_NUMBER = re.compile(  # -1,012.5, +75, .5, 1e-07
 )
 
 
+@phase("reading the problems of {}")
 def load_task(name, data_dir="") -> Task:
     """A task by its name in TASKS, or from a .jsonl file, whose rule is `number` if all answers are
     plain numbers, else `exact`. UserError: no such task, a bad line."""
@@ -363,6 +364,7 @@ def freeze_date(template) -> str:
     return re.sub(r"""strftime_now\(\s*(["'])(.*?)\1\s*\)""", write, template)
 
 
+@phase("measuring the lengths of prompts")
 def longest_prompts(task, problems, tokenizer):
     """Token ids of the longest prompts, longest first, and at the end those of the shortest."""
     found = []

@@ -34,22 +34,23 @@ from engine.start import prepare
 from eval import Evaluation
 from lib.flags import UserError, check_range, flag, list_presets, run_script
 from lib.metrics import rollout_metrics, update_metrics
-from lib.run import Run, resumed_flags
+from lib.run import Run, after_mistake, resumed_flags
 from loss import (
-    BASELINED,
     DENOMINATORS,
     FILTERS,
     LOSSES,
     NORMALISERS,
     RECIPES,
+    group_weights,
     k2,
     k3,
+    select,
     token_weights,
 )
 from policy import fill_in, load_reference, save_policy, start_policy
 from reward import load_rewards
 from sample import Rollout, Sampling, join, sample_and_score
-from tasks import fingerprint, load_task, stable_hash, take_problems
+from tasks import load_task, stable_hash, take_problems
 
 
 @dataclass(frozen=True)
@@ -92,9 +93,7 @@ class Config:
     )
     minibatches: int = flag(1, "optimizer steps per epoch; above 1 likewise")
     lr: float = flag(0.0, "peak learning rate; 0: by the size of the model, and LoRA (policy.py)")
-    warmup_steps: int = flag(
-        -1, "steps over which --lr is reached, then it falls to a tenth; -1: a tenth, at most 10"
-    )
+    warmup_steps: int = flag(-1, "steps up to the peak of --lr; -1: a tenth of --steps, at most 10")
     weight_decay: float = flag(0.0, "AdamW weight decay")
     max_grad_norm: float = flag(1.0, "gradients are scaled down to at most this norm")
     # memory
@@ -177,7 +176,7 @@ def check(config) -> None:
     G = config.group_size
     if config.prompts_per_step * G > 1e6:
         raise UserError(f"--group_size {G}: times --prompts_per_step is over a million")
-    if G == 1 and config.normaliser in BASELINED:
+    if G == 1 and config.normaliser not in ("positive", "raw"):  # these compare with nothing
         raise UserError(f"--group_size 1: --normaliser {config.normaliser} needs at least 2")
 
 
@@ -236,8 +235,8 @@ def learning_rate(step, config) -> float:
 
 
 def sample_groups(run, task, tokenizer, sampler, rewards, config):
-    """G responses to each of P prompts -> B = P * G rows (row b answers prompt b // G), as a
-    Rollout and as dicts, and their rewards (P, G).
+    """G responses to each of P prompts -> B = P * G rows, prompt by prompt, as a Rollout and as
+    dicts, and the rewards of each group, P times (G,).
 
     --filter resample: batches of P prompts, until P groups have rewards that differ.
     """
@@ -257,12 +256,12 @@ def sample_groups(run, task, tokenizer, sampler, rewards, config):
         rollouts.append(rollout)
         samples += scored
         # float64 until the weights are made: float32 would not tell 2^24 from 2^24 + 1
-        by_group = torch.tensor([sample["reward"] for sample in samples], dtype=torch.float64)
-        by_group = by_group.view(-1, G)
-        informative = by_group.amax(1) != by_group.amin(1)
-        if informative.sum() >= P:
+        all_rewards = torch.tensor([sample["reward"] for sample in samples], dtype=torch.float64)
+        groups = all_rewards.split(G)
+        informative = [group for group in groups if group.max() != group.min()]
+        if len(informative) >= P:
             break
-    return join(rollouts), samples, by_group
+    return join(rollouts), samples, groups
 
 
 def main(config):
@@ -275,31 +274,29 @@ def main(config):
     reference = load_reference(config, policy)
     config = fill_in(config, policy)
     forms, memory = prepare(policy, tokenizer, task, measured, config, run.state)
-    learner = Learner(policy, forms, memory, config)
-    sampler = LocalSampler(policy, tokenizer, forms, memory)
+    learner = Learner(policy, forms, memory, config, run.progress)
+    sampler = LocalSampler(policy, tokenizer, forms, memory, run.progress)
     evaluation = Evaluation(
         sampler, tokenizer, task, task.validation[: config.eval_problems], measured,
         config.sampling, config.max_new_tokens, memory.sizes["rows_at_once"],
     )  # fmt: skip
-    config = run.start(config, learner.optimizer, fingerprint(task))
+    config = run.start(config, learner.optimizer, task.fingerprint())
     if evaluation.problems and run.state["step"] == 0:
         run.write_json("before.json", evaluation.summary(greedy=True))
 
     for step in run.steps(config.steps):
         clock = time.perf_counter()
         # ---------------------------------------------------------- 1. sample and score
-        rollout, samples, by_group = sample_groups(run, task, tokenizer, sampler, rewards, config)
+        rollout, samples, groups = sample_groups(run, task, tokenizer, sampler, rewards, config)
         seconds_sample = time.perf_counter() - clock
 
         # ---------------------------------------------------------- 2. weights
-        group_weights = NORMALISERS[config.normaliser](by_group, config)  # (P, G): the advantages
-        finished = rollout.finished.view_as(by_group).cpu()
-        selected = FILTERS[config.filter](by_group, finished, config)  # (P, G) bool
-        weights = group_weights.where(selected, 0.0).view(-1, 1)  # (B, 1)
+        selected = select(groups, rollout.finished.cpu(), config)  # (B,) bool
+        weights = group_weights(groups, config).where(selected, 0.0)[:, None]  # (B, 1)
         token_rewards = [sample.get("token_rewards") for sample in samples]
         weights = token_weights(weights, token_rewards, rollout.response_mask.cpu())
         weights = weights.float().to(policy.device)  # (B, 1), or (B, N)
-        selected = selected.flatten().to(policy.device)  # (B,)
+        selected = selected.to(policy.device)
 
         # ---------------------------------------------------------- 3. log-probs to compare with
         sampler_gap = learner.sampler_gap(rollout, step)
@@ -330,14 +327,14 @@ def main(config):
 
         # ---------------------------------------------------------- 5. record, evaluate, save
         metrics = {"step": step, "sampler_gap": sampler_gap, "lr": lr}
-        metrics |= rollout_metrics(batch, samples, by_group)
+        metrics |= rollout_metrics(batch, samples, groups)
         metrics["trained"] = (selected & contributes(weights, config)).float().mean().item()
         if reference:
             kl = k3(batch.old_logprobs, ref_logprobs).sum() / batch.response_mask.sum()
             metrics["kl"] = kl.item()
         metrics |= update_metrics(updates)
         metrics |= {"prompts_seen": run.state["prompts_seen"], **memory.sizes}
-        metrics["batches_drawn"] = len(by_group) // config.prompts_per_step
+        metrics["batches_drawn"] = len(groups) // config.prompts_per_step
         metrics |= {"seconds_sample": seconds_sample, "seconds": time.perf_counter() - clock}
         if evaluation.problems and run.is_due(step, config.eval_every):
             found = evaluation.summary(greedy=step == config.steps)
@@ -347,11 +344,12 @@ def main(config):
         for sample, weight in zip(samples, batch.row_weights().tolist()):
             sample["weight"] = weight
         run.finish(
-            metrics, samples, learner.optimizer, lambda path: save_policy(policy, tokenizer, path)
-        )
+            metrics, samples, [len(group) for group in groups], learner.optimizer,
+            lambda folder: save_policy(policy, tokenizer, folder),
+        )  # fmt: skip
     print(run.summary(task.name, evaluation.problems))
     return run.folder
 
 
 if __name__ == "__main__":
-    run_script(main, Config, __doc__, fill, HELP)
+    run_script(main, Config, __doc__, fill, HELP, after_mistake)

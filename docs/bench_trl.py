@@ -55,7 +55,7 @@ from examples import questions
 from examples.rewards import short
 from lib.estimate import shape
 from lib.flags import flag, run_script
-from loss import DENOMINATORS, NORMALISERS
+from loss import DENOMINATORS, group_weights
 from sample import Rollout, Sampling
 
 SETTINGS = {  # P x G responses; rows: in a micro-batch of TRL, the fastest of those tried
@@ -203,8 +203,7 @@ class Ours:
         answers = [self.answers[self.tokenizer.decode(prompt)] for prompt in prompts]
         answers = [answer for answer in answers for _ in range(G)]
         rewards = score(rollout.responses(self.tokenizer), answers, self.config)
-        normalise = NORMALISERS[self.flags.normaliser]
-        weights = normalise(torch.tensor(rewards).view(P, G), self.flags).view(P * G, 1)
+        weights = group_weights(torch.tensor(rewards).split(G), self.flags)[:, None]
         scale = DENOMINATORS[self.flags.denominator](rollout.response_lengths, self.flags)
         assert self.learner.sampler_gap(rollout, 0) < 1e-4  # as train.py does in each step
         columns = vars(rollout).values()

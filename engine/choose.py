@@ -28,7 +28,9 @@ import engine.logprobs
 import loss
 import sample
 from engine.memory import is_out_of_memory
+from lib.checks import without_keys
 from lib.flags import name_error
+from lib.progress import phase
 
 # the fast form may differ by this many times the noise, which is relative and measured ...
 MULTIPLE = 2
@@ -50,6 +52,7 @@ class Forms:
     token_logprobs: Callable = loss.token_logprobs
 
 
+@phase("comparing the fast forms with the plain ones")
 def choose(policy, prompts, stop, sampling, max_new_tokens, mode="auto") -> Forms:
     """Tries the fast forms on the first and the last of the prompts (token ids; longest first), and
     takes each one that agrees with its plain form. mode 'off': the plain forms."""
@@ -129,7 +132,7 @@ def pick(policy, plain, candidates, compare) -> Callable:
         except MISFIT as error:
             if is_out_of_memory(error):
                 raise
-            reason = name_error(error)
+            reason = without_keys(policy) or name_error(error)
             continue
         if gap <= 1:
             return form

@@ -47,6 +47,7 @@ def generate(
     rows_at_once=None,
     buffers=None,
     interject=None,
+    report=None,
 ) -> Rollout:
     """See sample.py. The rows beyond rows_at_once are queued for a slot, so a rollout may be larger
     than the memory."""
@@ -72,6 +73,8 @@ def generate(
                 state.assign_slots(group_size, check_every)
                 if state.slots == 0:
                     break
+                if report:  # idle slots are counted too: to look would wait for the GPU
+                    report(state.slots * check_every)
             if interject:
                 state.run_step_and_interject(policy, sampling, interject)
             else:

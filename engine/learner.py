@@ -11,17 +11,19 @@ from lib.batching import micro_batches
 from lib.lora import adapter_off
 from lib.metrics import UpdateStatistics
 from lib.processes import gather, share
+from lib.progress import Progress
 
 
 class Learner:
     """What is done with the rows of a rollout. A trainer on several machines would have the same
     two methods, `logprobs` and `update`."""
 
-    def __init__(self, policy, forms, memory, config):
+    def __init__(self, policy, forms, memory, config, progress=None):
         self.policy = policy
         self.token_logprobs = forms.token_logprobs
         self.memory = memory
         self.config = config
+        self.progress = progress or Progress()
         self.optimizer = Optimizer(policy, config.weight_decay, config.offload, config.seed)
         memory.cleanups.append(self.optimizer.zero_grad)
 
@@ -76,8 +78,10 @@ class Learner:
                 part.old_logprobs if on_policy else None,
             )  # fmt: skip
             loss, *numbers = backward(part, token_logprobs, self.config)
+            self.progress.trained(len(part.ids))
             return loss.item(), *(each if each is None else each.detach() for each in numbers)
 
+        self.progress.expect(rows=len(share(batch.ids)))
         statistics = UpdateStatistics(on_policy)
         for rows, (loss, logprobs, clipped, entropy) in self.in_micro_batches(work, batch):
             old, mask = batch.old_logprobs[rows], batch.response_mask[rows]

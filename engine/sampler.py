@@ -5,6 +5,7 @@ import torch
 
 import sample
 from lib.processes import gather, share
+from lib.progress import Progress
 from policy import stop_ids
 from sample import Rollout, join
 
@@ -18,11 +19,12 @@ class LocalSampler:
     policy_changed(): called after the updates of a step
     """
 
-    def __init__(self, policy, tokenizer, forms, memory):
+    def __init__(self, policy, tokenizer, forms, memory, progress=None):
         self.policy = policy
         self.tokenizer = tokenizer
         self.generate = forms.generate
         self.memory = memory
+        self.progress = progress or Progress()
         self.exact = policy.dtype == torch.float32
         self.buffers = {}  # KV cache and CUDA graphs
         memory.cleanups.append(self.buffers.clear)
@@ -33,12 +35,14 @@ class LocalSampler:
         seeds: (P,) a prompt's responses depend on its own seed, not on the other prompts
         """
         mine, seeds = share(prompts), share(seeds)
+        self.progress.expect(tokens=len(mine) * group_size * max_new_tokens)
         stop = stop_ids(self.policy, self.tokenizer, sampling.stop)
 
         def generate(rows_at_once):
             return self.generate(
                 self.policy, mine, group_size, max_new_tokens, stop, seeds, sampling,
                 rows_at_once, self.buffers, sample.interjection(self.tokenizer, sampling),
+                self.progress.sampled,
             )  # fmt: skip
 
         columns = None  # there may be fewer prompts than processes

@@ -11,6 +11,7 @@ from lib.flags import UserError, name_error
 
 # the argument and the output that hold the KV cache: renamed in transformers 5.24
 CACHE = "cache" if Version(transformers.__version__) >= Version("5.24") else "past_key_values"
+LATER = "its logits at a token depend on later tokens"
 
 
 def context_length(model) -> int | None:
@@ -53,13 +54,15 @@ def check_causal(name, model) -> None:
     sampler reads it. A model whose cache gives other logits, or that has none, does without."""
     if hasattr(model.config, "rescale_every"):  # RWKV would divide its parameters, for good
         model.config.rescale_every = 0
-    if misfit(model):
+    if reason := misfit(model):
+        why = "it gives other logits than a forward pass" if reason == LATER else reason
+        slow = "each new token reads the whole row, which is slow"
+        print(f"{name}: its KV cache cannot be used ({why}): {slow}", file=sys.stderr)
         model.register_forward_pre_hook(read_all, with_kwargs=True)
         model.register_forward_hook(keep_ids)
         if reason := misfit(model):
             kind = f"{type(model).__name__} cannot sample token by token"
             raise UserError(f"model {name}: {kind} ({reason}): take a causal language model")
-        print(f"{name}: without KV cache, each new token reads the whole row", file=sys.stderr)
 
 
 @torch.no_grad()
@@ -80,7 +83,7 @@ def misfit(model) -> str:
     gap = (torch.stack(steps, 1) - expected[:, 4:]).std()
     # bfloat16: rounding may lead to other experts
     if gap > expected.std() * (1e-3 if model.dtype == torch.float32 else 0.2):
-        return "its logits at a token depend on later tokens"
+        return LATER
     return ""
 
 
@@ -93,6 +96,16 @@ def read_all(model, arguments, options) -> tuple[tuple, dict]:
 
 def keep_ids(model, arguments, output) -> None:
     output[CACHE] = arguments[0]
+
+
+def without_keys(model) -> str:
+    """Why no fast form fits a hybrid: '' for a model of attention layers only."""
+    config = model.config.get_text_config()
+    kinds = getattr(config, "layer_types", None) or getattr(config, "layers_block_type", None) or []
+    attention = {"attention", "full_attention", "sliding_attention", "chunked_attention"}
+    if others := sorted({*kinds} - attention - {"moe", "mlp"}):
+        return f"its layers of type {', '.join(others)} keep a state instead of keys and values"
+    return ""
 
 
 def freeze_unused(model) -> int:

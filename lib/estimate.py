@@ -11,8 +11,10 @@ from transformers import AutoConfig, PreTrainedConfig
 from transformers.pytorch_utils import Conv1D
 
 from lib.flags import name_error
+from lib.progress import phase
 
 TILE = 512  # tokens whose logits are held at once on a GPU, see engine/logprobs.py
+PROGRAM = 0.41e9  # bytes of a process that has imported train.py and peft
 MOMENTS = 2  # float32 numbers per trained parameter that AdamW keeps, see engine/optimizer.py
 
 TINY = dict(
@@ -183,17 +185,21 @@ def device_memory(device) -> float:
         return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
 
-def memory_table(flags, model, available, longest_prompt) -> str:
+@phase("estimating the memory")
+def memory_table(flags, model, available, longest_prompt, program=0) -> str:
     """The estimate as lines for the screen, and a suggestion where it does not fit. '' where it is
     less than a tenth of what is available.
 
     flags: train.Config; model may be without storage (FakeTensorMode). Not counted: a reward model.
+    program: bytes of Python and its packages, where the device is the CPU
     """
     if available == math.inf:
         return "memory: how much there is cannot be found out here, so there is no estimate\n"
     try:
         activations = activation_bytes(model)
         parts = estimate(flags, model, activations, longest_prompt)
+        if program:
+            parts["program"] = program
     except Exception as error:  # configs of all kinds
         return f"memory: no estimate for {type(model).__name__} ({name_error(error)})\n"
     if peak(parts) < 0.1 * available:
@@ -210,7 +216,7 @@ def memory_table(flags, model, available, longest_prompt) -> str:
     options = [{}, *alone, SUGGESTIONS, SUGGESTIONS | {"load_in_4bit": True}]
     for changes in options:
         changed = replace(flags, **changes)
-        needed = peak(estimate(changed, model, activations, longest_prompt))
+        needed = program + peak(estimate(changed, model, activations, longest_prompt))
         if needed < limit:
             break
     if needed >= limit:

@@ -148,7 +148,7 @@ def flag_line(name, kind, default, text) -> str:
         text += f" ({', '.join([default, *others])})"
     elif default not in ("", None) and kind is not bool:
         text += f" ({default:g})" if isinstance(default, float) else f" ({default})"
-    return f"  {'--' + name:<26}{text}"
+    return wrap(f"  {'--' + name:<25} {text}", WIDTH, subsequent_indent=" " * 28)
 
 
 def choice_lines(name, doc) -> str:

@@ -9,44 +9,54 @@ import torch
 from lib.processes import gather
 
 
-def rollout_metrics(batch, samples, rewards) -> dict:
+def rollout_metrics(batch, samples, groups) -> dict:
     """The responses of a step in numbers. A number without a meaning (NaN) is omitted, such as the
     mean length of truncated responses if there are none.
 
     batch:   train.Batch; weights are 0 for responses that were filtered out
-    samples: B = P * G dicts with "response", "reward", "true_reward", "parts", and "accuracy" where
-             the true rewards say right or wrong
-    rewards: (P, G)
+    samples: B dicts with "response", "reward", "true_reward", "parts", and "accuracy" where the
+             true rewards say right or wrong
+    groups:  the rewards of each group. A mean is that of the groups' means
     """
+    sizes = [len(rewards) for rewards in groups]
     lengths = batch.response_lengths.cpu()
     finished = batch.finished.cpu()
-    sizes = batch.row_weights().abs().cpu()
+    weights = batch.row_weights().abs().cpu()
 
-    def column(key):  # float32 would round 0.99999999 to 1
-        values = [sample[key] for sample in samples]
-        return torch.tensor(values, dtype=torch.float64).view_as(rewards)
+    def by_group(values):  # float32 would round 0.99999999 to 1
+        return torch.as_tensor(values, dtype=torch.float64).split(sizes)
+
+    def mean(values):
+        return torch.stack([group.mean() for group in by_group(values)]).mean()
+
+    def share(is_so, groups):
+        return torch.tensor([float(is_so(group)) for group in groups]).mean()
 
     numbers = {
-        "reward": column("reward"),
-        "reward_std": rewards.std(1, correction=0),
-        "reward_std_between": rewards.mean(1).std(correction=0),
-        "informative": rewards.amax(1) != rewards.amin(1),
-        "true_reward": column("true_reward"),
-        "thinking": torch.tensor(["</think>" in sample["response"] for sample in samples]),
-        "response_length": lengths,
-        "response_length_finished": lengths[finished],
-        "response_length_truncated": lengths[~finished],
-        "finished": finished,
-        "entropy": -batch.old_logprobs[batch.response_mask].cpu(),  # its mean: an estimate
-        "effective_samples": sizes.sum() ** 2 / sizes.square().sum(),
+        "reward_std": torch.stack([rewards.std(correction=0) for rewards in groups]).mean(),
+        "reward_std_between": torch.stack([rewards.mean() for rewards in groups]).std(correction=0),
+        "informative": share(lambda rewards: rewards.max() != rewards.min(), groups),
+        "thinking": mean(["</think>" in sample["response"] for sample in samples]),
+        "response_length": mean(lengths),
+        "response_length_finished": lengths[finished].double().mean(),
+        "response_length_truncated": lengths[~finished].double().mean(),
+        "finished": mean(finished),
+        # its mean: an estimate
+        "entropy": -batch.old_logprobs[batch.response_mask].double().mean().cpu(),
+        "effective_samples": weights.sum() ** 2 / weights.square().sum(),
     }
+    for name in ("reward", "true_reward"):
+        numbers[name] = mean([sample[name] for sample in samples])
     if "accuracy" in samples[0]:
-        right = column("accuracy") == 1
-        numbers |= {"accuracy": right, "all_right": right.all(1), "all_wrong": ~right.any(1)}
+        is_right = [sample["accuracy"] == 1 for sample in samples]
+        right = by_group(is_right)
+        numbers["accuracy"] = mean(is_right)
+        numbers["all_right"] = share(torch.all, right)
+        numbers["all_wrong"] = share(lambda group: not group.any(), right)
     for part in samples[0]["parts"]:
-        numbers[f"reward/{part}"] = torch.tensor([sample["parts"][part] for sample in samples])
-    means = {name: values.double().mean().item() for name, values in numbers.items()}
-    return {name: mean for name, mean in means.items() if not math.isnan(mean)}
+        numbers[f"reward/{part}"] = mean([sample["parts"][part] for sample in samples])
+    numbers = {name: number.item() for name, number in numbers.items()}
+    return {name: number for name, number in numbers.items() if not math.isnan(number)}
 
 
 class UpdateStatistics:
@@ -132,6 +142,24 @@ def hint(rows) -> str:
             "larger --group_size"
         )
     return ""
+
+
+def collapse(rewards) -> str:
+    """A warning if the rewards of a run (a mean for each step) fell to nothing and stayed there, or
+    ''. Measured over a tenth of the steps, at least five: the last are below a tenth of the best,
+    and not above the first."""
+    width = max(5, len(rewards) // 10)
+    if len(rewards) < 3 * width:
+        return ""
+    windows = [fmean(rewards[i : i + width]) for i in range(len(rewards) - width + 1)]
+    best = max(windows)
+    if best <= 0 or windows[-1] > windows[0] or windows[-1] >= 0.1 * best:
+        return ""
+    step = windows.index(best) + width // 2 + 1
+    return (
+        f"warning: the mean reward was {best:.3g} around step {step} and is {windows[-1]:.3g} at "
+        "the end: the policy has collapsed. Start again with a third of the --lr, or --kl_beta 0.01"
+    )
 
 
 def tokens_per_second(metrics, responses) -> dict:

@@ -1,22 +1,23 @@
 """What a script says while it works: phases, a bar that moves within a step, a line per step.
 
-    with phase("loading models/add"):            # -> "loading models/add ... 0.4 s"
-        ...
-    progress = Progress(first=1, last=60)
-    for step in progress.steps():
+    @phase("loading {}")                         # -> "loading models/add ... 4.2 s"
+    def load_policy(name, device): ...
+
+    progress = Progress()
+    for step in progress.steps(1, 60):
         progress.expect(tokens=4096)             # the sampler, before it starts
         progress.sampled(512)                    # the sampler, whenever it knows more
-        progress.expect(rows=128)                # the learner: rows of all epochs
+        progress.expect(rows=128)                # the learner, before an update
         progress.trained(16)                     # the learner, after each micro-batch
         progress.show(metrics)                   # the line of the step
 
 Everything but the lines of the steps goes to stderr, so that what a script prints can be piped.
-`SILENT` takes the same calls and shows nothing.
 """
 
 import sys
 import time
-from contextlib import contextmanager
+from functools import partial, wraps
+from threading import Timer
 
 from tqdm import tqdm
 
@@ -40,105 +41,103 @@ COLUMNS = [
 ABOVE = f"{'tokens per second':>68}"
 
 
-@contextmanager
 def phase(title):
-    """Says what is being done, and how long it took. Also a decorator: @phase("comparing")"""
-    began = time.perf_counter()
-    print(f"{title} ...", end="", file=sys.stderr, flush=True)
-    try:
-        yield
-    except BaseException:
-        print(file=sys.stderr)
-        raise
-    print(f" {time.perf_counter() - began:.1f} s", file=sys.stderr, flush=True)
+    """A decorator: says what a function does and then how long it took, if that is a second or
+    more. {} in the title stands for its first argument."""
+
+    def decorate(function):
+        @wraps(function)
+        def timed(*arguments, **options):
+            began = time.perf_counter()
+            text = title.format(*arguments[:1])
+            stream = sys.stderr
+            timer = Timer(1, partial(print, text, "...", end="", file=stream, flush=True))
+            timer.daemon = True
+            timer.start()
+            ended = ""
+            try:
+                result = function(*arguments, **options)
+                ended = f" {time.perf_counter() - began:.1f} s"
+                return result
+            finally:
+                timer.cancel()
+                timer.join()
+                if time.perf_counter() - began >= 1:
+                    print(ended, file=stream, flush=True)
+
+        return timed
+
+    return decorate
 
 
 class Progress:
     """The bar of a run, which moves within a step too, and the lines of its steps. Nothing here
-    changes a run. first, last: step numbers"""
+    changes a run."""
 
-    def __init__(self, first, last, quiet=False):
-        self.first = first
-        self.last = last
-        self.step = first
+    def __init__(self):
+        self.bar = None  # until the first step: what is sampled before is an evaluation
         self.lines = 0
         self.expected = {"tokens": 0, "rows": 0}
         self.done = {"tokens": 0, "rows": 0}
+
+    def steps(self, first, last):
+        """The numbers of the steps."""
+        self.first, self.last = first, last
         self.bar = tqdm(
             total=last,
             initial=first - 1,
-            disable=quiet or None,  # None: only where stderr is a terminal
+            disable=None,  # no bar where stderr is no terminal
             dynamic_ncols=True,
             miniters=0,
             bar_format="{percentage:3.0f}%|{bar}| {desc} [{elapsed}<{remaining}]",
         )
-
-    def steps(self):
-        """The step numbers."""
-        for step in range(self.first, self.last + 1):
+        for step in range(first, last + 1):
             self.step = step
-            self.expected = dict.fromkeys(self.expected, 0)
-            self.done = dict.fromkeys(self.done, 0)
-            self.draw(f"step {step} of {self.last}")
+            self.expected = self.done  # as much as in the step before
+            self.done = {"tokens": 0, "rows": 0}
+            self.draw(f"step {step} of {last}")
             yield step
-        self.draw("done", self.last)
+        self.bar.n = last
         self.bar.close()
 
     def expect(self, tokens=0, rows=0):
-        """More to sample, at a guess, or more rows to train on in this step."""
-        self.expected["tokens"] += tokens
-        self.expected["rows"] += rows
+        """What is to be sampled or trained in this step. Later steps expect what the first had."""
+        if self.bar is not None and self.step == self.first:
+            self.expected["tokens"] += tokens
+            self.expected["rows"] += rows
 
     def sampled(self, tokens):
-        self.done["tokens"] += tokens
-        self.draw(self.part("sampled", "tokens"))
+        if not self.done["rows"]:  # else it is an evaluation
+            self.add("tokens", tokens, "sampled")
 
     def trained(self, rows):
-        self.done["rows"] += rows
-        self.draw(self.part("trained", "rows"))
+        self.add("rows", rows, "trained")
 
-    def part(self, verb, unit):
-        """'step 3: sampled 512 of 4,096 tokens'"""
-        most = max(self.done[unit], self.expected[unit])  # what was expected is a guess
-        return f"step {self.step}: {verb} {self.done[unit]:,} of {most:,} {unit}"
+    def add(self, unit, count, verb):
+        if self.bar is None:
+            return
+        self.done[unit] += count
+        most = max(self.done[unit], self.expected[unit])
+        self.draw(f"step {self.step}: {verb} {self.done[unit]:,} of {most:,} {unit}")
 
-    def draw(self, text, done=None):
+    def draw(self, text):
         """Sampling is taken for one half of a step, training for the other."""
-        if done is None:
-            halves = [min(1, self.done[unit] / max(1, self.expected[unit])) for unit in self.done]
-            done = self.step - 1 + sum(halves) / 2
-        self.bar.n = done
+        halves = [min(1, self.done[unit] / max(1, self.expected[unit])) for unit in self.done]
+        self.bar.n = self.step - 1 + sum(halves) / 2
         self.bar.set_description_str(text, refresh=False)
-        self.bar.update(0)  # at most ten times per second
+        self.bar.update(0)  # redraws at most ten times per second
 
     def show(self, metrics):
         """Prints the line of a step, under a header every 20 lines. A run of more than 200 steps
         shows the first, the last, every tenth and those with an evaluation or a skipped update."""
         step = metrics["step"]
-        long_run = self.last > SHORT_RUN
         special = step in (self.first, self.last) or has_eval(metrics) or metrics["skipped"]
-        if long_run and step % 10 and not special:
+        if self.last > SHORT_RUN and step % 10 and not special:
             return
         if self.lines % LINES_PER_HEADER == 0:
             tqdm.write(header())
         self.lines += 1
         tqdm.write(step_line(metrics))
-
-
-class Silent:
-    """Takes the calls of a Progress and shows nothing: for samplers and learners outside a run."""
-
-    def expect(self, tokens=0, rows=0):
-        pass
-
-    def sampled(self, tokens):
-        pass
-
-    def trained(self, rows):
-        pass
-
-
-SILENT = Silent()
 
 
 def header():

@@ -13,7 +13,7 @@ run = Run(config)                       # checks the name, makes nothing
 config = run.start(config, optimizer)   # makes the folder, or goes on from the checkpoint
 for step in run.steps():
     ...
-    run.finish(metrics, samples, optimizer, save_model)
+    run.finish(metrics, samples, group_sizes, optimizer, save_model)
 """
 
 import importlib
@@ -23,6 +23,7 @@ import os
 import platform
 import re
 import shlex
+import shutil
 import subprocess
 import sys
 import time
@@ -53,8 +54,8 @@ from lib.files import (
     write_text,
     writing,
 )
-from lib.flags import UserError, parse
-from lib.metrics import hint, is_idle, tokens_per_second
+from lib.flags import UserError, align, parse
+from lib.metrics import collapse, hint, is_idle, tokens_per_second
 from lib.plots import plot_run
 from lib.processes import gather, is_first, processes
 from lib.progress import Progress
@@ -123,6 +124,20 @@ def flags_of_runs(config, runs, names):
             raise UserError(f"--{name}: the runs differ in it ({listed}), give one for all")
         config = replace(config, **{name: values[0]})
     return config
+
+
+def after_mistake() -> str:
+    """What to do after an error that ended a run. A run without a checkpoint cannot be resumed: its
+    folder gets another name, so that the command can be given again."""
+    run = Run.current
+    if run is None:
+        return ""
+    if (run.folder / "checkpoint").exists():
+        return f" (to resume from the last checkpoint: {run.resume_command()})"
+    failed = run.folder.with_name(f"{run.folder.name}.failed")
+    shutil.rmtree(failed, ignore_errors=True)
+    run.folder.rename(failed)
+    return f" (no checkpoint was saved yet; what there is of the run is now in {failed})"
 
 
 class Tracker:
@@ -263,6 +278,8 @@ class Run:
                 added: plain Python types and tensors
     """
 
+    current = None  # the run that this process is at work on, for `after_mistake`
+
     def __init__(self, config):
         if config.prompts_per_step < processes():
             raise UserError(
@@ -270,6 +287,8 @@ class Run:
                 "one for each process"
             )
         self.tracker = Tracker(config.tracker)
+        self.progress = Progress()
+        Run.current = None
         self.folder = self.checkpoint = None
         self.state = {"step": 0, "prompts_seen": 0, "halved": {}}
         if is_first():
@@ -325,6 +344,7 @@ class Run:
             with writing(self.folder):
                 self.folder.mkdir(parents=True, exist_ok=True)
             self.lock_file = lock(self.folder)
+        Run.current = self
         resumed = config.resume
         config = replace(config, name=self.folder.name, resume=False)
         self.config = asdict(config)
@@ -370,15 +390,14 @@ class Run:
         """Numbers of the steps to do, with a progress bar. A signal no longer ends the process: the
         step is finished and saved first."""
         self.last = last
-        self.progress = Progress(self.state["step"] + 1, last)
         with catch_signals() as self.signals:
-            yield from self.progress.steps()
+            yield from self.progress.steps(self.state["step"] + 1, last)
 
     def is_due(self, step, every):
         """Whether the step is the last one, or a multiple of `every`."""
         return step == self.last or step % every == 0
 
-    def finish(self, metrics, samples, optimizer, save_model):
+    def finish(self, metrics, samples, group_sizes, optimizer, save_model):
         """Records a step; draws curves and saves a checkpoint where they are due. Then, after a
         signal, says how to resume, and exits with 128 + its number, as a shell would.
 
@@ -387,7 +406,7 @@ class Run:
         config, step = self.config, metrics["step"]
         # all processes stop at the same step; a signal that comes later is for the next one
         received = [*max(gather(self.signals), key=len)]
-        self.record(metrics, samples, config["log_samples"])
+        self.record(metrics, samples, group_sizes)
         self.state["step"] = step
         saving = self.is_due(step, config["save_every"])
         if is_first():
@@ -403,23 +422,35 @@ class Run:
                     save_state(folder, {**self.state, "optimizer": optimizer.state_dict()})
         if received and step < self.last:
             gather(None)  # the others wait until the first process has saved
-            command = f"python {sys.argv[0]} --name {shlex.quote(self.folder.name)} --resume"
-            if self.folder.parent != Path("runs"):
-                command += f" --runs_dir {shlex.quote(str(self.folder.parent))}"
-            tqdm.write(f"stopped; step {step} is saved. To resume:\n\n    {command}")
+            tqdm.write(f"stopped; step {step} is saved. To resume:\n\n    {self.resume_command()}")
             raise SystemExit(128 + received[0])
+
+    def resume_command(self) -> str:
+        command = f"python {sys.argv[0]} --name {shlex.quote(self.folder.name)} --resume"
+        if self.folder.parent != Path("runs"):
+            command += f" --runs_dir {shlex.quote(str(self.folder.parent))}"
+        return command
 
     def summary(self, task, problems) -> str:
         """What to read at the end."""
+        Run.current = None
         table = before_and_after(self.folder, task, problems) if problems else ""
-        command = f"python eval.py {self.folder}      # on the test problems, unseen in training"
-        return f"\n{table}\n\n{command}"
+        rows = read_rows(self.folder / "metrics.jsonl", {"step", "reward"}.__contains__)
+        warning = collapse([row["reward"] for row in rows])
+        name = shlex.quote(str(self.folder))
+        places = [
+            ["curves", f"{self.folder}/curves.png", ""],
+            ["samples", f"{self.folder}/samples.jsonl", f"python -m tools.show {name}"],
+            ["checkpoint", f"{self.folder}/checkpoint", f"python sample.py {name} --chat"],
+        ]
+        command = f"python eval.py {name}      # on the test problems, unseen in training"
+        return "\n\n".join(filter(None, [f"\n{table}".rstrip(), align(places), command, warning]))
 
     def write_json(self, name, content):
         if is_first():
             write_json(self.folder / name, content)
 
-    def record(self, metrics, samples, log_samples):
+    def record(self, metrics, samples, group_sizes):
         """Writes a step down: its metrics, and two groups of its samples (lib/samples.py). After
         three steps in a row with skipped updates, writes all samples of the step to bad-step.jsonl
         and raises UserError."""
@@ -434,9 +465,9 @@ class Run:
                 finite[key] = value
         append_rows(path, [finite])
         step = metrics["step"]
-        sizes = [self.config["group_size"]] * (len(samples) // self.config["group_size"])
-        first = metrics["prompts_seen"] - len(sizes)  # the place of the step's first prompt
-        rows = logged_groups(samples, sizes, log_samples, step, self.config["seed"])
+        first = metrics["prompts_seen"] - len(group_sizes)  # the place of the step's first prompt
+        log_samples, seed = self.config["log_samples"], self.config["seed"]
+        rows = logged_groups(samples, group_sizes, log_samples, step, seed)
         rows = [{"step": step, "prompt_index": first + row["group"], **row} for row in rows]
         append_rows(self.folder / "samples.jsonl", rows)
         self.progress.show(metrics)

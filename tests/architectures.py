@@ -54,7 +54,9 @@ NAMES = """gpt2 gpt_neo gpt_neox gptj codegen opt bloom falcon falcon,alibi mpt 
     llama4_text mistral mixtral qwen2 qwen2_moe qwen3 qwen3_moe qwen3_next gemma gemma2
     gemma3_text phi phi3 stablelm starcoder2 olmo olmo2 granite granitemoe cohere cohere2 glm
     glm4 persimmon nemotron smollm3 deepseek_v2 deepseek_v3 dbrx jamba bamba falcon_h1 mamba
-    mamba2 recurrent_gemma rwkv xlstm lfm2 minimax biogpt xglm bert roberta roberta,is_decoder"""
+    mamba2 recurrent_gemma rwkv xlstm lfm2 lfm3 minimax qwen3_5_text granitemoehybrid olmo_hybrid
+    nemotron_h olmo3 gemma4_text ministral3 hunyuan_v1_dense ernie4_5 exaone4 biogpt xglm bert
+    roberta roberta,is_decoder"""
 ARCHITECTURES = {name.replace(",", ", "): {} for name in NAMES.split()}
 MOE = dict(num_key_value_heads=4, first_k_dense_replace=1)
 # what else the config needs
@@ -81,6 +83,12 @@ ARCHITECTURES |= {
     "rwkv": dict(rescale_every=1),
     "xlstm": dict(hidden_size=128, num_heads=4),
     "lfm2": dict(layer_types=["conv", "full_attention"]),
+    "qwen3_5_text": dict(layer_types=MIXED),
+    "granitemoehybrid": dict(layer_types=["mamba", "attention"]),
+    "olmo_hybrid": dict(layer_types=MIXED),
+    "olmo3": dict(layer_types=SLIDING),
+    "gemma4_text": dict(layer_types=SLIDING),
+    "exaone4": dict(layer_types=SLIDING),
     "minimax": dict(layer_types=MIXED, block_size=16),
     "roberta, is_decoder": dict(is_decoder=True),
 }

@@ -68,8 +68,8 @@ def test_a_command_has_the_flags_of_its_script(command, monkeypatch):
         return
     parsed = []
 
-    def parse_only(main, config_class, doc, *rest, **positionals):
-        parsed.append(lib.flags.parse(config_class, doc, words, *rest, **positionals))
+    def parse_only(main, config_class, doc, fill=None, epilog="", on_error=str, **positionals):
+        parsed.append(lib.flags.parse(config_class, doc, words, fill, epilog, **positionals))
 
     run = Path("runs/add")  # what --resume looks for
     run.mkdir(parents=True)
@@ -172,10 +172,10 @@ def test_slow_calls_are_made_in_parallel_and_miss_their_limit():
 
 def test_the_weights_of_the_trap():
     names = run_code(REWARDS)
-    expected = torch.tensor([[1.73, -0.58, -0.58, -0.58]])
+    expected = torch.tensor([1.73, -0.58, -0.58, -0.58])
     for name in ("zscore_form", "zscore_right"):
         torch.testing.assert_close(names[name], expected, atol=0.005, rtol=0)
-    torch.testing.assert_close(names["mean_form"], torch.tensor([[0.15, -0.05, -0.05, -0.05]]))
+    torch.testing.assert_close(names["mean_form"], torch.tensor([0.15, -0.05, -0.05, -0.05]))
     assert "(1.73, -0.58, -0.58, -0.58)" in README
 
 

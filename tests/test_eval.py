@@ -162,6 +162,9 @@ def test_a_run_is_measured_beside_its_base(base, capsys, monkeypatch):
     sizes = {"limit": 8, "samples": 2}
     several = main(Config(max_new_tokens=8, rows_at_once=5, **sizes), [run, "runs/other"])
     assert Path("runs/eval/eval.json").exists() and not (folder / "eval.json").exists()
+    pairs = {(pair["before"], pair["after"]): pair["greedy"] for pair in several["comparisons"]}
+    assert [*pairs] == [(base, run), (base, "runs/other"), (run, "runs/other")]
+    assert pairs[run, "runs/other"]["difference"] == 0 != pairs[base, run]["difference"]
 
     # in float32 the plain form gives the same responses
     with monkeypatch.context() as patch:

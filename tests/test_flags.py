@@ -41,7 +41,7 @@ def test_help_has_one_line_for_each_flag(capsys):
     for name in [field.name for field in fields(train.Config)]:
         found = [line for line in lines if line.startswith(f"  --{name} ")]
         assert len(found) == 1 and len(found[0]) > 30, name
-    assert "-per-step" not in text and "(default" not in text and "()" not in text
+    assert "-per-step" not in text and "(default" not in text and " ()" not in text
     assert re.search(r"--temperature +sampling .* \(1\)", text)
     assert re.search(r"--dtype +.* \(auto, float32, bfloat16\)", text)
 

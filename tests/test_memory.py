@@ -261,6 +261,19 @@ def test_available_on_a_cpu_is_what_no_other_program_uses(monkeypatch):
     assert device_memory(CPU) == 40 * 1024 + 2 * os.sysconf("SC_PAGE_SIZE")
 
 
+def test_on_a_cpu_the_program_counts(load):
+    """A line more, and more at most at one time."""
+    model, _ = load("llama")
+    plain, with_program = (
+        memory_table(train.Config(), model, 1.0, 20, program) for program in (0, 5_000_000_000)
+    )
+    least, most = (
+        float(re.search("at one time +(.*)", table)[1]) for table in (plain, with_program)
+    )
+    assert most - least == pytest.approx(5, abs=0.011)
+    assert "program                         5.00" in with_program and "program" not in plain
+
+
 def test_with_the_flags_that_are_suggested_it_fits(capsys):
     memory.main(memory.Config(memory_gb=12), "qwen2.5-0.5b")
     suggested = re.search("This may not fit. With (.*) it takes", capsys.readouterr().out)[1]

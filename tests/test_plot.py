@@ -7,7 +7,7 @@ from matplotlib.figure import Figure
 
 from lib.files import read_rows, write_json, write_rows
 from lib.flags import UserError
-from lib.plots import CURVES, plot_run, smooth
+from lib.plots import CURVES, plot_evaluation, plot_run, smooth
 from tools import plot
 
 
@@ -31,7 +31,8 @@ def panels(monkeypatch):
     drawn = {}
 
     def savefig(figure, path, **options):
-        drawn.update((panel.get_title(), panel) for panel in figure.axes)
+        for number, panel in enumerate(figure.axes):
+            drawn[panel.get_title() or f"right of {number}"] = panel
         Path(path).touch()
 
     monkeypatch.setattr(Figure, "savefig", savefig)
@@ -59,8 +60,11 @@ def test_runs_with_other_flags_are_not_averaged_as_if_they_were_seeds(panels):
     assert labels == ["grpo --lr 1e-05 (2 runs)", "grpo-2 --lr 3e-05", "b-1"]
 
 
-def test_curves_are_smoothed_over_seven_steps():
-    assert smooth([0, 0, 0, 12, 0, 0]) == pytest.approx([3, 2.4, 2, 2, 2.4, 3])
+def test_curves_are_smoothed_over_seven_steps_and_short_ones_less():
+    spike = [0.0] * 15 + [7.0] + [0.0] * 15
+    assert smooth(spike)[12:19] == [1.0] * 7
+    assert smooth(spike[5:25]) == pytest.approx([0] * 8 + [7 / 5] * 5 + [0] * 7)
+    assert smooth([0, 0, 0, 12, 0, 0]) == [0, 0, 0, 12, 0, 0]
 
 
 def test_the_held_out_accuracy_starts_with_the_base_model(panels):
@@ -80,11 +84,77 @@ def test_parts_and_a_true_reward_have_panels(panels):
         row["true_reward"] = row["step"] / 10
     write_rows(run / "metrics.jsonl", rows)
     plot_run(run)
-    found = {"part of the reward: length": [10, 11], CURVES["true_reward"]: [0.1, 0.2]}
-    for title, values in found.items():
-        assert panels[title].lines[0].get_ydata().tolist() == values
+    assert panels["part of the reward: length"].lines[0].get_ydata().tolist() == [10, 11]
+    [right] = [panel for label, panel in panels.items() if label.startswith("right of")]
+    assert right.get_ylabel() == "true reward"  # in the panel of the reward
+    assert right.lines[0].get_ydata().tolist() == [0.1, 0.2]
     # what does not vary has no panel
     assert "part of the reward: exact" not in panels and CURVES["kl"] not in panels
+
+
+def change(run, **columns):
+    """Gives a run that make_run made other values of some metrics."""
+    rows = read_rows(Path(run) / "metrics.jsonl")
+    for i, row in enumerate(rows):
+        row |= {name: values[i] for name, values in columns.items()}
+    write_rows(Path(run) / "metrics.jsonl", rows)
+
+
+def test_groups_are_stacked_by_their_outcomes(panels):
+    """Of step 1 a half is all wrong, of step 2 a quarter all right: 0.5 and then 0.75 are mixed."""
+    run = make_run("one", 2, 0.5)
+    change(run, informative=[0.5, 0.75], all_wrong=[0.5, 0.0], all_right=[0.0, 0.25])
+    plot_run(Path(run))
+    areas = panels["groups by their responses"].collections
+    tops = [area.get_paths()[0].vertices[:, 1].max() for area in areas]
+    assert [area.get_label() for area in areas] == ["all wrong", "mixed: these teach", "all right"]
+    assert tops == pytest.approx([0.5, 1, 1])
+
+
+def test_truncated_responses_and_a_gradient_that_was_scaled_down(panels):
+    run = make_run("one", 2, 0.5, max_grad_norm=1.0)
+    change(run, response_length=[8, 9], finished=[0.75, 1.0], grad_norm=[3.0, 0.5])
+    plot_run(Path(run))
+    [right] = [panel for label, panel in panels.items() if label.startswith("right of")]
+    assert right.get_ylabel() == "share truncated"
+    assert right.lines[0].get_ydata().tolist() == [0.25, 0]
+    area = panels[CURVES["grad_norm"]].collections[-1].get_paths()[0].get_extents()
+    assert (area.ymin, area.ymax) == (1, 3)
+
+
+def test_runs_that_coincide_have_other_dashes(panels):
+    plot.main(plot.Config(), [make_run("a", 2, 0.5), make_run("b", 2, 0.5)])
+    lines, _ = panels[CURVES["reward"]].get_legend_handles_labels()
+    assert [line.get_linestyle() for line in lines] == ["-", "--"]
+    assert panels[CURVES["reward"]].get_ylim() == pytest.approx((-0.03, 1.03))
+
+
+def test_over_responses_a_run_that_samples_more_has_no_lead(panels):
+    """Both have a reward of 0.1 for each 32 responses; one takes 64 of them per step."""
+    for name, prompts in (("few", 2), ("many", 4)):
+        run = make_run(name, 3, 0.5, group_size=16)
+        seen = [prompts * step for step in (1, 2, 3)]
+        change(run, prompts_seen=seen, reward=[0.05 * prompts for prompts in seen])
+    plot.main(plot.Config(x="responses"), ["runs/few", "runs/many"])
+    lines, _ = panels[CURVES["reward"]].get_legend_handles_labels()
+    assert lines[0].get_xdata().tolist() == [32, 64, 96]
+    assert lines[1].get_xdata().tolist() == [64, 128, 192]
+    few, many = [dict(zip(line.get_xdata(), line.get_ydata())) for line in lines]
+    assert few[64] == pytest.approx(many[64])
+
+
+def test_an_evaluation_has_lines_over_k_and_bars_elsewhere(panels):
+    def result(shift):
+        number = {"mean": 0.5 + shift, "interval": [0.4 + shift, 0.6 + shift]}
+        over_k = {k: number for k in (1, 2, 4)}
+        return {"accuracy": {"greedy": number, "sampled": number}, "pass_at": over_k}
+
+    plot_evaluation({"base": result(0), "run": result(0.3)}, Path("eval.png"))
+    [base, run] = panels["pass@k, sampled"].lines
+    assert base.get_xdata().tolist() == run.get_xdata().tolist() == [1, 2, 4]
+    assert base.get_ydata().tolist() == [0.5] * 3
+    heights = [bar.get_height() for bar in panels["accuracy"].patches]
+    assert heights == pytest.approx([0.5, 0.5, 0.8, 0.8])
 
 
 def test_what_cannot_be_drawn_is_said_in_a_sentence():

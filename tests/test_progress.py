@@ -1,10 +1,12 @@
 import io
+import re
 import sys
+import time
 
 import pytest
 
-from lib.metrics import tokens_per_second
-from lib.progress import SILENT, Progress, cell, phase, step_line
+from lib.metrics import collapse, tokens_per_second
+from lib.progress import Progress, cell, phase, step_line
 
 METRICS = {
     "reward": 0.278,
@@ -27,20 +29,31 @@ class Terminal(io.StringIO):
         return True
 
 
-def test_a_phase_says_its_time_and_a_failed_one_ends_its_line(capsys):
-    with phase("loading models/add"):
-        pass
-    with pytest.raises(ValueError), phase("checking"):
+@phase("loading {}")
+def load(name, seconds):
+    time.sleep(seconds)
+    if name == "broken":
         raise ValueError
-    assert capsys.readouterr().err == "loading models/add ... 0.0 s\nchecking ...\n"
+
+
+def test_a_phase_of_more_than_a_second_is_said_with_its_time(capsys):
+    load("at once", 0)
+    assert capsys.readouterr().err == ""
+    load("models/add", 1.2)
+    assert re.fullmatch(r"loading models/add ... 1\.[2-9] s\n", capsys.readouterr().err)
+    with pytest.raises(ValueError):
+        load("broken", 1.2)
+    assert capsys.readouterr().err == "loading broken ...\n"  # an error begins a line
 
 
 def test_the_bar_moves_within_a_step(monkeypatch):
-    """Half of the first step is sampled, then all, then a quarter of its rows is trained on."""
+    """A half and then all of the first step is sampled, then two of its eight rows are trained on.
+    The second step expects what the first had: 120 tokens and 2 rows."""
     monkeypatch.setattr(sys, "stderr", Terminal())
-    progress = Progress(1, 2)
+    progress = Progress()
+    progress.sampled(1000)  # the evaluation before the first step
     seen = []
-    for _ in progress.steps():
+    for _ in progress.steps(1, 2):
         progress.expect(tokens=100)
         progress.sampled(50)
         seen.append((progress.bar.n, progress.bar.desc))
@@ -48,26 +61,28 @@ def test_the_bar_moves_within_a_step(monkeypatch):
         seen.append((progress.bar.n, progress.bar.desc))
         progress.expect(rows=8)
         progress.trained(2)
+        progress.sampled(1000)  # an evaluation
         seen.append((progress.bar.n, progress.bar.desc))
-    assert seen[:3] == [
+    assert seen == [
         (0.25, "step 1: sampled 50 of 100 tokens"),
         (0.5, "step 1: sampled 120 of 120 tokens"),
         (0.625, "step 1: trained 2 of 8 rows"),
+        (pytest.approx(1 + 50 / 240), "step 2: sampled 50 of 120 tokens"),
+        (1.5, "step 2: sampled 120 of 120 tokens"),
+        (2, "step 2: trained 2 of 2 rows"),
     ]
-    assert seen[3] == (1.25, "step 2: sampled 50 of 100 tokens")
-    assert progress.bar.n == 2
-    SILENT.expect(tokens=1), SILENT.sampled(1), SILENT.trained(1)
+    assert "step 2: trained 2 of 2 rows" in sys.stderr.getvalue()
 
 
 def test_there_is_no_bar_in_a_file(capsys):
-    for _ in Progress(1, 3).steps():
+    for _ in Progress().steps(1, 3):
         pass
     assert capsys.readouterr().err == ""
 
 
 def shown_steps(capsys, last, **changes):
-    progress = Progress(1, last)
-    for step in progress.steps():
+    progress = Progress()
+    for step in progress.steps(1, last):
         progress.show({**METRICS, "step": step, **(changes if step == 7 else {})})
     lines = capsys.readouterr().out.splitlines()
     assert max(map(len, lines)) <= 80
@@ -109,3 +124,13 @@ def test_tokens_per_second():
         "tokens_per_second_sampled": 500,
         "tokens_per_second_trained": 125,
     }
+
+
+def test_a_run_whose_reward_fell_to_nothing_ends_with_a_warning():
+    """It was 0.5 around step 13, and 0.01 in the last steps. One that learned late, one that never
+    had a reward and one that fell by half are no collapse."""
+    up_and_down = [0.1] * 10 + [0.5] * 5 + [0.01] * 15
+    assert "was 0.5 around step 13 and is 0.01 at the end" in collapse(up_and_down)
+    for rewards in ([0.0] * 29 + [0.5], [0.0] * 30, [0.1] * 10 + [1.0] * 10 + [0.5] * 10):
+        assert collapse(rewards) == ""
+    assert collapse([0.5, 0.5, 0.0, 0.0]) == ""  # too short to tell

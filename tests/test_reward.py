@@ -260,7 +260,7 @@ def test_a_file_of_responses_is_scored(capsys):
 NOT_IN_THE_LANGUAGE = """
 exact / 2 | exact ** 2 | exact + True | exact + 1e999 | exact + 1j | +exact | exact == 1
 exact if 1 else 2 | (lambda: 1)() | [exact][0] | __import__('os') | eval('1') | exact('a')
-exact.real.imag | model | exakt"""
+model | exakt"""
 
 
 REFUSED = r"""
@@ -268,6 +268,7 @@ REFUSED = r"""
 exact + -> --reward exact \+: cannot be read
 2 -> nothing in it looks at the response
 gone.f -> there is no gone.py in the current folder
+exact.real.imag -> there is no exact/real.py in the current folder
 mine.f -> there is no function f in
 model(7) -> needs one text in quotes, as in model
 model(runs/rm) -> needs one text in quotes, as in model

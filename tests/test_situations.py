@@ -6,8 +6,10 @@ import json
 import shutil
 import subprocess
 import sys
+from collections import defaultdict
 from pathlib import Path
 
+import architectures
 import pytest
 import torch
 from conftest import CPU, parse_train
@@ -18,13 +20,15 @@ from transformers import AutoModelForCausalLM, Gemma3Config
 
 import eval
 import train
+from engine.choose import choose
+from lib.checks import without_keys
 from lib.files import read_rows
 from lib.flags import UserError
 from lib.texts import describe_prompt, token_texts
-from loss import NORMALISERS
+from loss import NORMALISERS, group_weights
 from policy import load_policy, stop_ids
 from reward import REWARDS, load_reward, score, votes
-from sample import Rollout
+from sample import Rollout, Sampling
 from tasks import NO_TASK, Problem, Task, load_task, longest_prompts, prompt_ids
 
 ROOT = Path(__file__).parent.parent
@@ -97,10 +101,10 @@ def test_a_run_shows_a_prompt_as_the_model_gets_it(chat, capsys):
 
 def test_a_long_prompt_is_shown_in_15_lines(load):
     _, tokenizer = load("llama")
-    ids = tokenizer("\n".join(f"line {i}" for i in range(40)))["input_ids"]
+    ids = tokenizer("\n".join(f"line  {i}" for i in range(40)))["input_ids"]
     shown = describe_prompt(tokenizer, ids, "75").splitlines()
     assert len(shown) == 15
-    assert shown[1] == "    | line 0" and "    | line 39" in shown
+    assert shown[1] == "    | line  0" and "    | line  39" in shown
     assert "    | ... 28 lines ..." in shown
 
 
@@ -379,19 +383,33 @@ def test_equal_answers_in_latex_have_one_vote():
 def test_a_higher_reward_never_gets_a_lower_weight(name):
     """maxrl turned the signs of a group whose mean was below 0. Now it refuses such a group."""
     torch.manual_seed(0)
-    config = parse_train("--softmax_beta=0.5")
+    config = parse_train("--softmax_beta=0.5", f"--normaliser={name}")
     for low, high in [(0, 1), (0, 1e-3), (-1, 1), (-2, -1), (-1e4, 1e4)]:
         rewards = low + (high - low) * torch.rand(50, 6, dtype=torch.float64)
         rewards[::2] = rewards[::2].round()  # ties
         if name == "maxrl" and low < 0:
             with pytest.raises(UserError, match="--normaliser maxrl: wants rewards from 0 up"):
-                NORMALISERS[name](rewards, config)
+                group_weights([*rewards], config)
             continue
-        weights = NORMALISERS[name](rewards, config)
+        weights = group_weights([*rewards], config).view_as(rewards)
         higher = rewards[:, :, None] > rewards[:, None, :]
         assert (weights[:, :, None] >= weights[:, None, :] - 1e-9)[higher].all()
         equal = rewards[:, :, None] == rewards[:, None, :]
         assert (weights[:, :, None] - weights[:, None, :])[equal].abs().max() < 1e-9
+
+
+def test_differences_of_large_rewards_do_not_vanish(folders):
+    """Float32 does not tell 2^24 from 2^24 + 1."""
+    Path("mine.py").write_text("def f(prompt, response, answer): return 2**40 + len(set(response))")
+    task = write_problems(many())
+    run = run_train(folders("llama"), f"--task={task}", "--reward=mine.f", "--log_samples=99")
+    groups = defaultdict(list)
+    for row in read_rows(run / "samples.jsonl"):
+        groups[row["prompt"]].append((row["reward"], row["weight"]))
+    differ = [group for group in groups.values() if len({reward for reward, _ in group}) > 1]
+    assert differ
+    for group in differ:
+        assert max(group)[1] > 0 > min(group)[1]
 
 
 # ------------------------------------------------------------------------------------- rewards
@@ -488,6 +506,11 @@ def test_a_reward_that_compares_the_responses_to_a_prompt_is_evaluated_in_groups
     for result in content["models"].values():
         assert 0 < result["mean_reward"]["sampled"]["mean"] < 1
 
+    flags_of_run = ["--reward=mine.longest", "--eval_problems=3", "--max_new_tokens=4"]
+    run = run_train(models[0], "--task=my.jsonl", *flags_of_run)
+    [row] = read_rows(run / "metrics.jsonl")
+    assert row["eval_mean_reward"] > 0  # of one response each it would be 0
+
     content = eval.main(eval.Config(task="add", **flags), models)  # has an accuracy
     assert "compare those to one" not in capsys.readouterr().out
     [comparison] = content["comparisons"]
@@ -550,3 +573,12 @@ def test_windows_without_cuda(folders):
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     assert "there is no estimate" in done.stdout
+
+
+def test_a_hybrid_is_told_why_it_is_slow(capsys):
+    """It was "IndexError: list index out of range"."""
+    model = architectures.make_model("olmo_hybrid")
+    choose(model, [[5, 6, 7]], [0], Sampling(), 4)
+    said = capsys.readouterr().out
+    assert "layers of type linear_attention keep a state instead of keys and values" in said
+    assert without_keys(architectures.make_model("gemma3_text")) == ""

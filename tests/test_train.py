@@ -20,7 +20,7 @@ import reward
 import train
 from lib.files import append_rows, read_rows
 from lib.flags import UserError, run_script
-from lib.run import Run, read_config
+from lib.run import Run, after_mistake, read_config
 from policy import load_policy
 from tasks import load_task, take_problems
 
@@ -232,7 +232,7 @@ def test_a_mistake_gets_one_sentence_and_status_2(base, capsys, monkeypatch, lin
     flags, message = line.split(" -> ")
     monkeypatch.setattr(sys, "argv", ["train.py", "--model", base, *flags.split()])
     with pytest.raises(SystemExit) as exit:
-        run_script(train.main, train.Config, train.__doc__, train.fill, train.HELP)
+        run_script(train.main, train.Config, train.__doc__, train.fill, train.HELP, after_mistake)
     error = capsys.readouterr().err
     assert exit.value.code == 2 and error.count("\n") == 1
     assert error.startswith("train.py: error: ") and message in error
@@ -302,3 +302,24 @@ def test_a_run_that_goes_nowhere_says_so_once_and_stops_sampling_more(base, caps
     assert shown.count("no response has ended by itself in three steps") == 1
     start("--name add --resume --steps 14")
     assert metrics_of(folder)[-1]["batches_drawn"] == 1
+
+
+@pytest.mark.parametrize(("save_every", "left"), [(1, "cut"), (9, "cut.failed")])
+def test_a_reward_that_fails_says_how_to_go_on(base, capsys, monkeypatch, save_every, left):
+    """It fails in step 2. With a checkpoint of step 1: by --resume. Without: the name is free."""
+    Path("mine.py").write_text("""
+seen = []
+def broken(prompt, response, answer):
+    seen.append(response)
+    return 1 / (len(seen) < 40)
+""")
+    flags = f"--name cut --reward mine.broken --steps 4 --save_every {save_every}"
+    words = ["train.py", "--model", base, *SMALL.split(), *flags.split()]
+    monkeypatch.setattr(sys, "argv", words)
+    with pytest.raises(SystemExit, match="2"):
+        run_script(train.main, train.Config, train.__doc__, train.fill, train.HELP, after_mistake)
+    said = capsys.readouterr().err.splitlines()[-1]
+    assert "ZeroDivisionError" in said
+    assert ("python train.py --name cut --resume" in said) == (left == "cut")
+    assert [path.name for path in Path("runs").iterdir()] == [left]
+    assert len(metrics_of(Path("runs") / left)) == 1

@@ -11,6 +11,7 @@ flags differ, runs are told apart by them: "grpo-1 --lr 1e-05".
 import re
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 from lib.files import read_rows
 from lib.flags import UserError, flag, run_script
@@ -21,6 +22,7 @@ from lib.run import read_config
 @dataclass(frozen=True)
 class Config:
     output: str = flag("compare.png", "picture to write")
+    x: Literal["step", "responses"] = flag("step", "responses: where steps differ in their size")
 
 
 # flags in which runs of one family may differ
@@ -68,7 +70,7 @@ def main(config, runs) -> None:
         if not read_rows(Path(run) / "metrics.jsonl"):
             raise UserError(f"{run}: no run there, or its first step is not done yet")
     groups = families(runs)
-    plot_runs(groups, Path(config.output))
+    plot_runs(groups, Path(config.output), config.x)
     print(f"{config.output}: the curves of {', '.join(groups)}")
 
 
