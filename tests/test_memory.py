@@ -17,7 +17,6 @@ from transformers import AutoModelForCausalLM
 
 import engine.start
 import train
-from engine.logprobs import token_logprobs
 from engine.memory import Memory, enable_gradient_checkpointing, is_out_of_memory
 from engine.optimizer import Optimizer
 from lib.estimate import (
@@ -32,7 +31,6 @@ from lib.estimate import (
 from lib.flags import parse
 from lib.lora import add_adapter
 from policy import load_policy
-from sample import Rollout, Sampling
 from tools import memory
 
 
@@ -274,34 +272,6 @@ def test_on_a_cpu_the_program_counts(load):
     )
     assert most - least == pytest.approx(5, abs=0.011)
     assert "program                         5.00" in with_program and "program" not in plain
-
-
-def test_a_shared_prompt_takes_what_is_estimated(tmp_path):
-    """What the backward pass of the fast form keeps: two prompts of 40 tokens, 8 rows of 20 each,
-    grouped heads."""
-    make_folder(tmp_path, "llama", **SMALL, num_key_value_heads=2)
-    model, _ = load_policy(str(tmp_path), CPU)
-    prompts = torch.randint(5, 500, (2, 40)).repeat_interleave(8, 0)
-    ids = torch.cat([prompts, torch.randint(5, 500, (16, 20))], 1)
-    lengths = torch.full((16,), 40)
-    mask = torch.ones(16, 20, dtype=torch.bool)
-    rollout = Rollout(ids, lengths, lengths + 20, mask, torch.zeros(16, 20), mask[:, 0])
-    kept = {parameter.untyped_storage()._cdata: 0 for parameter in model.parameters()}
-    alive = []
-
-    def keep(tensor):
-        storage = tensor.untyped_storage()
-        kept.setdefault(storage._cdata, storage.nbytes())
-        alive.append(tensor)
-
-    known = rollout.old_logprobs
-    with torch.autograd.graph.saved_tensors_hooks(keep, lambda nothing: nothing):
-        token_logprobs(model, rollout, slice(None), Sampling(), known)
-    activations = activation_bytes(model)
-    sizes = dict(prompts_per_step=2, group_size=8, max_new_tokens=20)
-    estimated = estimate(train.Config(**sizes), model, activations, 40)["update: activations"]
-    gradients = activations / 4 / 2 * (2 * 40 + 16 * 20)  # half a layer's, not kept
-    assert sum(kept.values()) < estimated - gradients < 1.25 * sum(kept.values())
 
 
 def test_with_the_flags_that_are_suggested_it_fits(capsys):
