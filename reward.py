@@ -349,10 +349,12 @@ class Rewards:
     def wants_tokens(self) -> bool:
         return any(mixture.wants_tokens for mixture in self.mixtures.values())
 
-    def score(self, samples, limit) -> list[dict]:
+    def score(self, samples, limit, group_size=1) -> list[dict]:
         """The samples with the value of each reward, the parts of the first, and its token_rewards
-        if it has them. Several processes score a share each, and all get all."""
-        mine = [*map(dict, share(samples))]
+        if it has them. Several processes score whole groups each, and all get all."""
+        starts = range(0, len(samples), group_size)
+        groups = [samples[start : start + group_size] for start in starts]
+        mine = [dict(sample) for group in share(groups) for sample in group]
         scores = {}  # by text: the same reward may have two names
         for name, mixture in self.mixtures.items():
             text = self.texts[name]

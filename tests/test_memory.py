@@ -227,11 +227,11 @@ def test_estimate_by_hand():
     n = 829_568
     cache = 2048 * 40  # of a row; and the prompts by themselves
     # 100 tokens are 2.5 rows of 40, to two prompts: 2 * 10 + 2.5 * 30 = 95 tokens, and the keys and
-    # values of the prompts for 2.5 rows
+    # values of 2.5 whole rows
     logits = 95 * 100 * 12 + 128 * 100 * 6  # of the tokens; the gradient of the head
     # weights, masters, moments and gradients; sampling needs less than the update
     half_a_layer = 95 * 1000 / 4 / 2  # its gradients
-    activations = 95 * 1000 + half_a_layer + 25 * 2048
+    activations = 95 * 1000 + half_a_layer + 100 * 2048
     prompts = 2048 * 2 * 10
     graph = 100 * (4 + 2)  # logits of one row
     in_update = activations + logits

@@ -14,7 +14,8 @@ from transformers import AutoModelForSequenceClassification
 
 from lib.flags import UserError
 from lib.reward_model import RewardModel
-from reward import REWARDS, Config, countdown, last_number, load_reward, main, score
+from loss import DENOMINATORS
+from reward import REWARDS, Config, Rewards, countdown, last_number, load_reward, main, score
 
 
 def sample(prompt, response, answer, length):
@@ -395,3 +396,26 @@ def test_what_is_no_reward_model_is_refused(folders):
     }.items():
         with pytest.raises(UserError, match=f'model\\("{name}"\\): {message}'):
             load_reward(f'model("{name}")')
+
+
+def test_processes_score_whole_groups(monkeypatch):
+    """A reward that compares the responses to a prompt once saw a part of them."""
+    seen = []
+
+    def compare(prompts, responses, answers):
+        seen.append(responses)
+        return [float(response == min(responses)) for response in responses]
+
+    monkeypatch.setitem(REWARDS, "compare", compare)
+    # the second of two processes, of three groups
+    monkeypatch.setattr("reward.share", lambda items: items[len(items) // 2 :])
+    samples = [{"prompt": "?", "response": str(i), "answer": ""} for i in range(12)]
+    found = Rewards({"reward": "compare"}, load_reward).score(samples, 8, group_size=4)
+    assert seen == [[str(i) for i in range(4, 12)]]
+    assert [row["response"] for row in found] == seen[0]
+
+
+def test_a_response_without_a_token_of_the_policy_has_no_infinite_scale():
+    """A tool may have written all of it: 1 / 0 times 0 was nan, and the update was skipped."""
+    scale = DENOMINATORS["sequence"](torch.tensor([0, 4]))
+    assert scale.tolist() == [0.5, 0.125]

@@ -321,7 +321,10 @@ def test_what_is_no_answer_is_refused(answer):
         load_task(write_problems(many(answer=answer)))
 
 
-@pytest.mark.parametrize("answer", ["75\n", " 75", ".5", "1e5", "1E-5", "+75", "-1,000.5"])
+@pytest.mark.parametrize(
+    "answer",
+    ["75\n", " 75", ".5", "1e5", "1E-5", "+75", "-1,000.5", "\u22125", "1 000", "1\u202f000"],
+)
 def test_these_are_numbers(answer):
     assert load_task(write_problems(many(answer=answer))).reward == "number"
     assert REWARDS["number"]("", f"It is {answer.strip()}.", answer) == 1
