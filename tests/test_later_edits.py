@@ -159,6 +159,7 @@ print(json.dumps([off, server.requests[0]["seed"], *gaps_to(-mask * ratio.clamp(
 
 FAULTS = """
 import engine.server, json, train
+from lib import files
 from lib.flags import UserError, parse
 from pathlib import Path
 
@@ -171,7 +172,7 @@ def run(flags):
     train.main(parse(train.Config, train.HELP, flags.split(), train.fill)[0])
 
 def rows(name):
-    return read_rows(Path(f"runs/{name}/metrics.jsonl"), lambda key: "seconds" not in key and "second" not in key)
+    return files.read_rows(Path(f"runs/{name}/metrics.jsonl"), lambda key: "seconds" not in key and "second" not in key)
 
 run(f"{flags} --steps 15 --server {server.url} --name straight")
 found["reward"] = [row["reward"] for row in rows("straight")]
@@ -270,6 +271,7 @@ def test_one_step_late_with_a_server_resumes_exactly():
         SERVER
         + """
 import json, shutil, train
+from lib import files
 from lib.flags import parse
 from pathlib import Path
 
@@ -280,7 +282,7 @@ train.main(parse(train.Config, train.HELP, flags.split(), train.fill)[0])
 shutil.copytree(*runs)
 shutil.rmtree(runs[1] / "checkpoint")
 train.main(parse(train.Config, train.HELP, ["--name", "cut", "--resume"], train.fill)[0])
-rows = [read_rows(run / "metrics.jsonl", lambda key: "second" not in key) for run in runs]
+rows = [files.read_rows(run / "metrics.jsonl", lambda key: "second" not in key) for run in runs]
 bits = [(run / "checkpoint/model.safetensors").read_bytes() for run in runs]
 print(json.dumps([len(rows[0]), rows[0] == rows[1], bits[0] == bits[1], [row.get("ratio_max", 1) for row in rows[0]]]))
 """
