@@ -323,7 +323,9 @@ solutions = {{row["prompt"]: row["solution"] for row in rows}}
 gold = all(sample["response"] == solutions[sample["prompt"]] for sample in samples[3::4])
 mask = rollout.response_mask.float()
 if {warm_steps}:
-    gold_mask = mask * (torch.arange(B) % 4 == 3)[:, None]
+    gold_rows = (torch.arange(B) % 4 == 3)[:, None]
+    gold_mask = mask * gold_rows
+    token_grads *= gold_rows  # a row of the policy's own may be equal to one of them
     expected = -gold_mask / gold_mask.sum()
 else:
     rewards = torch.tensor([sample["reward"] for sample in samples], dtype=torch.float64)
