@@ -1,11 +1,14 @@
 """Write the whole model of a run that trained an adapter (--lora_rank), for programs that load no
 adapters and for new runs: python -m tools.merge runs/NAME [--output FOLDER]"""
 
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from transformers import AutoConfig
+
+sys.path.insert(0, str(Path(__file__).parent.parent))  # so that it runs from any folder
 
 from lib.files import whole
 from lib.flags import UserError, flag, run_script
