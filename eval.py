@@ -77,12 +77,12 @@ class Evaluation:
         return groups
 
     def summary(self, greedy=False) -> dict:
-        """`summarise` for one sampled response to each problem, and the responses. greedy: what is
-        measured is measured for greedy responses as well."""
+        """`summarise` for one sampled response to each problem (or a group, see group_size), and
+        the responses. greedy: what is measured is measured for greedy responses as well."""
         measured = self.measured.texts
         if greedy:
             at_zero = with_values(self.respond(greedy=True), measured)
-        groups = self.respond()
+        groups = self.respond(group_size=group_size(self.measured))
         found = with_values(groups, measured)
         found["responses"] = [group[0]["response"] for group in groups]
         return beside_greedy(at_zero, found, measured) if greedy else found
@@ -103,6 +103,12 @@ def compared_by(measured) -> str:
     first, *_ = measured.mixtures
     groups = measured.mixtures[first].sees_groups
     return "accuracy" if groups and "accuracy" in measured.mixtures else first
+
+
+def group_size(measured) -> int:
+    """Responses to each problem that an evaluation needs: one, unless models are compared by a
+    reward that compares the responses to a prompt."""
+    return GROUP if measured.mixtures[compared_by(measured)].sees_groups else 1
 
 
 def means(groups, key) -> list[float]:
@@ -223,7 +229,7 @@ def main(config, models) -> dict:
     load = partial(load_reward, device=device, problems=problems)
     measured = Rewards(measures(task, config.reward), load)
     first = compared_by(measured)
-    if measured.mixtures[first].sees_groups and config.samples == 1:
+    if config.samples < group_size(measured):
         config = replace(config, samples=GROUP)
         print(
             f"--reward {config.reward}: is called with all responses, and may compare those to one "

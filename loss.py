@@ -192,7 +192,7 @@ def token(counts, config=None):
 def sequence(counts, config=None):
     """1 / (rows * tokens of the row): every response weighs the same, so a token of a long one
     less: long mistakes are cheap. GRPO as published, 2402.03300."""
-    return 1.0 / (counts * len(counts))
+    return 1.0 / (counts.clamp(min=1) * len(counts))  # a tool may have written all of a response
 
 
 def constant(counts, config):
@@ -236,7 +236,7 @@ def gspo(logprobs, old, weights, mask, config):
     arXiv 2507.18071."""
     if weights.shape[1] > 1:
         raise UserError("--loss gspo: has one ratio per response, so weights must be (B, 1)")
-    change = ((logprobs - old) * mask).sum(1, keepdim=True) / mask.sum(1, keepdim=True)
+    change = ((logprobs - old) * mask).sum(1, keepdim=True) / mask.sum(1, keepdim=True).clamp(min=1)
     return clipped_loss(change.exp().expand_as(logprobs), weights, mask, config)
 
 

@@ -223,13 +223,17 @@ def math(prompt, response, answer):
     1/2 | \frac{1}{2} -> 1
     \boxed{\{2, 1\}} | \{1, 2\} -> 1
     $(1, 2)$ | [1, 2) -> 0
+    no solution | no solution -> 1
 
     More than a plain number or fraction must stand in $...$ or \boxed{...}. It has a second to read
     the answer, and one to compare it. Only in the main thread: the time limit is a signal.
     """
     from math_verify import parse, verify  # slow to import
 
-    found = parse(final_answer(response), parsing_timeout=1)
+    text = final_answer(response)
+    if text and text == answer.strip():  # an answer in words, which math-verify cannot read
+        return 1.0
+    found = parse(text, parsing_timeout=1)
     return float(verify(parse(f"${answer}$"), found, timeout_seconds=1))
 
 
@@ -345,10 +349,12 @@ class Rewards:
     def wants_tokens(self) -> bool:
         return any(mixture.wants_tokens for mixture in self.mixtures.values())
 
-    def score(self, samples, limit) -> list[dict]:
+    def score(self, samples, limit, group_size=1) -> list[dict]:
         """The samples with the value of each reward, the parts of the first, and its token_rewards
-        if it has them. Several processes score a share each, and all get all."""
-        mine = [*map(dict, share(samples))]
+        if it has them. Several processes score whole groups each, and all get all."""
+        starts = range(0, len(samples), group_size)
+        groups = [samples[start : start + group_size] for start in starts]
+        mine = [dict(sample) for group in share(groups) for sample in group]
         scores = {}  # by text: the same reward may have two names
         for name, mixture in self.mixtures.items():
             text = self.texts[name]

@@ -285,7 +285,7 @@ def sample_and_score(
     prompts = [prompt_ids(task, problem, tokenizer) for problem in problems]
     rollout = sampler(prompts, group_size, max_new_tokens, seeds, sampling)
     samples = rollout.samples(problems, tokenizer, rewards.wants_tokens)
-    return rollout, rewards.score(samples, max_new_tokens)
+    return rollout, rewards.score(samples, max_new_tokens, group_size)
 
 
 def uniform_numbers(seed, rows, columns, device) -> Tensor:

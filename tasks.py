@@ -13,15 +13,15 @@ import json
 import random
 import re
 from dataclasses import dataclass, field, replace
-from datetime import datetime
 from functools import lru_cache
 from pathlib import Path
 
 from tqdm import tqdm
 
 from lib.files import download, is_text, read_jsonl, read_problems
-from lib.flags import UserError, first_line
+from lib.flags import UserError
 from lib.progress import phase
+from lib.prompts import chat_text, encode
 
 
 @dataclass(frozen=True)
@@ -105,7 +105,7 @@ def hold_out(problems, border, identity=same_prompt):
 def split(name, problems, reward, *prompting, identity=same_prompt) -> Task:
     """About a tenth of the problems for test, a tenth of the others for validation."""
     test, rest = hold_out(problems, 0.1, identity)
-    validation, train = hold_out(rest, 0.19, identity) if rest else ([], [])
+    validation, train = hold_out(rest, 0.19, identity) if rest else ([], [])  # of 0.1 to 1
     if not train:
         few = f"{len(problems)} problems are too few to hold some out, give at least 3"
         raise UserError(f"--task {name}: {few}")
@@ -241,12 +241,12 @@ def gsm8k(data_dir) -> Task:
 
 
 TASKS = {"add": add, "countdown": countdown, "gsm8k": gsm8k}
-PLAIN_NUMBER = re.compile(  # -1,012.5, +75, .5, 1e-07
-    r"\s*[-+]?([0-9]+(,[0-9]{3})*(\.[0-9]+)?|\.[0-9]+)([eE][-+]?[0-9]{1,3})?\s*"
+PLAIN_NUMBER = re.compile(  # -1,012.5, 1 012, +75, .5, 1e-07
+    r"\s*[-+\u2212]?([0-9]+([,' \u00a0\u2009\u202f\u2019][0-9]{3})*(\.[0-9]+)?|\.[0-9]+)"
+    r"([eE][-+]?[0-9]{1,3})?\s*"
 )
 
 
-@phase("reading the problems of {}")
 def load_task(name, data_dir="") -> Task:
     """A task by its name in TASKS, or from a .jsonl file, whose rule is `number` if all answers are
     plain numbers, else `exact`. UserError: no such task, a bad line."""
@@ -268,27 +268,11 @@ def load_task(name, data_dir="") -> Task:
 # -------------------------------------------------------------------------------------------------
 # How a model is prompted
 
-TODAY = datetime(2025, 1, 1)  # in every chat template that asks for the date
-
 
 def prompt_ids(task, problem, tokenizer) -> list[int]:
     """The token ids that the model gets."""
     [ids] = encode([prompt_text(task, problem, tokenizer)], tokenizer)
     return ids
-
-
-def encode(texts, tokenizer) -> list[list[int]]:
-    """Token ids of prompts. A special token that the tokenizer appends is removed: after its own
-    end-of-text token a model would begin something new."""
-    specials = set(tokenizer.all_special_ids)
-    # a chat template writes the special tokens itself
-    prompts = tokenizer(texts, add_special_tokens=tokenizer.chat_template is None)["input_ids"]
-    for text, ids in zip(texts, prompts):
-        while ids and ids[-1] in specials:
-            if text.rstrip().endswith(tokenizer.convert_ids_to_tokens(ids[-1])):
-                break
-            ids.pop()
-    return prompts
 
 
 def prompt_text(task, problem, tokenizer) -> str:
@@ -308,60 +292,7 @@ def prompt_text(task, problem, tokenizer) -> str:
     messages = prompt if is_chat else [{"role": "user", "content": prompt}]
     if task.system and not is_chat:
         messages = [{"role": "system", "content": task.system}, *messages]
-    without = without_system(messages)
-    try:
-        text = apply_template(messages, problem.columns, tokenizer)
-    except UserError:
-        if without == messages:
-            raise
-        text = ""
-    lost = [row for row in messages if row["role"] == "system" and not is_in(row["content"], text)]
-    if lost and without != messages:
-        # the template refuses the system role (Gemma's), or drops it without a word
-        text = apply_template(without, problem.columns, tokenizer)
-    return text
-
-
-def is_in(part, text) -> bool:
-    """Whether a text contains another one, whatever the white space."""
-    return " ".join(part.split()) in " ".join(text.split())
-
-
-def without_system(messages) -> list[dict]:
-    """System messages are put before the text of the first user message, if there is one."""
-    system = [message["content"] for message in messages if message["role"] == "system"]
-    others = [message for message in messages if message["role"] != "system"]
-    for i, message in enumerate(others):
-        if system and message["role"] == "user":
-            others[i] = {**message, "content": "\n\n".join([*system, message["content"]])}
-            return others
-    return messages
-
-
-def apply_template(messages, columns, tokenizer) -> str:
-    """The chat template's text, up to where the response begins. UserError: it refuses them."""
-    half = messages[-1]["role"] == "assistant"  # a turn that the response continues
-    options = {"add_generation_prompt": not half, "continue_final_message": half}
-    try:
-        options |= columns.get("chat_template_kwargs") or {}
-        tools = columns.get("tools")
-        template = freeze_date(tokenizer.get_chat_template(None, tools))
-        return tokenizer.apply_chat_template(
-            messages, tools, chat_template=template, tokenize=False, **options
-        )
-    except Exception as error:  # of jinja2, or of what a template calls
-        reason = first_line(error)
-        raise UserError(f"the model's chat template refuses the prompt: {reason}") from None
-
-
-@lru_cache
-def freeze_date(template) -> str:
-    """Equal runs have equal prompts: 'on {{ strftime_now("%Y") }}' -> 'on {{ "2025" }}'"""
-
-    def write(call):
-        return json.dumps(TODAY.strftime(call[2]))
-
-    return re.sub(r"""strftime_now\(\s*(["'])(.*?)\1\s*\)""", write, template)
+    return chat_text(messages, problem.columns, tokenizer)
 
 
 @phase("measuring the lengths of prompts")

@@ -2,9 +2,9 @@
 
     prompts -> G responses to each -> rewards -> weights -> loss.backward() -> optimizer.step()
 
-and the loss is  -sum(weight * log pi(token)) / number of tokens.  A response with a reward above
-those of the other responses to its prompt gets a weight (in other papers: advantage) above 0 and
-becomes more likely; one below them becomes less likely.
+and the loss is  -sum(weight * log pi(token)) / number of response tokens.  A response with a reward
+above those of the other responses to its prompt gets a weight (in other papers: advantage) above 0
+and becomes more likely; one below them becomes less likely.
 
 What is left out, and why. No value network and no advantage estimator: the other responses to the
 prompt are the baseline. No clipping: with one optimizer step per rollout the ratio pi / pi_old is
@@ -24,7 +24,7 @@ small learning rate and a reward that cannot be gamed need none (--kl_beta adds 
 
 import time
 from dataclasses import dataclass
-from typing import ClassVar, Literal
+from typing import Literal
 
 import torch
 
@@ -121,27 +121,27 @@ class Config:
         "auto", "auto: bfloat16 on cuda, else float32"
     )
 
-    GROUPS: ClassVar = {  # titles in --help, by the first flag of each
-        "model": "model, task, reward",
-        "prompts_per_step": "sampling",
-        "recipe": "weights and loss (loss.py)",
-        "steps": "update",
-        "micro_batch_tokens": "memory",
-        "eval_every": "evaluation and logging",
-    }
-
-    CHOICES: ClassVar = {  # --help has a line for each of these
-        "normaliser": NORMALISERS,
-        "filter": FILTERS,
-        "denominator": DENOMINATORS,
-        "loss": LOSSES,
-    }
-
     @property
     def sampling(self) -> Sampling:
         """What the sampler and the learner must agree on."""
-        return Sampling(self.temperature, self.stop)
+        return Sampling(temperature=self.temperature, stop=self.stop)
 
+
+Config.GROUPS = {  # titles in --help, by the first flag of each
+    "model": "model, task, reward",
+    "prompts_per_step": "sampling",
+    "recipe": "weights and loss (loss.py)",
+    "steps": "update",
+    "micro_batch_tokens": "memory",
+    "eval_every": "evaluation and logging",
+}
+
+Config.CHOICES = {  # --help has a line for each of these
+    "normaliser": NORMALISERS,
+    "filter": FILTERS,
+    "denominator": DENOMINATORS,
+    "loss": LOSSES,
+}
 
 ADD = dict(prompts_per_step=32, max_new_tokens=32, steps=60, warmup_steps=10)
 ADD |= dict(eval_every=10, eval_problems=500)
@@ -210,7 +210,8 @@ def backward(batch, token_logprobs, config):
         token_loss = token_loss + config.kl_beta * k2(logprobs, batch.ref_logprobs)
     if with_entropy:
         token_loss = token_loss - config.entropy_coef * entropy
-    # a term of your own goes here; if it concerns rows of weight 0, say so in `contributes`
+    # a term of your own goes here; if it concerns rows of weight 0, say so in `contributes` (rows
+    # that --filter left out never come here)
 
     loss = (token_loss * mask * batch.loss_scale).sum()
     loss.backward()
@@ -303,12 +304,18 @@ def main(config):
         compares = config.loss != "logprob" or config.kl_beta > 0  # to old or reference log-probs
         if not sampler.exact and (compares or reference):
             rollout.old_logprobs = learner.logprobs(policy, rollout)
+        # the first update may take old_logprobs for those of the policy as it is, which saves a
+        # product: the learner has just computed them, or no value is compared, only differentiated
+        known = not compares or not sampler.exact
         ref_logprobs = torch.zeros_like(rollout.old_logprobs)  # (B, N)
         if reference:
             ref_logprobs = learner.logprobs(reference, rollout, adapter=False)
 
         # ---------------------------------------------------------- 4. update
-        batch = Batch(*vars(rollout).values(), weights, ref_logprobs, torch.zeros_like(weights))
+        batch = Batch(
+            **vars(rollout), weights=weights, ref_logprobs=ref_logprobs,
+            loss_scale=torch.zeros_like(weights),
+        )  # fmt: skip
         lr = learning_rate(step, config)
         selected_rows = selected.nonzero()[:, 0]
         minibatches = min(config.minibatches, len(selected_rows))
@@ -319,9 +326,8 @@ def main(config):
                 scale = DENOMINATORS[config.denominator](part.response_lengths, config)  # (R,)
                 part.loss_scale = scale[:, None]
                 part = part.rows(contributes(part.weights, config))
-                # what the sampler gave is the policy's own, to the bit, or nothing is compared
-                on_policy = not updates and not (compares and sampler.exact)
                 if len(part.ids):
+                    on_policy = known and not updates
                     updates.append(learner.update(backward, part, lr, on_policy))
         sampler.policy_changed()
 

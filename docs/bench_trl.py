@@ -202,12 +202,14 @@ class Ours:
 
         answers = [self.answers[self.tokenizer.decode(prompt)] for prompt in prompts]
         answers = [answer for answer in answers for _ in range(G)]
-        rewards = score(rollout.responses(self.tokenizer), answers, self.config)
+        # as TRL does: a response of this project would keep its special tokens
+        texts = self.tokenizer.batch_decode(rollout.response_ids(), skip_special_tokens=True)
+        rewards = score(texts, answers, self.config)
         weights = group_weights(torch.tensor(rewards).split(G), self.flags)[:, None]
         scale = DENOMINATORS[self.flags.denominator](rollout.response_lengths, self.flags)
         assert self.learner.sampler_gap(rollout, 0) < 1e-4  # as train.py does in each step
-        columns = vars(rollout).values()
-        batch = train.Batch(*columns, weights, rollout.old_logprobs, scale[:, None])
+        extra = {"weights": weights, "ref_logprobs": rollout.old_logprobs}
+        batch = train.Batch(**vars(rollout), **extra, loss_scale=scale[:, None])
         batch = batch.rows(train.contributes(weights, self.flags))
         update = self.learner.update(train.backward, batch, 1e-5, on_policy=True)
         self.log.append(

@@ -2,7 +2,8 @@
 
     python docs/precision.py curves --model models/add   # float32, nearest, stochastic
     python docs/precision.py share --model FOLDER       # weights that change, by rate
-    python docs/precision.py plot runs/precision --output docs/precision.png
+    python docs/precision.py forms --model FOLDER       # rounding, the fast form, and faults of it
+    python docs/precision.py plot                                # docs/precision.png
 
 A CPU without units for bfloat16 is 60 times slower in it than in float32. So products are computed
 in float32 from bfloat16 numbers and rounded once, as a GPU does; --native leaves that out.
@@ -20,10 +21,16 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
+import engine.logprobs
 import engine.optimizer
+import loss
+import sample
 import train
+from engine import choose
 from lib.files import read_rows
 from lib.flags import parse
+from policy import load_policy
+from sample import Sampling
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
@@ -80,19 +87,53 @@ def curves(config, flags):
 
 
 def share(config, flags):
-    """Of the weights of a model that starts on bfloat16 numbers: the share whose bfloat16 copy is
-    another one after each weight has moved by some distance."""
+    """Of the weights of a model that starts on bfloat16 numbers, after each has moved by some
+    distance: the share whose bfloat16 copy is another one, and how much of the move is in the
+    copies (1: all of it, on average)."""
     from transformers import AutoModelForCausalLM
 
+    torch.manual_seed(0)
     model = AutoModelForCausalLM.from_pretrained(config.model, dtype=torch.bfloat16)
     weights = torch.cat([parameter.detach().flatten() for parameter in model.parameters()])
     sign = torch.where(torch.rand(weights.shape) < 0.5, -1.0, 1.0)
-    print("moved by     nearest   stochastic")
+    print("            nearest            at random")
+    print("moved by    changed     moved  changed     moved")
     for distance in (1e-7, 1e-6, 1e-5, 1e-4, 1e-3):
         masters = weights.float() + distance * sign
-        nearest = (masters.bfloat16() != weights).float().mean()
-        stochastic = engine.optimizer.round_stochastically(masters, 0)
-        print(f"{distance:8.0e}{nearest:12.4f}{(stochastic != weights).float().mean():12.4f}")
+        line = f"{distance:8.0e}"
+        for copies in (masters.bfloat16(), engine.optimizer.round_stochastically(masters, 0)):
+            changed = (copies != weights).float().mean()
+            moved = ((copies.float() - weights.float()) * sign).double().mean() / distance
+            line += f"{changed:11.3f}{moved:10.3f}"
+        print(line)
+
+
+def forms(config, flags):
+    """How far apart rounding and faults are: the fast form's difference from the plain one in
+    multiples of what engine/choose.py allows, and those of the faults in tests/test_forms.py."""
+    sys.path.insert(0, str(Path(__file__).parent.parent / "tests"))
+    from test_forms import FAULTS, faulty
+
+    model, _ = load_policy(config.model, torch.device("cpu"), "bfloat16")
+    prompts = torch.arange(100, 119).split([12, 7])
+    with FloatProducts():
+        rollout = sample.generate(model, [ids.tolist() for ids in prompts], 2, 8, [], [0, 1])
+        few = rollout.rows([0, 1, -1])
+
+        def measure(token_logprobs):
+            return choose.values_and_gradients(token_logprobs, model, few, Sampling())
+
+        expected = measure(loss.token_logprobs)
+        with choose.rounded_otherwise(model):
+            noise = choose.differences(measure(loss.token_logprobs), expected)
+        print(f"{'rounding, relative':48}{max(noise):8.3f}", flush=True)
+        fast = engine.logprobs.response_states
+        changes = {name: faulty(fast, old, old + more) for name, (old, more) in FAULTS.items()}
+        for name, states in {"the fast form": fast, **changes}.items():
+            engine.logprobs.response_states = states
+            gaps = choose.differences(measure(engine.logprobs.token_logprobs), expected)
+            times = choose.times_noise(gaps, noise, torch.bfloat16)
+            print(f"{name:48}{times:8.2f}", flush=True)
 
 
 def plot(config, flags):
@@ -113,7 +154,7 @@ def plot(config, flags):
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("what", choices=["curves", "share", "plot"])
+    parser.add_argument("what", choices=["curves", "share", "forms", "plot"])
     parser.add_argument("--model", default="models/add")
     parser.add_argument("--folder", default="runs/precision")
     parser.add_argument("--name", default="add")
@@ -122,4 +163,5 @@ if __name__ == "__main__":
     parser.add_argument("--output", default="docs/precision.png")
     parser.add_argument("--native", action="store_true")
     config, flags = parser.parse_known_args()
-    {"curves": curves, "share": share, "plot": plot}[config.what](config, flags)
+    work = {"curves": curves, "share": share, "forms": forms, "plot": plot}
+    work[config.what](config, flags)

@@ -3,8 +3,8 @@ picks. So a model that a fast form does not fit still trains, by the plain form.
 
 How much may they differ? As much as rounding makes them differ, which depends on the model and its
 type. So that is measured: the plain form runs again while each layer's result is off by up to half
-a unit in its last place, at random. The fast form may be off by MULTIPLE times as much, or by FLOOR
-(docs/precision.md has figures of both, and of faults).
+a unit in its last place, at random. The fast form may be off by MULTIPLE times as much, or by
+FLOOR. (python docs/precision.py forms --model FOLDER: both beside those of faults)
 
 An edit of a plain form takes effect where it shows in the first tokens, or in log-probs or
 gradients by more than that; an edit of a function that both forms call (policy_distribution,

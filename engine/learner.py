@@ -69,7 +69,8 @@ class Learner:
     def update(self, backward, batch, lr, on_policy) -> UpdateStatistics:
         """One optimizer step on the gradient that backward(rows of the batch, ...) leaves.
 
-        on_policy: old_logprobs are those of the policy as it is now, or nothing looks at them
+        on_policy: the log-probs may be taken for known: those in old_logprobs, with their own
+                   gradient
         """
 
         def work(part):

@@ -14,9 +14,13 @@ class LocalSampler:
     """prompts -> Rollout. Another sampler, such as an inference server, has the same three names:
 
     __call__:         see below
-    exact:            whether the log-probs stand as they are. False: they are of the policy as it
-                      is, but rounded otherwise than in the learner, which computes them again
+    exact:            True: the log-probs stand as they are, and ratios are taken to them, so also
+                      where another policy sampled. False: they are of the policy as it is, but
+                      rounded otherwise than in the learner, which computes them again
     policy_changed(): called after the updates of a step
+
+    The log-probs are those after the temperature, and tensors are on the policy's device: see
+    Rollout.from_lists. Evaluations use the same object, also at temperature 0.
     """
 
     def __init__(self, policy, tokenizer, forms, memory, progress=None):

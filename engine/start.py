@@ -3,7 +3,7 @@
 from engine.choose import Forms, choose
 from engine.memory import Memory, enable_gradient_checkpointing
 from lib.checks import check_prompts
-from lib.estimate import device_memory, memory_table
+from lib.estimate import PROGRAM, device_memory, memory_table
 from lib.report import describe_run
 from lib.texts import describe_prompt
 from policy import stop_ids
@@ -23,7 +23,9 @@ def prepare(policy, tokenizer, task, measured, config, state) -> tuple[Forms, Me
     print(describe_run(config, policy, task, measured.texts, ends), end="")
     first = prompt_ids(task, task.train[0], tokenizer)
     print(describe_prompt(tokenizer, first, task.train[0].answer), end="")
-    print(memory_table(config, policy, device_memory(policy.device), len(prompts[0])), end="")
+    available = device_memory(policy.device)
+    program = PROGRAM if policy.device.type == "cpu" else 0
+    print(memory_table(config, policy, available, len(prompts[0]), program), end="")
     if config.gradient_checkpointing:  # not before: the estimate counts what it would recompute
         enable_gradient_checkpointing(policy)
     forms = choose(policy, prompts, stop, config.sampling, config.max_new_tokens, config.fast)

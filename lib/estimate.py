@@ -14,6 +14,7 @@ from lib.flags import name_error
 from lib.progress import phase
 
 TILE = 512  # tokens whose logits are held at once on a GPU, see engine/logprobs.py
+PROGRAM = 0.46e9  # bytes of a process with train.py, peft and a tokenizer of 49,152 tokens
 MOMENTS = 2  # float32 numbers per trained parameter that AdamW keeps, see engine/optimizer.py
 
 TINY = dict(
@@ -123,7 +124,10 @@ def estimate(flags, model, activations, longest_prompt) -> dict[str, float]:
     if flags.gradient_checkpointing:
         prompts = update_rows
     tokens = prompts * longest_prompt + update_rows * flags.max_new_tokens
-    copied = update_rows * longest_prompt if prompts < update_rows else 0
+    copied = update_rows * width if prompts < update_rows else 0
+    # attention with a mask writes keys and values out for each of its heads
+    heads = getattr(config, "num_attention_heads", 1)
+    copied *= heads / (getattr(config, "num_key_value_heads", None) or heads)
     adapter = sum(p.numel() for name, p in model.named_parameters() if "lora_" in name)
     parameters = model.num_parameters() - adapter
     linear = linear_layers(model)
@@ -152,7 +156,7 @@ def estimate(flags, model, activations, longest_prompt) -> dict[str, float]:
         "keys and values": columns * cache_bytes(config, bytes_each),
         f"{graphs}: logits": rows_at_once * config.vocab_size * (4 + bytes_each),
         "update: gradients": 4 * trained,  # with --offload too: they add up on the device
-        # and the keys and values of a prompt, copied to its rows
+        # and the keys and values of a shared prompt with those of each row
         "update: activations": tokens * activations + copied * cache_bytes(config, bytes_each),
         "update: logits": logits + head * (4 + bytes_each),  # and the gradient of the head
     }
@@ -185,17 +189,20 @@ def device_memory(device) -> float:
 
 
 @phase("estimating the memory")
-def memory_table(flags, model, available, longest_prompt) -> str:
+def memory_table(flags, model, available, longest_prompt, program=0) -> str:
     """The estimate as lines for the screen, and a suggestion where it does not fit. '' where it is
     less than a tenth of what is available.
 
     flags: train.Config; model may be without storage (FakeTensorMode). Not counted: a reward model.
+    program: bytes of Python and its packages, where the device is the CPU
     """
     if available == math.inf:
         return "memory: how much there is cannot be found out here, so there is no estimate\n"
     try:
         activations = activation_bytes(model)
         parts = estimate(flags, model, activations, longest_prompt)
+        if program:
+            parts["program"] = program
     except Exception as error:  # configs of all kinds
         return f"memory: no estimate for {type(model).__name__} ({name_error(error)})\n"
     if peak(parts) < 0.1 * available:
@@ -212,7 +219,7 @@ def memory_table(flags, model, available, longest_prompt) -> str:
     options = [{}, *alone, SUGGESTIONS, SUGGESTIONS | {"load_in_4bit": True}]
     for changes in options:
         changed = replace(flags, **changes)
-        needed = peak(estimate(changed, model, activations, longest_prompt))
+        needed = program + peak(estimate(changed, model, activations, longest_prompt))
         if needed < limit:
             break
     if needed >= limit:

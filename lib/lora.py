@@ -140,24 +140,28 @@ def save_adapter(model, folder) -> None:
     model.peft_config["default"].save_pretrained(folder)
 
 
-def save_merged(model, folder) -> None:
-    """Writes an ordinary Hugging Face folder in the dtype of the base model, and uses the model up.
-    The adapter is added to the parameters that it was trained on: 4-bit ones stay as coarse."""
+def save_merged(model, folder, dtype, convert) -> None:
+    """Writes an ordinary Hugging Face folder, and uses the model up. The adapter is added to the
+    parameters that it was trained on: 4-bit ones stay as coarse.
+
+    convert: (float32 sum, its number) -> the same in dtype
+    """
     peft = import_peft()
     base = model.peft_config["default"].base_model_name_or_path
     config = AutoConfig.from_pretrained(base, trust_remote_code=False)
+    config.dtype = dtype
     with torch.device("meta"):
         plain = AutoModelForCausalLM.from_config(config)
     merged = model.state_dict()
-    for name, layer in adapted_layers(model).items():
+    for i, (name, layer) in enumerate(adapted_layers(model).items()):
         linear = layer.base_layer
         weight = peft.utils.integrations.dequantize_module_weight(linear).detach()
         change = layer.get_delta_weight("default").detach()
-        weight.copy_(weight.float() + change.float())
+        weight = convert(weight.float() + change.float(), i)
         # bitsandbytes has the layers of GPT-2 the other way round
         transposed = getattr(linear, "source_cls", None) is Conv1D
         merged[f"{name}.weight"] = weight.T.contiguous() if transposed else weight
         merged[f"{name}.bias"] = linear.bias
-    merged = {name: merged[name].to(config.dtype) for name in plain.state_dict()}
+    merged = {name: merged[name].to(dtype) for name in plain.state_dict()}
     plain.generation_config = model.generation_config
     plain.save_pretrained(folder, state_dict=merged)

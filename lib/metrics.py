@@ -45,11 +45,12 @@ def rollout_metrics(batch, samples, groups) -> dict:
         "entropy": -batch.old_logprobs[batch.response_mask].double().mean().cpu(),
         "effective_samples": weights.sum() ** 2 / weights.square().sum(),
     }
-    for name in ("reward", "true_reward", "accuracy"):
-        if name in samples[0]:
-            numbers[name] = mean([sample[name] for sample in samples])
+    for name in ("reward", "true_reward"):
+        numbers[name] = mean([sample[name] for sample in samples])
     if "accuracy" in samples[0]:
-        right = by_group([sample["accuracy"] == 1 for sample in samples])
+        is_right = [sample["accuracy"] == 1 for sample in samples]
+        right = by_group(is_right)
+        numbers["accuracy"] = mean(is_right)
         numbers["all_right"] = share(torch.all, right)
         numbers["all_wrong"] = share(lambda group: not group.any(), right)
     for part in samples[0]["parts"]:

@@ -130,7 +130,7 @@ def after_mistake() -> str:
     """What to do after an error that ended a run. A run without a checkpoint cannot be resumed: its
     folder gets another name, so that the command can be given again."""
     run = Run.current
-    if run is None:
+    if run is None or not run.folder.exists():
         return ""
     if (run.folder / "checkpoint").exists():
         return f" (to resume from the last checkpoint: {run.resume_command()})"

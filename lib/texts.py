@@ -60,7 +60,8 @@ def describe_prompt(tokenizer, ids, answer) -> str:
     if len(lines) > LINES - 2:
         left_out = len(lines) - (LINES - 3)
         lines = [*lines[:7], f"... {left_out} lines ...", *lines[-(LINES - 10) :]]
-    shown = [f"    | {shorten(line, 160)}" for line in lines]
+    # white space as it is: a model sees two spaces as another token
+    shown = ["    | " + (line if len(line) <= 160 else line[:157] + "...") for line in lines]
     last = decode(tokenizer, ids[-1:])
     title = f"prompt     {len(ids)} tokens, the last is {last!r}:"
     return "\n".join([title, *shown, f"answer     {shorten(str(answer), 160)}"]) + "\n"

@@ -4,6 +4,7 @@ they are not."""
 import contextlib
 import copy
 import inspect
+import itertools
 import sys
 import types
 from pathlib import Path
@@ -314,17 +315,23 @@ def test_where_memory_runs_out_short_rows_are_compared(load, monkeypatch, capsys
 def test_the_rows_that_are_compared_are_short_where_a_forward_pass_is_slow(load, monkeypatch):
     """But longer than a window that the masks know nothing of, as gpt_neo has."""
     model = copy.deepcopy(load("llama")[0])
-    seconds = iter(range(100))
-    assert engine.choose.affordable_tokens(model, 1024) > 100
-    monkeypatch.setattr(engine.choose.time, "perf_counter", lambda: next(seconds))
-    assert engine.choose.affordable_tokens(model, 1024) == engine.choose.SHORTEST
+
+    def affordable(seconds, longest=1024):
+        """Where a forward pass takes so long."""
+        clock = itertools.count(step=seconds)
+        monkeypatch.setattr(engine.choose.time, "perf_counter", lambda: next(clock))
+        return engine.choose.affordable_tokens(model, longest)
+
+    assert affordable(1e-3) > 1024
+    assert affordable(1.0) == engine.choose.SHORTEST
     model.config.window_size = 50
-    assert engine.choose.affordable_tokens(model, 1024) > 50
-    assert engine.choose.affordable_tokens(model, 40) == engine.choose.SHORTEST
+    assert affordable(1.0) > 50
+    assert affordable(1.0, longest=40) == engine.choose.SHORTEST
 
 
 def test_the_logits_that_the_check_holds_are_bounded(load, monkeypatch):
     """3 rows x tokens x 600 x 4 bytes. It was 1.2 GB for a vocabulary of 152,000."""
+    monkeypatch.setattr(engine.choose, "SECONDS", 1e6)
     monkeypatch.setattr(engine.choose, "LOGITS", 3 * 20 * 600 * 4)
     assert engine.choose.affordable_tokens(load("llama")[0], 1024) == 20
 
@@ -349,7 +356,10 @@ FAULTS = {
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("architecture", ["llama", "gemma2", "gpt2"])
+@pytest.mark.parametrize(
+    "architecture",
+    ["llama", *(pytest.param(name, marks=pytest.mark.slow) for name in ("gemma2", "gpt2"))],
+)
 @pytest.mark.parametrize("fault", FAULTS)
 def test_a_fault_is_more_than_noise(load, monkeypatch, architecture, dtype, fault):
     old, addition = FAULTS[fault]

@@ -97,6 +97,34 @@ def test_the_merged_model_has_the_dtype_of_the_base_model(folders, tmp_path):
     assert AutoModelForCausalLM.from_pretrained("merged", dtype="auto").dtype == torch.bfloat16
 
 
+def test_a_small_change_survives_in_the_merged_bfloat16_model(folders, tmp_path):
+    """3e-4 of the base weights: to the nearest, it would mostly be lost. The part of the
+    change that is in the merged weights: their difference from the base, along the change."""
+    model, tokenizer = load_policy(folders("llama"), CPU, "bfloat16")
+    save_policy(model, tokenizer, tmp_path / "half")
+    model, tokenizer = adapted("half")
+    layer = model.model.layers[0].mlp.up_proj
+    base = layer.base_layer.weight.float()
+    with torch.no_grad():
+        layer.lora_B["default"].weight.mul_(
+            3e-4 * base.norm() / layer.get_delta_weight("default").norm()
+        )
+    change = layer.get_delta_weight("default").float()
+    save_policy(model, tokenizer, tmp_path / "adapter")
+
+    def survives(weight):
+        return ((weight.float() - base) * change).sum() / (change * change).sum()
+
+    assert survives((base + change).bfloat16()) < 0.5
+    for dtype, error in (("auto", 0.15), ("float32", 1e-3)):
+        merge.main(merge.Config(output=dtype, dtype=dtype), "adapter")
+        merged = AutoModelForCausalLM.from_pretrained(dtype, dtype="auto")
+        assert survives(merged.model.layers[0].mlp.up_proj.weight).item() == pytest.approx(
+            1, abs=error
+        )
+    assert merged.dtype == torch.float32
+
+
 @pytest.mark.parametrize("architecture", ["llama", "qwen2", "gpt2"])
 def test_in_4_bits_only_the_adapter_has_a_gradient_and_all_of_it(folders, architecture):
     """Also after a pass without a gradient, in which bitsandbytes would repack the weights for some

@@ -227,11 +227,11 @@ def test_estimate_by_hand():
     n = 829_568
     cache = 2048 * 40  # of a row; and the prompts by themselves
     # 100 tokens are 2.5 rows of 40, to two prompts: 2 * 10 + 2.5 * 30 = 95 tokens, and the keys and
-    # values of the prompts for 2.5 rows
+    # values of 2.5 whole rows
     logits = 95 * 100 * 12 + 128 * 100 * 6  # of the tokens; the gradient of the head
     # weights, masters, moments and gradients; sampling needs less than the update
     half_a_layer = 95 * 1000 / 4 / 2  # its gradients
-    activations = 95 * 1000 + half_a_layer + 25 * 2048
+    activations = 95 * 1000 + half_a_layer + 100 * 2048
     prompts = 2048 * 2 * 10
     graph = 100 * (4 + 2)  # logits of one row
     in_update = activations + logits
@@ -259,6 +259,19 @@ def test_available_on_a_cpu_is_what_no_other_program_uses(monkeypatch):
     }
     monkeypatch.setattr(Path, "read_text", lambda path: files[str(path)])
     assert device_memory(CPU) == 40 * 1024 + 2 * os.sysconf("SC_PAGE_SIZE")
+
+
+def test_on_a_cpu_the_program_counts(load):
+    """A line more, and more at most at one time."""
+    model, _ = load("llama")
+    plain, with_program = (
+        memory_table(train.Config(), model, 1.0, 20, program) for program in (0, 5_000_000_000)
+    )
+    least, most = (
+        float(re.search("at one time +(.*)", table)[1]) for table in (plain, with_program)
+    )
+    assert most - least == pytest.approx(5, abs=0.011)
+    assert "program                         5.00" in with_program and "program" not in plain
 
 
 def test_with_the_flags_that_are_suggested_it_fits(capsys):

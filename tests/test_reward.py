@@ -14,7 +14,8 @@ from transformers import AutoModelForSequenceClassification
 
 from lib.flags import UserError
 from lib.reward_model import RewardModel
-from reward import REWARDS, Config, countdown, last_number, load_reward, main, score
+from loss import DENOMINATORS
+from reward import REWARDS, Config, Rewards, countdown, last_number, load_reward, main, score
 
 
 def sample(prompt, response, answer, length):
@@ -260,7 +261,7 @@ def test_a_file_of_responses_is_scored(capsys):
 NOT_IN_THE_LANGUAGE = """
 exact / 2 | exact ** 2 | exact + True | exact + 1e999 | exact + 1j | +exact | exact == 1
 exact if 1 else 2 | (lambda: 1)() | [exact][0] | __import__('os') | eval('1') | exact('a')
-exact.real.imag | model | exakt"""
+model | exakt"""
 
 
 REFUSED = r"""
@@ -268,6 +269,7 @@ REFUSED = r"""
 exact + -> --reward exact \+: cannot be read
 2 -> nothing in it looks at the response
 gone.f -> there is no gone.py in the current folder
+exact.real.imag -> there is no exact/real.py in the current folder
 mine.f -> there is no function f in
 model(7) -> needs one text in quotes, as in model
 model(runs/rm) -> needs one text in quotes, as in model
@@ -394,3 +396,26 @@ def test_what_is_no_reward_model_is_refused(folders):
     }.items():
         with pytest.raises(UserError, match=f'model\\("{name}"\\): {message}'):
             load_reward(f'model("{name}")')
+
+
+def test_processes_score_whole_groups(monkeypatch):
+    """A reward that compares the responses to a prompt once saw a part of them."""
+    seen = []
+
+    def compare(prompts, responses, answers):
+        seen.append(responses)
+        return [float(response == min(responses)) for response in responses]
+
+    monkeypatch.setitem(REWARDS, "compare", compare)
+    # the second of two processes, of three groups
+    monkeypatch.setattr("reward.share", lambda items: items[len(items) // 2 :])
+    samples = [{"prompt": "?", "response": str(i), "answer": ""} for i in range(12)]
+    found = Rewards({"reward": "compare"}, load_reward).score(samples, 8, group_size=4)
+    assert seen == [[str(i) for i in range(4, 12)]]
+    assert [row["response"] for row in found] == seen[0]
+
+
+def test_a_response_without_a_token_of_the_policy_has_no_infinite_scale():
+    """A tool may have written all of it: 1 / 0 times 0 was nan, and the update was skipped."""
+    scale = DENOMINATORS["sequence"](torch.tensor([0, 4]))
+    assert scale.tolist() == [0.5, 0.125]

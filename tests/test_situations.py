@@ -6,6 +6,7 @@ import json
 import shutil
 import subprocess
 import sys
+from collections import defaultdict
 from pathlib import Path
 
 import architectures
@@ -100,10 +101,10 @@ def test_a_run_shows_a_prompt_as_the_model_gets_it(chat, capsys):
 
 def test_a_long_prompt_is_shown_in_15_lines(load):
     _, tokenizer = load("llama")
-    ids = tokenizer("\n".join(f"line {i}" for i in range(40)))["input_ids"]
+    ids = tokenizer("\n".join(f"line  {i}" for i in range(40)))["input_ids"]
     shown = describe_prompt(tokenizer, ids, "75").splitlines()
     assert len(shown) == 15
-    assert shown[1] == "    | line 0" and "    | line 39" in shown
+    assert shown[1] == "    | line  0" and "    | line  39" in shown
     assert "    | ... 28 lines ..." in shown
 
 
@@ -320,7 +321,10 @@ def test_what_is_no_answer_is_refused(answer):
         load_task(write_problems(many(answer=answer)))
 
 
-@pytest.mark.parametrize("answer", ["75\n", " 75", ".5", "1e5", "1E-5", "+75", "-1,000.5"])
+@pytest.mark.parametrize(
+    "answer",
+    ["75\n", " 75", ".5", "1e5", "1E-5", "+75", "-1,000.5", "\u22125", "1 000", "1\u202f000"],
+)
 def test_these_are_numbers(answer):
     assert load_task(write_problems(many(answer=answer))).reward == "number"
     assert REWARDS["number"]("", f"It is {answer.strip()}.", answer) == 1
@@ -395,6 +399,20 @@ def test_a_higher_reward_never_gets_a_lower_weight(name):
         assert (weights[:, :, None] >= weights[:, None, :] - 1e-9)[higher].all()
         equal = rewards[:, :, None] == rewards[:, None, :]
         assert (weights[:, :, None] - weights[:, None, :])[equal].abs().max() < 1e-9
+
+
+def test_differences_of_large_rewards_do_not_vanish(folders):
+    """Float32 does not tell 2^24 from 2^24 + 1."""
+    Path("mine.py").write_text("def f(prompt, response, answer): return 2**40 + len(set(response))")
+    task = write_problems(many())
+    run = run_train(folders("llama"), f"--task={task}", "--reward=mine.f", "--log_samples=99")
+    groups = defaultdict(list)
+    for row in read_rows(run / "samples.jsonl"):
+        groups[row["prompt"]].append((row["reward"], row["weight"]))
+    differ = [group for group in groups.values() if len({reward for reward, _ in group}) > 1]
+    assert differ
+    for group in differ:
+        assert max(group)[1] > 0 > min(group)[1]
 
 
 # ------------------------------------------------------------------------------------- rewards
@@ -490,6 +508,11 @@ def test_a_reward_that_compares_the_responses_to_a_prompt_is_evaluated_in_groups
     assert content["samples"] == eval.GROUP and comparison["measured"] == "mean_reward"
     for result in content["models"].values():
         assert 0 < result["mean_reward"]["sampled"]["mean"] < 1
+
+    flags_of_run = ["--reward=mine.longest", "--eval_problems=3", "--max_new_tokens=4"]
+    run = run_train(models[0], "--task=my.jsonl", *flags_of_run)
+    [row] = read_rows(run / "metrics.jsonl")
+    assert row["eval_mean_reward"] > 0  # of one response each it would be 0
 
     content = eval.main(eval.Config(task="add", **flags), models)  # has an accuracy
     assert "compare those to one" not in capsys.readouterr().out

@@ -57,7 +57,7 @@ def test_a_fit_learns_who_is_polite(folders):
         for i in range(200)
     ]
     fit = fit_to(rows, output="judge", model=folders("llama"))
-    assert (fit["pairs"], fit["held_out"], fit["longer_wins"]) == (180, 20, 0.0)
+    assert (fit["pairs"], fit["held_out"], fit["longer_wins"]) == (181, 19, 0.0)
     assert fit["accuracy"] > 0.9
     polite, rude = rewards('model("judge")', ["9 please", "9 now, and be quick"])
     assert rude < 0.3 < polite < 0.7  # a chosen one has 0.5 on average
@@ -73,6 +73,6 @@ def test_pairs_are_made_from_responses_of_a_policy_or_of_a_run(base):
         for response in "123"
     ]
     fit = fit_to(rows, output="again", policy=base, label="number")
-    assert fit["pairs"] == 18 * 2  # 1 is better than 2 and 3; two prompts are held out
+    assert fit["pairs"] == 19 * 2  # 1 is better than 2 and 3; one prompt is held out
     with pytest.raises(UserError, match="fewer than 10 prompts on which one response is better"):
         fit_to(rows, output="none", label="format")
