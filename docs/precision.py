@@ -115,7 +115,7 @@ def forms(config, flags):
     from test_forms import FAULTS, faulty
 
     model, _ = load_policy(config.model, torch.device("cpu"), "bfloat16")
-    prompts = torch.arange(100, 119).split([12, 7])
+    prompts = torch.arange(10, 29).split([12, 7])
     with FloatProducts():
         rollout = sample.generate(model, [ids.tolist() for ids in prompts], 2, 8, [], [0, 1])
         few = rollout.rows([0, 1, -1])
