@@ -1,6 +1,7 @@
 """--help, and what is said to somebody who has mistyped a flag, a rule or a name."""
 
 import json
+import os
 import re
 import subprocess
 import sys
@@ -142,3 +143,12 @@ def test_the_built_in_model_is_found_from_any_folder():
     assert Path(policy.name_or_path).resolve() == ROOT / "models" / "add"
     with pytest.raises(UserError, match="models/sub: there is no such folder"):
         load_policy("models/sub", None)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("tool", sorted(path.stem for path in (ROOT / "tools").glob("[a-z]*.py")))
+def test_tools_run_as_scripts_from_any_folder(tool):
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    command = [sys.executable, ROOT / "tools" / f"{tool}.py", "--help"]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr

@@ -12,15 +12,19 @@ seconds.
 """
 
 import math
+import sys
 import time
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 from statistics import median
 from typing import Literal
 
 import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM
+
+sys.path.insert(0, str(Path(__file__).parent.parent))  # so that it runs from any folder
 
 import engine.choose
 import train

@@ -16,6 +16,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 from statistics import median
 from typing import Literal
 from unittest import mock
@@ -23,6 +24,8 @@ from unittest import mock
 import torch
 import torch.distributed as dist
 from transformers import AutoModelForCausalLM
+
+sys.path.insert(0, str(Path(__file__).parent.parent))  # so that it runs from any folder
 
 import engine.choose
 import engine.generate

@@ -4,12 +4,16 @@ python -m tools.memory qwen2.5-0.5b --memory_gb 12                 # a shape: no
 python -m tools.memory Qwen/Qwen2.5-0.5B-Instruct --lora_rank 16   # downloads config.json only
 """
 
+import sys
 from dataclasses import dataclass
+from pathlib import Path
 from typing import ClassVar
 
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers import AutoConfig, AutoModelForCausalLM
+
+sys.path.insert(0, str(Path(__file__).parent.parent))  # so that it runs from any folder
 
 import train
 from lib.estimate import SHAPES, device_memory, memory_table, shape

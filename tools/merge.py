@@ -1,12 +1,15 @@
 """Write the whole model of a run that trained an adapter (--lora_rank), for programs that load no
 adapters and for new runs: python -m tools.merge runs/NAME [--output FOLDER]"""
 
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
 import torch
 from transformers import AutoConfig
+
+sys.path.insert(0, str(Path(__file__).parent.parent))  # so that it runs from any folder
 
 from engine.optimizer import round_stochastically
 from lib.files import whole

@@ -9,9 +9,12 @@ flags differ, runs are told apart by them: "grpo-1 --lr 1e-05".
 """
 
 import re
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
+
+sys.path.insert(0, str(Path(__file__).parent.parent))  # so that it runs from any folder
 
 from lib.files import read_rows
 from lib.flags import UserError, flag, run_script

@@ -16,6 +16,7 @@ For another task, write a function that writes an example, and add it to EXAMPLE
 """
 
 import random
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -25,6 +26,8 @@ from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_token
 from torch import Tensor
 from tqdm import trange
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+sys.path.insert(0, str(Path(__file__).parent.parent))  # so that it runs from any folder
 
 from lib.files import whole
 from lib.flags import UserError, check_range, flag, run_script

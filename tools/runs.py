@@ -20,6 +20,8 @@ from statistics import fmean
 
 import torch
 
+sys.path.insert(0, str(Path(__file__).parent.parent))  # so that it runs from any folder
+
 from lib.checkpoint import lock
 from lib.files import read_rows
 from lib.flags import UserError, align, flag, run_script

@@ -26,6 +26,8 @@ from typing import Literal
 import torch
 from transformers import AutoTokenizer
 
+sys.path.insert(0, str(Path(__file__).parent.parent))  # so that it runs from any folder
+
 from lib.files import read_rows, write_text
 from lib.flags import UserError, check_range, flag, run_script
 from lib.run import read_config

@@ -10,12 +10,15 @@ llama-cpp-python, which is not needed here and compiles for minutes. Where the h
 --model HuggingFaceTB/SmolLM2-135M-Instruct is the same model, without the rounding to 4 bits.
 """
 
+import sys
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
 
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, LlamaForCausalLM
+
+sys.path.insert(0, str(Path(__file__).parent.parent))  # so that it runs from any folder
 
 from lib.files import whole
 from lib.flags import UserError, flag, run_script

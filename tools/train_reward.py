@@ -15,6 +15,7 @@ an ordinary Hugging Face folder.
 import json
 import math
 import random
+import sys
 from collections import defaultdict
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -24,6 +25,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import logsigmoid
 from tqdm import trange
+
+sys.path.insert(0, str(Path(__file__).parent.parent))  # so that it runs from any folder
 
 import engine.choose
 from engine.optimizer import Optimizer
