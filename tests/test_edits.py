@@ -336,7 +336,7 @@ numbers = [trained.sum() / mask.sum(), entropy[trained].min(), entropy[rest].max
 print(json.dumps([*[number.item() for number in numbers], trained.tolist(), scale.tolist()]))
 """,
         )
-        assert share == pytest.approx(0.2, abs=0.01)
+        assert 0.19 < share < 0.26  # responses begin alike: what ties with the border is in
         assert lowest > highest
         assert scale == pytest.approx([-1])  # the denominator counts all tokens
         trained.append(tokens)

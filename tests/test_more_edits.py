@@ -196,9 +196,11 @@ def test_the_environment_writes_between_two_turns():
 
 
 def sums_of(text):
-    """'8+7=15;4+2+1=6' -> [True, False]: whether each is right"""
-    sums = re.findall(r"((?:[1-9]\+)+[1-9])=(\d+)", text)
-    return [sum(map(int, left.split("+"))) == int(value) for left, value in sums]
+    """'8+7=15;14+2+1=6' -> [True, False]: whether each is right. The policy may write more digits."""
+    sums = re.findall(r"([0-9]+(?:\+[0-9]+)+)=(\d+)", text)
+    sums = [(left.split("+"), value) for left, value in sums]
+    readable = [(left, value) for left, value in sums if not any(re.match("0.", n) for n in left)]
+    return [value.startswith(str(sum(map(int, left)))) for left, value in readable]
 
 
 def test_a_calculator_writes_the_value_of_each_sum():
