@@ -580,7 +580,7 @@ def test_windows_without_cuda(folders):
 
 def test_a_hybrid_is_told_why_it_is_slow(capsys):
     """It was "IndexError: list index out of range"."""
-    model = architectures.make_model("olmo_hybrid")
+    model = architectures.make_model("qwen3_next")
     choose(model, [[5, 6, 7]], [0], Sampling(), 4)
     said = capsys.readouterr().out
     assert "layers of type linear_attention keep a state instead of keys and values" in said
