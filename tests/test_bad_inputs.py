@@ -197,7 +197,7 @@ def test_file_of_problems(outcome, script, content, works):
 def test_a_prompt_of_10_MB(outcome):
     Path("given.jsonl").write_text(LINES + GOOD.replace("1 +", "Ann has 1 " * 1_000_000))
     sentence = outcome("train", "--task=given.jsonl")
-    assert "tokens and --max_new_tokens 2 do not fit into the model's context of 1536" in sentence
+    assert "a prompt has 3000004 tokens, and the model's context is 1536" in sentence
 
 
 DAMAGES = {
@@ -253,7 +253,7 @@ SETTINGS = """
 {"num_hidden_layers": 3} -> parameters are not in
 {"num_attention_heads": 7} -> cannot be
 {"hidden_size": "wide"} -> cannot be loaded
-{"max_position_embeddings": 1} -> context of 1
+{"max_position_embeddings": 1} -> the model's context is 1
 {"chat_template": "{% for %}"} -> template
 {"chat_template": "{{ raise_exception('no') }}"} -> refuses the prompt: no
 {"chat_template": "{{ messages.__class__.__mro__ }}"} -> refuses the prompt
