@@ -32,7 +32,7 @@ from engine.learner import Learner
 from engine.sampler import LocalSampler
 from engine.start import prepare
 from eval import Evaluation
-from lib.flags import UserError, check_range, flag, list_presets, run_script
+from lib.flags import UserError, check_range, flag, list_presets, run_script, setting
 from lib.metrics import rollout_metrics, update_metrics
 from lib.run import Run, after_mistake, resumed_flags
 from loss import (
@@ -67,8 +67,8 @@ class Config:
     max_new_tokens: int = flag(512, "tokens after which a response is truncated")
     temperature: float = flag(1.0, "sampling temperature; the loss uses the same")
     stop: str = flag("", "more tokens that end a response, such as <|im_end|>")
-    rows_at_once: int = flag(0, "most responses sampled in parallel, the rest are queued; 0: all")
-    fast: Literal["auto", "off"] = flag("auto", "off: plain sampler and log-probs: same, slower")
+    rows_at_once: int = setting(0, "most responses sampled at once, the rest are queued; 0: all")
+    fast: Literal["auto", "off"] = setting("auto", "off: plain sampler and log-probs: same, slower")
     # weights and loss (loss.py)
     recipe: Literal[tuple(RECIPES)] | None = flag(
         None, "published method: sets flags of this group"
@@ -87,7 +87,7 @@ class Config:
     log_kl: bool = flag(False, "record KL(policy || starting policy): needs a second model")
     entropy_coef: float = flag(0.0, "subtracts this times the entropy at each response token")
     # update
-    steps: int = flag(200, "training steps: rollout, then update")
+    steps: int = setting(200, "training steps: rollout, then update")
     updates_per_rollout: int = flag(
         1, "epochs over a rollout; above 1 use --loss clip, cispo or gspo"
     )
@@ -97,24 +97,24 @@ class Config:
     weight_decay: float = flag(0.0, "AdamW weight decay")
     max_grad_norm: float = flag(1.0, "gradients are scaled down to at most this norm")
     # memory
-    micro_batch_tokens: int = flag(4096, "tokens per forward pass: affects memory only")
+    micro_batch_tokens: int = setting(4096, "tokens per forward pass: affects memory only")
     lora_rank: int = flag(0, "train only adapters of this rank (needs peft); 0: all parameters")
     load_in_4bit: bool = flag(False, "with --lora_rank: frozen weights in 4 bits (bitsandbytes)")
     offload: bool = flag(False, "keep float32 masters and Adam's moments in the host's memory")
-    gradient_checkpointing: bool = flag(False, "recompute activations: slower, less memory")
+    gradient_checkpointing: bool = setting(False, "recompute activations: slower, less memory")
     # evaluation and logging
-    eval_every: int = flag(20, "steps between evaluations on held-out problems")
+    eval_every: int = setting(20, "steps between evaluations on held-out problems")
     eval_problems: int = flag(200, "held-out problems to evaluate on, 0 for none")
-    save_every: int = flag(20, "steps between checkpoints")
-    log_samples: int = flag(16, "most responses of each of two groups a step in samples.jsonl")
-    tracker: Literal["none", "tensorboard", "trackio", "wandb"] = flag(
+    save_every: int = setting(20, "steps between checkpoints")
+    log_samples: int = setting(16, "most responses of each of two groups a step in samples.jsonl")
+    tracker: Literal["none", "tensorboard", "trackio", "wandb"] = setting(
         "none", "also send metrics there"
     )
-    name: str = flag("", "name of the run; default: the task's, numbered")
-    runs_dir: str = flag("runs", "folder of the runs")
+    name: str = setting("", "name of the run; default: the task's, numbered")
+    runs_dir: str = setting("runs", "folder of the runs")
     resume: bool = flag(False, "resume run --name from its checkpoint, with its flags")
     seed: int = flag(0, "same seed, same run (on a CPU to the last bit)")
-    device: Literal["auto", "cuda", "mps", "cpu"] = flag(
+    device: Literal["auto", "cuda", "mps", "cpu"] = setting(
         "auto", "auto: the first of the others that is available"
     )
     dtype: Literal["auto", "float32", "bfloat16"] = flag(

@@ -1,18 +1,18 @@
 """The figures and the picture of docs/precision.md.
 
-    python docs/precision.py curves --model models/add   # float32, nearest, stochastic
-    python docs/precision.py share --model FOLDER       # weights that change, by rate
-    python docs/precision.py forms --model FOLDER       # rounding, the fast form, and faults of it
-    python docs/precision.py plot                                # docs/precision.png
+    python docs/precision.py curves                  # runs in float32, nearest, stochastic
+    python docs/precision.py share --model FOLDER    # weights that change, by rate
+    python docs/precision.py forms --model FOLDER    # rounding, the fast form, and faults of it
+    python docs/precision.py plot                    # docs/precision.png
 
 A CPU without units for bfloat16 is 60 times slower in it than in float32. So products are computed
 in float32 from bfloat16 numbers and rounded once, as a GPU does; --native leaves that out.
 """
 
-import argparse
 import contextlib
 import json
 import sys
+from dataclasses import dataclass
 from pathlib import Path
 
 import matplotlib
@@ -28,7 +28,7 @@ import sample
 import train
 from engine import choose
 from lib.files import read_rows
-from lib.flags import parse
+from lib.flags import flag, parse, run_script
 from policy import load_policy
 from sample import Sampling
 
@@ -70,7 +70,7 @@ def widen(thing):
     return thing
 
 
-def curves(config, flags):
+def curves(config):
     """A run for each mode and seed."""
     stochastic = engine.optimizer.round_stochastically
     for seed in map(int, config.seeds.split(",")):
@@ -79,14 +79,22 @@ def curves(config, flags):
             rounding = (lambda values, *key: values.bfloat16()) if nearest else stochastic
             engine.optimizer.round_stochastically = rounding
             dtype = "float32" if mode == "float32" else "bfloat16"
-            words = [*flags, "--model", config.model, "--dtype", dtype, "--seed", str(seed)]
+            words = [
+                *config.flags.split(),
+                "--model",
+                config.model,
+                "--dtype",
+                dtype,
+                "--seed",
+                str(seed),
+            ]
             words += ["--name", f"{config.name}-{mode}-{seed}", "--runs_dir", config.folder]
             emulate = dtype == "bfloat16" and not config.native
             with FloatProducts() if emulate else contextlib.nullcontext():
                 train.main(parse(train.Config, train.HELP, words, train.fill)[0])
 
 
-def share(config, flags):
+def share(config):
     """Of the weights of a model that starts on bfloat16 numbers, after each has moved by some
     distance: the share whose bfloat16 copy is another one, and how much of the move is in the
     copies (1: all of it, on average)."""
@@ -108,7 +116,7 @@ def share(config, flags):
         print(line)
 
 
-def forms(config, flags):
+def forms(config):
     """How far apart rounding and faults are: the fast form's difference from the plain one in
     multiples of what engine/choose.py allows, and those of the faults in tests/test_forms.py."""
     sys.path.insert(0, str(Path(__file__).parent.parent / "tests"))
@@ -136,7 +144,7 @@ def forms(config, flags):
             print(f"{name:48}{times:8.2f}", flush=True)
 
 
-def plot(config, flags):
+def plot(config):
     figure, axes = plt.subplots(figsize=(7, 3.5))
     for mode, colour in zip(MODES, ("black", "tab:red", "tab:blue")):
         for run in sorted(Path(config.folder).glob(f"{config.name}-{mode}-*")):
@@ -152,16 +160,22 @@ def plot(config, flags):
     figure.savefig(config.output, dpi=100)
 
 
+@dataclass(frozen=True)
+class Config:
+    model: str = flag("models/add", "model folder")
+    folder: str = flag("runs/precision", "folder of the runs of curves")
+    name: str = flag("add", "name of these runs")
+    seeds: str = flag("0,1,2", "seeds of curves")
+    modes: str = flag(",".join(MODES), "which curves")
+    flags: str = flag("", "flags of train.py for curves, in quotes")
+    output: str = flag("docs/precision.png", "picture that plot writes")
+    native: bool = flag(False, "bfloat16 as this machine does it")
+
+
+def main(config, what):
+    {"curves": curves, "share": share, "forms": forms, "plot": plot}[what](config)
+
+
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("what", choices=["curves", "share", "forms", "plot"])
-    parser.add_argument("--model", default="models/add")
-    parser.add_argument("--folder", default="runs/precision")
-    parser.add_argument("--name", default="add")
-    parser.add_argument("--seeds", default="0,1,2")
-    parser.add_argument("--modes", default=",".join(MODES))
-    parser.add_argument("--output", default="docs/precision.png")
-    parser.add_argument("--native", action="store_true")
-    config, flags = parser.parse_known_args()
-    work = {"curves": curves, "share": share, "forms": forms, "plot": plot}
-    work[config.what](config, flags)
+    what = dict(choices=["curves", "share", "forms", "plot"], help="what to measure or draw")
+    run_script(main, Config, __doc__, what=what)

@@ -25,10 +25,10 @@ class Learner:
         self.config = config
         self.progress = progress or Progress()
         self.optimizer = Optimizer(policy, config.weight_decay, config.offload, config.seed)
-        memory.cleanups.append(self.optimizer.zero_grad)
 
-    def in_micro_batches(self, work, batch) -> list:
-        """(indices, work(those rows of the batch)) for each micro-batch of this process's share."""
+    def in_micro_batches(self, work, batch, undo=None) -> list:
+        """(indices, work(those rows of the batch)) for each micro-batch of this process's share.
+        undo: see Memory.run"""
         rows = share(torch.arange(len(batch.ids), device=batch.ids.device))
 
         def run(micro_batch_tokens):
@@ -39,7 +39,7 @@ class Learner:
             return results
 
         # a micro-batch has at least one row
-        return self.memory.run(run, "micro_batch_tokens", least=int(batch.lengths.max()))
+        return self.memory.run(run, "micro_batch_tokens", int(batch.lengths.max()), undo)
 
     @torch.no_grad()
     def logprobs(self, model, rollout, adapter=True) -> torch.Tensor:
@@ -84,7 +84,8 @@ class Learner:
 
         self.progress.expect(rows=len(share(batch.ids)))
         statistics = UpdateStatistics(on_policy)
-        for rows, (loss, logprobs, clipped, entropy) in self.in_micro_batches(work, batch):
+        results = self.in_micro_batches(work, batch, undo=self.optimizer.zero_grad)
+        for rows, (loss, logprobs, clipped, entropy) in results:
             old, mask = batch.old_logprobs[rows], batch.response_mask[rows]
             statistics.add(loss, logprobs, old, clipped, mask, entropy)
         statistics.gather()

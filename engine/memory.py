@@ -21,7 +21,7 @@ class Memory:
 
     sizes:    by name, as {"micro_batch_tokens": 4096}; those that are in use
     halved:   the sizes that were halved: a part of what a run remembers
-    cleanups: functions that drop what a failed attempt has left behind
+    cleanups: functions that free memory, and leave what other threads use
     """
 
     def __init__(self, halved, **sizes):
@@ -29,11 +29,12 @@ class Memory:
         self.sizes = {name: min(size, halved.get(name, size)) for name, size in sizes.items()}
         self.cleanups = []
 
-    def run(self, work, name, least=1):
+    def run(self, work, name, least=1, undo=None):
         """work(size), with the size of that name. Where the GPU runs out of memory: again with half
         of it, and so on; later calls start with the size that was small enough.
 
         least: no smaller size would help
+        undo:  drops what a failed attempt has left behind
         """
         while True:
             size = self.sizes[name]
@@ -49,8 +50,9 @@ class Memory:
                         "it --load_in_4bit take less"
                     ) from None
             # outside the except block: the traceback no longer keeps tensors alive
-            for cleanup in self.cleanups:
-                cleanup()
+            for cleanup in [*self.cleanups, undo]:
+                if cleanup:
+                    cleanup()
             torch.cuda.empty_cache()
             self.sizes[name] = self.halved[name] = max(least, size // 2)
             tqdm.write(f"out of memory: --{name} is {self.sizes[name]} from now on")

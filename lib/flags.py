@@ -8,6 +8,7 @@ import json
 import os
 import re
 import sys
+from dataclasses import field as dataclass_field
 from dataclasses import fields, make_dataclass
 from pathlib import Path
 from textwrap import fill as wrap
@@ -26,9 +27,17 @@ class UserError(Exception):
 WIDTH = 100  # of --help
 
 
-def flag(default, help):
-    """A field of a Config: `lr: float = flag(0.0, "peak learning rate")`"""
-    return HfArg(default=default, help=help)
+def flag(default, help, may_change=False):
+    """A field of a Config: `lr: float = flag(0.0, "peak learning rate")`
+
+    may_change: whether a run may --resume with another value
+    """
+    return dataclass_field(default=default, metadata={"help": help, "may_change": may_change})
+
+
+def setting(default, help):
+    """A flag that changes nothing of what is learned from, such as where something runs."""
+    return flag(default, help, may_change=True)
 
 
 def first_line(error):
@@ -74,7 +83,8 @@ def parse(config_class, doc, argv, fill=None, epilog="", **positionals):
         title = getattr(config_class, "GROUPS", {}).get(field.name)
         if title or not groups:
             groups.append((title or "flags", []))
-        groups[-1][1].append((field.name, field.type, field))
+        argument = HfArg(default=field.default, help=field.metadata["help"])
+        groups[-1][1].append((field.name, field.type, argument))
     parser = HfArgumentParser(
         [
             make_dataclass("Group", members, namespace={"_argument_group_name": title})

@@ -28,7 +28,7 @@ import subprocess
 import sys
 import time
 from contextlib import suppress
-from dataclasses import asdict, replace
+from dataclasses import asdict, fields, replace
 from importlib.metadata import version
 from pathlib import Path
 from statistics import fmean
@@ -64,11 +64,6 @@ from lib.samples import logged_groups
 
 TRACKERS = ("none", "tensorboard", "trackio", "wandb")
 ROOT = Path(__file__).parent.parent
-# flags that change nothing of what is learned from; the learning rate follows --steps
-MAY_CHANGE = (
-    "steps, eval_every, save_every, log_samples, tracker, device, name, runs_dir, "
-    "micro_batch_tokens, rows_at_once, gradient_checkpointing, fast"
-)
 
 
 def is_run(folder):
@@ -302,8 +297,8 @@ class Run:
         self.state = state or self.state
 
     def open(self, config):
-        """A run to resume must be there, with the same flags except MAY_CHANGE, and is locked. A
-        new one needs a free name where it can be written; nothing is made until `start`."""
+        """A run to resume must be there, with the same flags except each `setting`, and is locked.
+        A new one needs a free name where it can be written; nothing is made until `start`."""
         if not config.resume:
             self.folder = free_folder(config)
             parent = next(filter(Path.exists, self.folder.parents))
@@ -311,13 +306,13 @@ class Run:
                 return
         self.folder = Path(config.runs_dir) / config.name
         saved = read_config(self.folder)
+        free = [field.name for field in fields(config) if field.metadata.get("may_change")]
         for name, value in asdict(config).items():
             had = saved.get(name)
-            free = name in saved and name in ["resume", *MAY_CHANGE.split(", ")]
-            if value != had and not free:
+            if value != had and not (name in saved and name in ["resume", *free]):
                 raise UserError(
-                    f"--{name} {value}: the run has {had!r}, and only {MAY_CHANGE} may change on "
-                    "--resume"
+                    f"--{name} {value}: the run has {had!r}, and only {', '.join(free)} may change "
+                    "on --resume"
                 )
         self.lock_file = lock(self.folder)
         self.find_checkpoint()

@@ -21,6 +21,8 @@ ROOT = Path(__file__).parent.parent
 PAGES = {path: path.read_text() for path in [ROOT / "README.md", *sorted(ROOT.glob("docs/*.md"))]}
 README = PAGES[ROOT / "README.md"]
 REWARDS = PAGES[ROOT / "docs" / "rewards.md"]
+EDITS = PAGES[ROOT / "docs" / "edits.md"]
+PATCHES = sorted(ROOT.glob("docs/edits/*.patch"))
 
 
 def without_comments(page):
@@ -87,9 +89,9 @@ def test_a_command_has_the_flags_of_its_script(command, monkeypatch):
 def test_every_flag_that_is_named_exists():
     """Also in tables and sentences, where there is no command."""
     known = set()
-    scripts = *ROOT.glob("*.py"), *ROOT.glob("tools/*.py"), ROOT / "docs" / "bench_trl.py"
+    scripts = *ROOT.glob("*.py"), *ROOT.glob("tools/*.py"), *ROOT.glob("docs/*.py")
     for script in [*scripts, *ROOT.glob("docs/edits/*.patch")]:  # a patch may add a flag
-        known |= set(re.findall(r"(?m)^\+?    (\w+): .*= flag\(", script.read_text()))
+        known |= set(re.findall(r"(?m)^\+?    (\w+): .*= (?:flag|setting)\(", script.read_text()))
     known |= {"help", "collect", "exclude", "no"}  # of argparse, pytest, hf, pip (--no-deps)
     known |= {"nproc_per_node", "nnodes", "shutdown", "rdzv_backend", "rdzv_endpoint"}  # torchrun's
     for path, page in PAGES.items():
@@ -145,6 +147,17 @@ def test_every_key_of_a_run_is_documented():
         assert name in metrics
     for key in read_rows(run / "samples.jsonl")[0]:
         assert f"`{key}`" in metrics
+
+
+def test_the_table_of_edits_has_each_patch_with_its_lines_and_files():
+    rows = re.findall(r"(?m)^\| \[(\w+)\]\(edits/\1\.patch\) \| .* \| (.*) \| (.*) \|$", EDITS)
+    assert sorted(name for name, *_ in rows) == sorted(path.stem for path in PATCHES)
+    for name, lines, files in rows:
+        patch = (ROOT / "docs" / "edits" / f"{name}.patch").read_text()
+        added = len(re.findall(r"(?m)^\+(?!\+\+ )", patch))
+        removed = len(re.findall(r"(?m)^-(?!-- )", patch))
+        assert lines == (f"+{added} -{removed}" if removed else f"+{added}"), name
+        assert files.replace(" (new)", "").split(", ") == re.findall(r"(?m)^\+\+\+ b/(.*)$", patch)
 
 
 def test_a_recipe_stands_in_the_table_as_it_is():

@@ -22,13 +22,14 @@ PATCHES = sorted((ROOT / "docs" / "edits").glob("*.patch"))
 SMALL = "--prompts_per_step 4 --group_size 4 --max_new_tokens 16 --eval_problems 0 --lr 1e-3"
 
 
-def edited(name) -> Path:
-    """A copy of the project in the current folder, with a patch applied."""
-    copy = Path(name).resolve()
+def edited(*names) -> Path:
+    """A copy of the project in the current folder, with patches applied."""
+    copy = Path("-".join(["copy", *names])).resolve()
     parts = shutil.ignore_patterns(".*", "runs", "__pycache__", "*.ipynb")
     shutil.copytree(ROOT, copy, ignore=parts)
-    patch = (ROOT / "docs" / "edits" / f"{name}.patch").read_bytes()
-    subprocess.run(["patch", "-p1", "--fuzz=0"], cwd=copy, input=patch, check=True)
+    for name in names:
+        patch = (ROOT / "docs" / "edits" / f"{name}.patch").read_bytes()
+        subprocess.run(["patch", "-p1", "--fuzz=0"], cwd=copy, input=patch, check=True)
     return copy
 
 
@@ -72,12 +73,10 @@ def assert_resumes_exactly(folder, *flags):
     assert parameters[0] == parameters[1]
 
 
-# Trains one step. step: what `backward` got; token_grads (B, N): d loss / d log-prob of each token;
-# gradient: that of the parameters; samples: the rows of the rollout
+# Trains one step. rollout, samples, groups: what was sampled; token_grads (B, N): d loss / d log-prob of each
+# token; gradient: that of the parameters
 WATCH = """
 import json
-import sys
-from dataclasses import replace
 
 import torch
 
@@ -87,48 +86,46 @@ from lib.flags import parse
 from policy import load_policy
 from sample import Sampling
 
-samples = []
-step = {}
-backward, token_credit = train.backward, train.token_credit
+step = {"grads": []}
+backward, sample_groups = train.backward, train.sample_groups
 
 
-def watched_credit(rows, mask):
-    samples.extend(rows)
-    return token_credit(rows, mask)
+def watched_groups(*arguments):
+    step["rollout"], step["samples"], step["groups"] = sample_groups(*arguments)
+    return step["rollout"], step["samples"], step["groups"]
 
 
-def watched(forms, policy, rollout, rows, weights, loss_scale, *rest, **options):
-    step.update(rollout=rollout, loss_scale=loss_scale, token_grads=torch.zeros(rollout.response_mask.shape))
-    chosen = forms.token_logprobs
-
-    def token_logprobs(*arguments):
-        logprobs, entropy = chosen(*arguments)
-
-        def keep(grad):
-            step["token_grads"][arguments[2]] = grad
-
-        logprobs.register_hook(keep)
+def watched(batch, token_logprobs, config):
+    def watched_logprobs(**options):
+        logprobs, entropy = token_logprobs(**options)
+        logprobs.register_hook(lambda grad: step["grads"].append((batch.ids, grad)))
         return logprobs, entropy
 
-    forms = replace(forms, token_logprobs=token_logprobs)
-    found = backward(forms, policy, rollout, rows, weights, loss_scale, *rest, **options)
-    step["gradient"] = [parameter.grad.clone() for parameter in policy.parameters()]
+    found = backward(batch, watched_logprobs, config)
+    step["gradient"] = [parameter.grad.clone() for parameter in token_logprobs.args[0].parameters()]
     return found
 
 
-train.backward, train.token_credit = watched, watched_credit
+train.backward, train.sample_groups = watched, watched_groups
 flags = FLAGS.split()
 train.main(parse(train.Config, train.HELP, flags, train.fill)[0])
-policy, tokenizer = load_policy("models/add", torch.device("cpu"))  # as it was before the step
-rollout = step["rollout"]
+rollout, samples, groups = step["rollout"], step["samples"], step["groups"]
 B, N = rollout.response_mask.shape
+token_grads = torch.zeros(B, N)
+for rows, grads in step["grads"]:
+    for ids, grad in zip(rows, grads):
+        token_grads[(rollout.ids == ids).all(1)] = grad  # equal rows have equal gradients
+policy, tokenizer = load_policy("models/add", torch.device("cpu"))  # as it was before the step
 plain, entropy = loss.token_logprobs(policy, rollout, torch.arange(B), Sampling())
 """
 
 
-def watch(folder, flags, code):
-    """Runs a step of a run under WATCH, then code that ends by printing JSON."""
-    return evaluate(folder, WATCH.replace("FLAGS", repr(f"{SMALL} --steps 1 {flags}")) + code)
+def watch(folder, flags, code, before=""):
+    """Runs `before`, a step of a run under WATCH, and code that ends by printing JSON. The flags may use names of
+    `before` in braces."""
+    flags = f"{SMALL} --steps 1 {flags}"
+    flags = f"f{flags!r}" if before else repr(flags)
+    return evaluate(folder, before + WATCH.replace("FLAGS", flags) + code)
 
 
 def test_top_p_draws_from_the_nucleus():
@@ -140,7 +137,7 @@ import json
 import torch
 from loss import token_stats
 from sample import Sampling, policy_distribution, sample_token
-sampling = Sampling(1.0, 0.6)
+sampling = Sampling(top_p=0.6)
 logits = torch.tensor([0.4, 0.1, 0.3, 0.2]).log().repeat(700, 1)
 uniforms = (torch.arange(700, dtype=torch.float64) + 0.5) / 700
 tokens, _ = sample_token(logits.clone(), uniforms, sampling)
@@ -170,12 +167,12 @@ from policy import load_policy
 from sample import Sampling, generate
 policy, tokenizer = load_policy("models/add", torch.device("cpu"))
 prompts = [tokenizer("48+27=").input_ids, tokenizer("5+2=").input_ids]
-arguments = prompts, [], Sampling(1.2, 0.9), 16
-forms = engine.choose.choose(policy, *[arguments[i] for i in (0, 1, 2, 3)])
+sampling = Sampling(1.2, top_p=0.9)
+forms = engine.choose.choose(policy, prompts, [], sampling, 16)
 chosen = forms == engine.choose.Forms(engine.generate.generate, engine.logprobs.token_logprobs)
-rollout = generate(policy, prompts, 8, 16, [], [0, 1], Sampling(1.2, 0.9))
+rollout = generate(policy, prompts, 8, 16, [], [0, 1], sampling)
 found = [
-    engine.choose.values_and_gradients(form, policy, rollout, Sampling(1.2, 0.9))
+    engine.choose.values_and_gradients(form, policy, rollout, sampling)
     for form in (forms.token_logprobs, loss.token_logprobs)
 ]
 print(json.dumps([chosen, max(engine.choose.differences(*found))]))
@@ -208,19 +205,19 @@ def test_the_curriculum_takes_prompts_of_success_near_a_half():
     state = torch.load(path, weights_only=True)
     assert len(state["success"]) == 4
     torch.save({**state, "success": {5: 0.5, 7: 0.25, 9: 1.0, 11: 0.0, 13: 0.625}}, path)
-    log_all = (
-        "def logged_groups(samples, *rest):\n    return [{**row, 'group': 0} for row in samples]\n"
+    prompts, rewards, success = watch(
+        folder,
+        "--name run-0 --resume --steps 2",
+        """
+state = torch.load("runs/run-0/checkpoint/state.pt", weights_only=True)
+prompts = [sample["prompt"] for sample in samples]
+print(json.dumps([prompts, [sample["reward"] for sample in samples], state["success"][5]]))
+""",
     )
-    (folder / "lib" / "samples.py").write_text(log_all)
-    python(folder, "train.py", *["--name", "run-0", "--resume", "--steps", "2"])
-
     problems = load_task("add", "").train
     expected = [problems[5], problems[13], *take_problems(problems, 4, 2, seed=0)]
-    samples = read_rows(folder / "runs" / "run-0" / "samples.jsonl")
-    samples = [sample for sample in samples if sample["step"] == 2]
-    assert {sample["prompt"] for sample in samples} == {problem.prompt for problem in expected}
-    rewards = [sample["reward"] for sample in samples if sample["prompt"] == problems[5].prompt]
-    assert torch.load(path, weights_only=True)["success"][5] == sum(rewards) / 4
+    assert prompts[::4] == [problem.prompt for problem in expected]
+    assert success == sum(rewards[:4]) / 4  # of problem 5, which came first
 
 
 def test_a_curriculum_resumes_exactly():
@@ -249,7 +246,7 @@ for b, ids in enumerate(rollout.response_ids()):
 expected = -expected / rollout.response_mask.sum()
 (expected * plain).sum().backward()
 gaps = [(p.grad - g).norm() / g.norm() for p, g in zip(policy.parameters(), step["gradient"])]
-token_gap = (step["token_grads"] - expected).abs().max() / expected.abs().max()
+token_gap = (token_grads - expected).abs().max() / expected.abs().max()
 print(json.dumps([thoughts, token_gap.item(), max(gaps).item()]))
 """,
     )
@@ -332,9 +329,9 @@ def test_only_the_fifth_of_the_highest_entropy_is_trained_on():
             f"--reward my_rewards.one --normaliser raw --micro_batch_tokens {size}",
             """
 mask = rollout.response_mask
-trained = step["token_grads"] != 0
+trained = token_grads != 0
 rest = mask & ~trained
-scale = step["token_grads"][trained].unique() * mask.sum()
+scale = token_grads[trained].unique() * mask.sum()
 numbers = [trained.sum() / mask.sum(), entropy[trained].min(), entropy[rest].max()]
 print(json.dumps([*[number.item() for number in numbers], trained.tolist(), scale.tolist()]))
 """,

@@ -158,7 +158,7 @@ def test_backward_equals_plain_autograd(load, name):
     each, clipped = train.LOSSES[name](logprobs, rollout.old_logprobs, weights, mask, config)
     each = each + 0.1 * (logprobs - ref_logprobs) ** 2 / 2 - 0.3 * entropy
     expected = gradient(model, (each * mask * scale).sum())
-    assert clipped.any() or name == "logprob"
+    assert clipped.any() or name not in ("clip", "cispo", "gspo")
     batch = train.Batch(*vars(rollout).values(), weights, ref_logprobs, scale)
     for forms in (PLAIN, FAST):
         for tokens in (1, 50, 10**6):
@@ -168,6 +168,25 @@ def test_backward_equals_plain_autograd(load, name):
             found = torch.cat([p.grad.flatten() for p in model.parameters()])
             assert_close_gradients(found, expected)
             model.zero_grad()
+
+
+def test_a_sampler_out_of_memory_leaves_the_learner_its_gradients(load):
+    """They may be at work at the same time, in two threads."""
+    model, _ = load("llama")
+    memory = Memory({}, rows_at_once=2, micro_batch_tokens=8)
+    Learner(model, PLAIN, memory, parse_train())
+    parameter = next(model.parameters())
+    parameter.grad = torch.ones_like(parameter)
+    sizes = []
+
+    def work(size):
+        sizes.append(size)
+        if len(sizes) == 1:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+
+    memory.run(work, "rows_at_once")
+    assert sizes == [2, 1]
+    assert parameter.grad is not None
 
 
 @pytest.mark.parametrize("architecture", ["llama", "gpt2"])

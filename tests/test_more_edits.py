@@ -1,6 +1,7 @@
 """The edits of docs/edits.md, on the pattern of test_edits.py: each trains, and shows its effect in a number."""
 
 import json
+import re
 
 import pytest
 from test_edits import SMALL, edited, evaluate, python, train
@@ -21,25 +22,27 @@ ADD = """
 policy, tokenizer = load_policy("models/add", torch.device("cpu"))
 prompts = [tokenizer(text)["input_ids"] for text in ("48+27=", "50+72=", "99+11=")]
 stop = stop_ids(policy, tokenizer)
-rollout = sample.generate(policy, prompts, 4, 40, stop, [1, 2, 3], sampling)
 """
 
 # ------------------------------------------------------------------------------------------------------------ replay
 
+# kl_beta: no row is dropped, so that the first 16 of an update are the fresh ones
 SPY = """
-steps, backward = [], train.backward
+from engine.learner import Learner
 
-def spy(forms, policy, rollout, rows, weights, scale, refs, on_policy, *rest, **options):
-    learner = train.all_logprobs(forms, policy, rollout.rows(slice(16)), config.sampling, 4096)
-    steps.append((rollout, learner, on_policy))
-    return backward(forms, policy, rollout, rows, weights, scale, refs, on_policy, *rest, **options)
+steps, update = [], Learner.update
+
+def spy(self, backward, batch, lr, on_policy):
+    learner = self.logprobs(self.policy, batch.rows(slice(16)))
+    steps.append((batch, learner, on_policy))
+    return update(self, backward, batch, lr, on_policy)
 
 def row_of(rollout, b):  # as bits
     end, n = int(rollout.lengths[b]), int(rollout.response_lengths[b])
     ids, logprobs = rollout.ids[b, :end], rollout.old_logprobs[b, :n]
     return *ids.tolist(), *logprobs.view(torch.int32).tolist()
 
-train.backward = spy
+Learner.update = spy
 train.main(config)
 found = {"on_policy": [], "fresh_gap": [], "steps_back": [], "lengths": []}
 sampled = [{row_of(rollout, b) for b in range(16)} for rollout, _, _ in steps]
@@ -60,13 +63,9 @@ print(json.dumps(found))
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_replayed_rows_keep_the_logprobs_of_the_policy_that_sampled_them(dtype):
     copy = edited("replay")
-    flags = (
-        f"{SMALL} --steps 9 --loss clip --replay 4 --reward length --dtype {dtype} --name replay"
-    )
+    flags = f"{SMALL} --steps 9 --loss clip --replay 4 --reward length --kl_beta 0.01 --dtype {dtype} --name replay"
     found = evaluate(copy, f"{PARSE}\nconfig = config_of('{flags}'){SPY}")
-    assert (
-        found["on_policy"] == [True] + [False] * 8
-    )  # no log-probs are known but those of a fresh rollout
+    assert found["on_policy"] == [False] * 9  # every row has a real ratio
     # in bfloat16 the learner's own pass, to the bit
     assert max(found["fresh_gap"]) < (1e-5 if dtype == "float32" else 1e-30)
     back = found["steps_back"]
@@ -113,38 +112,68 @@ def test_replay_needs_ratios():
 # --------------------------------------------------------------------------------------------------------- two turns
 
 REPLY = "<think>Check it.</think>"
-TURNS = """
+# What both samplers give where something else writes too, and the gradient of the fast form beside that
+# of the tokens of the policy by hand, and of all tokens
+WRITTEN = """
+from functools import partial
+
+from engine.generate import generate
+from engine.logprobs import token_logprobs
+
+write = sample.interjection(tokenizer, sampling)
+rollout = sample.generate(policy, prompts, 8, 40, stop, [1, 2, 3], sampling, interject=write)
+fast = generate(policy, prompts, 8, 40, stop, [1, 2, 3], sampling, interject=write)
+samplers = [
+    (one.float() - other.float()).abs().max().item()
+    for one, other in zip(vars(rollout).values(), vars(fast).values())
+]
 rows = []
 for ids, mask in zip(rollout.response_ids(), rollout.response_mask.tolist()):
     rows.append({"tokens": tokenizer.batch_decode([[token] for token in ids]), "mask": mask[: len(ids)]})
 outside = rollout.old_logprobs[~rollout.response_mask].abs().max().item()
 
-weights = torch.linspace(-1, 2, 12)[:, None]
-config = config_of("--turns 2")
-arguments = engine.choose.Forms(), policy, rollout, torch.arange(12), weights, torch.full((12,), 0.1), None
-train.backward(*arguments, True, config, 4096)
+weights = torch.linspace(-1, 2, 24)[:, None]
+scale = torch.full((24, 1), 0.1)
+batch = train.Batch(*vars(rollout).values(), weights, torch.zeros_like(rollout.old_logprobs), scale)
+train.backward(batch, partial(token_logprobs, policy, batch, slice(None), sampling), train.Config())
 found = torch.cat([parameter.grad.flatten() for parameter in policy.parameters()])
 
-def by_hand(with_reply):
+def by_hand(with_written):
     policy.zero_grad()
     for b, row in enumerate(rows):
         start, ids = int(rollout.prompt_lengths[b]), rollout.ids[b : b + 1]
         logp = policy(ids).logits[0].log_softmax(-1)
+        total = 0.0
         for n, by_policy in enumerate(row["mask"]):
-            if by_policy or with_reply:
-                (-0.1 * weights[b, 0] * logp[start + n - 1, ids[0, start + n]]).backward(retain_graph=True)
+            if by_policy or with_written:
+                total = total - 0.1 * weights[b, 0] * logp[start + n - 1, ids[0, start + n]]
+        total.backward()
     return torch.cat([parameter.grad.flatten() for parameter in policy.parameters()])
 
 gaps = [((by_hand(kind) - found).norm() / found.norm()).item() for kind in (False, True)]
-print(json.dumps({"rows": rows, "outside": outside, "gaps": gaps}))
+print(json.dumps({"samplers": samplers, "rows": rows, "outside": outside, "gaps": gaps}))
 """
+
+
+def check_written(copy):
+    """The rows of WRITTEN, whose numbers are right."""
+    found = evaluate(copy, PARSE + "sampling = sample.Sampling()" + ADD + WRITTEN)
+    assert max(found["samplers"]) < 1e-5 and found["outside"] == 0
+    # the gradient is that of the policy's own tokens, and not that of all tokens
+    assert found["gaps"][0] < 1e-5 and found["gaps"][1] > 0.01
+    return found["rows"]
+
+
+def evaluated(run, limit):
+    """The responses of eval.py, which needs no flag for what else writes."""
+    python(run.parent.parent, "eval.py", run, "--limit", limit)
+    return [json.loads(line) for line in (run / "responses.jsonl").read_text().splitlines()]
 
 
 def test_the_environment_writes_between_two_turns():
     copy = edited("two_turns")
-    found = evaluate(copy, PARSE + "sampling = sample.Sampling(turns=2)" + ADD + TURNS)
     both = 0
-    for row in found["rows"]:
+    for row in check_written(copy):
         tokens = row["tokens"]
         if "<eos>" not in tokens:
             assert all(row["mask"])
@@ -153,22 +182,45 @@ def test_the_environment_writes_between_two_turns():
         count = min(11, len(tokens) - first)  # tokens of the reply
         reply = "".join(tokens[first : first + count])
         assert reply == REPLY if count == 11 else REPLY.startswith(reply)
-        assert row["mask"] == [True] * first + [False] * count + [True] * (
-            len(tokens) - first - count
-        )
+        rest = len(tokens) - first - count
+        assert row["mask"] == [True] * first + [False] * count + [True] * rest
         both += tokens[first:].count("<eos>") == 1 and tokens[-1] == "<eos>"
-    assert both > 6 and found["outside"] == 0
-    # the gradient is that of the policy's own tokens, and not that of all tokens
-    assert found["gaps"][0] < 1e-5 and found["gaps"][1] > 0.01
-
-    rows = train(copy, "--fast off --turns 2 --steps 5 --max_new_tokens 40 --reward length")
+    assert both > 6
+    rows = train(copy, "--steps 3 --max_new_tokens 40 --reward length")
     assert max(row["sampler_gap"] for row in rows) < 1e-5
-    python(copy, "eval.py", "runs/run-0", "--fast", "off", "--limit", 10)
-    lines = (copy / "runs/run-0/responses.jsonl").read_text().splitlines()
-    responses = [json.loads(line) for line in lines]
-    for kind in ("greedy", "sampled"):
-        rows = [row for row in responses if row["decoding"] == kind and row["finished"]]
-        assert len(rows) > 5 and all(row["response"].count(REPLY) == 1 for row in rows)
+    rows = [row for row in evaluated(copy / "runs/run-0", 10) if row["finished"]]
+    assert len(rows) > 10 and all(row["response"].count(REPLY) == 1 for row in rows)
+
+
+# -------------------------------------------------------------------------------------------------------- calculator
+
+
+def sums_of(text):
+    """'8+7=15;4+2+1=6' -> [True, False]: whether each is right"""
+    sums = re.findall(r"((?:[1-9]\+)+[1-9])=(\d+)", text)
+    return [sum(map(int, left.split("+"))) == int(value) for left, value in sums]
+
+
+def test_a_calculator_writes_the_value_of_each_sum():
+    copy = edited("calculator")
+    calls, several = 0, 0
+    for row in check_written(copy):
+        tokens, mask = row["tokens"], row["mask"]
+        begins = [n for n in range(1, len(mask)) if mask[n - 1] and not mask[n]]
+        for n in begins:
+            length = next((k for k in range(n, len(mask)) if mask[k]), len(mask)) - n
+            call = re.search(r"[0-9+]+=$", "".join(tokens[:n]))[0][:-1]
+            value = str(eval(call))
+            assert "".join(tokens[n : n + length]) == value[:length]
+            assert length == len(value) or n + length == len(mask)  # truncated
+        calls += len(begins)
+        several += len(begins) > 1
+    assert calls > 6 and several > 2
+    rows = train(copy, "--steps 3 --max_new_tokens 32 --reward length")
+    assert max(row["sampler_gap"] for row in rows) < 1e-5
+    rows = [row for row in evaluated(copy / "runs/run-0", 40) if row["finished"]]
+    right = [each for row in rows for each in sums_of(row["response"])]
+    assert len(right) > 10 and all(right)
 
 
 # ---------------------------------------------------------------------------------------------------------- new task
@@ -209,6 +261,7 @@ def accuracies(run):
 # ------------------------------------------------------------------------------------------------------ distillation
 
 BY_HAND = """
+rollout = sample.generate(policy, prompts, 4, 40, stop, [1, 2, 3], sampling)
 teacher = copy.deepcopy(policy)
 with torch.no_grad():
     for parameter in teacher.parameters():
