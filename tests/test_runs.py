@@ -2,7 +2,8 @@
 
 import csv
 import io
-import multiprocessing
+import subprocess
+import sys
 from dataclasses import asdict
 from pathlib import Path
 
@@ -10,7 +11,6 @@ import pytest
 import torch
 
 import train
-from lib.checkpoint import lock
 from lib.files import write_json, write_rows
 from lib.flags import UserError
 from lib.stats import mean_over_runs, student, unpaired_difference
@@ -68,27 +68,26 @@ def test_seeds_are_pooled_with_the_interval_over_seeds(capsys):
     assert rest[1].endswith("no difference seen")
 
 
-def hold_lock(folder, held, done):
-    file = lock(Path(folder))
-    held.set()
-    done.wait(60)
-    file.close()
+HOLD = """
+import fcntl, sys
+file = open(sys.argv[1], "a")
+fcntl.lockf(file, fcntl.LOCK_EX)
+print("held", flush=True)
+sys.stdin.read()
+"""
 
 
 def test_states(capsys):
-    context = multiprocessing.get_context("spawn")
-    held, done = context.Event(), context.Event()
     make_run("finished")
     make_run("stopped", done=2, saved=2)
     make_run("killed", done=3, saved=2)
     make_run("early", done=1)
     running = make_run("running", done=2, saved=2)
-    process = context.Process(target=hold_lock, args=(running, held, done))
-    process.start()
-    assert held.wait(60)
-    shown = listed(capsys)
-    done.set()
-    process.join()
+    command = [sys.executable, "-c", HOLD, f"{running}/lock"]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as process:
+        process.stdout.readline()
+        shown = listed(capsys)
+        process.stdin.close()
     states = dict(line.split()[:1] + line.split()[2:3] for line in shown.splitlines()[1:])
     failed = {"killed": "failed", "early": "failed"}
     assert states == {"finished": "finished", "stopped": "stopped", "running": "running", **failed}
