@@ -77,7 +77,7 @@ def launch(processes, *flags, **options):
 def torchrun(processes, *flags, fails=False, **options):
     """-> what train.py printed, and its line of error"""
     with launch(processes, *flags, **options) as launched:
-        printed, errors = launched.communicate(timeout=120)
+        printed, errors = launched.communicate(timeout=400)
     assert (launched.returncode != 0) == fails, errors
     lines = [line for line in errors.splitlines() if line.startswith("train.py: error: ")]
     return printed, lines
@@ -96,7 +96,11 @@ def assert_same(name, other):
     assert [row["response"] for row in samples] == [row["response"] for row in expected_samples]
     for row, before in zip(metrics, expected, strict=True):
         numbers = {key: value for key, value in row.items() if "interval" not in key}
-        assert numbers == {key: pytest.approx(before[key], rel=1e-4, abs=1e-4) for key in numbers}
+        # the largest ratio of a token after 100 updates: e^x, where x differs in the fourth place
+        bounds = {"ratio_max": 1e-3}
+        assert numbers == {
+            key: pytest.approx(before[key], rel=bounds.get(key, 1e-4), abs=1e-4) for key in numbers
+        }
 
 
 @pytest.mark.parametrize("count", [0, 1, 2, 5, 8])
@@ -172,7 +176,7 @@ def test_after_a_signal_all_stop_at_one_step_and_any_number_of_them_resumes(base
             time.sleep(0.01)
             assert launched.poll() is None
         launched.send_signal(number)
-        printed, _ = launched.communicate(timeout=60)
+        printed, _ = launched.communicate(timeout=300)
     done = len(outcome("told")[0])
     assert done < 10
     assert printed.count(f"stopped; step {done} is saved") == 1
