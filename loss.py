@@ -320,9 +320,9 @@ def token_stats(logits, tokens, sampling):
     return logp.gather(-1, tokens[:, None])[:, 0], entropy
 
 
-def token_logprobs(policy, rollout, rows, sampling, known=None, with_entropy=False):
-    """R rows (indices) of a rollout -> (R, N) float32 log-probs of the response tokens, and (R, N)
-    entropies, both differentiable, 0 where response_mask is False.
+def token_logprobs(policy, rollout, sampling, known=None, with_entropy=False):
+    """A rollout of R rows -> (R, N) float32 log-probs of the response tokens, and (R, N) entropies,
+    both differentiable, 0 where response_mask is False.
 
     No attention mask is needed: attention is causal and padding is on the right.
     known:        (R, N) log-probs, if the policy is still the one that sampled: the values are
@@ -330,7 +330,6 @@ def token_logprobs(policy, rollout, rows, sampling, known=None, with_entropy=Fal
                   the fast form saves a matrix product
     with_entropy: the fast form returns entropies only if asked
     """
-    rollout = rollout.rows(rows)
     # made from lengths, not from pad ids: pad may equal EOS, and EOS must be trained on
     mask = rollout.response_mask
     row, column = mask.nonzero(as_tuple=True)  # (K,) each: where the response tokens are

@@ -187,24 +187,20 @@ def sampler_difference(found, expected, policy, sampling, noise) -> float:
 def sampler_gap(rollout, policy, sampling) -> float:
     """Mean difference between the log-probs of the sampler and those of a forward pass, in two rows
     of each prompt."""
-    rows = torch.tensor([0, 1, -2, -1], device=policy.device)
-    logprobs, _ = loss.token_logprobs(policy, rollout, rows, sampling)
-    mask, sampled = rollout.response_mask[rows], rollout.old_logprobs[rows]
-    return ((logprobs - sampled).abs().sum() / mask.sum()).item()
+    few = rollout.rows(torch.tensor([0, 1, -2, -1], device=policy.device))
+    logprobs, _ = loss.token_logprobs(policy, few, sampling)
+    return ((logprobs - few.old_logprobs).abs().sum() / few.response_mask.sum()).item()
 
 
 def values_and_gradients(token_logprobs, policy, rollout, sampling) -> list[Tensor]:
     """Log-probs of a rollout and their gradients by a few of the parameters. Then log-probs with
     entropies, and the gradients of both by the last parameters: the layers before were compared
     already."""
-    rows = torch.arange(len(rollout.ids), device=policy.device)
     trained = [parameter for parameter in policy.parameters() if parameter.requires_grad]
     spread = trained[:: max(1, len(trained) // 8)]
     found = []
     for with_entropy, watched in ((False, spread), (True, trained[-2:])):
-        logprobs, entropy = token_logprobs(
-            policy, rollout, rows, sampling, with_entropy=with_entropy
-        )
+        logprobs, entropy = token_logprobs(policy, rollout, sampling, with_entropy=with_entropy)
         weights = torch.linspace(-1, 2, logprobs.numel(), device=policy.device).view_as(logprobs)
         total = (weights * logprobs).sum()
         found.append(logprobs.detach())

@@ -47,7 +47,7 @@ class Learner:
         of --lora_rank, so of the model that it was added to."""
 
         def work(part):
-            return self.token_logprobs(model, part, slice(None), self.config.sampling)[0]
+            return self.token_logprobs(model, part, self.config.sampling)[0]
 
         if adapter:
             results = self.in_micro_batches(work, rollout)
@@ -75,7 +75,7 @@ class Learner:
 
         def work(part):
             token_logprobs = partial(
-                self.token_logprobs, self.policy, part, slice(None), self.config.sampling,
+                self.token_logprobs, self.policy, part, self.config.sampling,
                 part.old_logprobs if on_policy else None,
             )  # fmt: skip
             loss, *numbers = backward(part, token_logprobs, self.config)

@@ -19,12 +19,11 @@ MIN_SHARED = 0.05  # share prompts if it saves at least this share of the tokens
 
 
 def token_logprobs(
-    policy, rollout, rows, sampling, known=None, with_entropy=False, by_hand=True
+    policy, rollout, sampling, known=None, with_entropy=False, by_hand=True
 ) -> tuple[Tensor, Tensor | None]:
     """See loss.py. by_hand: the gradient of the stock `token_stats` is written out, which is
     faster; False: autograd differentiates `token_stats` within each tile, which is right for any
     `token_stats`."""
-    rollout = rollout.rows(rows)
     mask = rollout.response_mask
     states, tokens = response_states(policy, rollout)
     head = Head(policy, sampling, by_hand, with_entropy)

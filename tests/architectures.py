@@ -130,8 +130,7 @@ def examine(name) -> dict:
     memory_table(train.Config(), model, 1.0, len(PROMPTS[0]))
     forms = engine.choose.choose(model, PROMPTS, STOP, Sampling(), TOKENS)
     rollout = forms.generate(model, PROMPTS, 4, TOKENS, STOP, [1, 2, 3])
-    rows = torch.arange(len(rollout.ids))
-    learned, _ = forms.token_logprobs(model, rollout, rows, Sampling())
+    learned, _ = forms.token_logprobs(model, rollout, Sampling())
     expected = forward_logprobs(model, rollout)
     gaps = [(found - expected).abs().max().item() for found in (rollout.old_logprobs, learned)]
     sampler = "plain" if forms.generate is sample.generate else "fast"

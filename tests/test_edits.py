@@ -116,7 +116,7 @@ for rows, grads in step["grads"]:
     for ids, grad in zip(rows, grads):
         token_grads[(rollout.ids == ids).all(1)] = grad  # equal rows have equal gradients
 policy, tokenizer = load_policy("models/add", torch.device("cpu"))  # as it was before the step
-plain, entropy = loss.token_logprobs(policy, rollout, torch.arange(B), Sampling())
+plain, entropy = loss.token_logprobs(policy, rollout, Sampling())
 """
 
 

@@ -201,7 +201,7 @@ def update(model, offload=False, form=engine.logprobs.token_logprobs, **flags) -
     optimizer = Optimizer(model, 0.0, offload)
     with looks_at_values():
         batch = make_batch()
-        arguments = model, batch, slice(None), Sampling(), batch.old_logprobs
+        arguments = model, batch, Sampling(), batch.old_logprobs
         train.backward(batch, partial(form, *arguments), config)
         head = engine.logprobs.Head(model, Sampling(), True, False)
         if head.by_hand:

@@ -62,7 +62,7 @@ def test_plain_logprobs_and_entropies_are_those_of_each_row_by_itself(load, arch
     model = copy.deepcopy(model).double()
     rows = torch.tensor([9, 0, 5])
     with torch.no_grad():
-        found = loss.token_logprobs(model, rollout, rows, Sampling(0.7))
+        found = loss.token_logprobs(model, rollout.rows(rows), Sampling(0.7))
         expected = torch.zeros(2, *found[0].shape)
         for r, row in enumerate(rows):
             start, end = rollout.prompt_lengths[row], rollout.lengths[row]
@@ -85,8 +85,8 @@ def test_the_fast_form_has_the_values_and_gradients_of_the_plain_one(
     model = copy.deepcopy(load(architecture)[0])
     rollout = sample_12(model, Sampling(0.8))
     rollout.response_mask[::2, 2:5] = False
-    rows = torch.arange(12) * 5 % 12
-    mask = rollout.response_mask[rows]
+    rollout = rollout.rows(torch.arange(12) * 5 % 12)
+    mask = rollout.response_mask
     weights = torch.linspace(-1, 2, mask.numel()).view(12, -1)
     shapes = []
     model.get_input_embeddings().register_forward_hook(
@@ -94,7 +94,7 @@ def test_the_fast_form_has_the_values_and_gradients_of_the_plain_one(
     )
 
     def values_and_gradient(form, with_entropy, **options):
-        arguments = model, rollout, rows, Sampling(0.8)
+        arguments = model, rollout, Sampling(0.8)
         logprobs, entropy = form(*arguments, with_entropy=with_entropy, **options)
         values = torch.stack([logprobs, entropy]) if with_entropy else logprobs
         return values, gradient(model, (weights * values).sum())
@@ -127,7 +127,7 @@ def test_known_logprobs_are_returned_to_the_last_bit_with_the_gradient_of_the_ot
     update was 1.03, and was clipped."""
     model = copy.deepcopy(load("llama")[0]).to(dtype)
     rollout = sample_12(model)
-    arguments = model, rollout, torch.arange(12), Sampling()
+    arguments = model, rollout, Sampling()
     computed, _ = form(*arguments)
     logprobs, _ = form(*arguments, known=rollout.old_logprobs)
     assert torch.equal(logprobs, rollout.old_logprobs)
@@ -154,7 +154,7 @@ def test_backward_equals_plain_autograd(load, name):
     weights = torch.linspace(-1, 2, 12)[:, None]
     ref_logprobs = 0.7 * rollout.old_logprobs
     scale = DENOMINATORS["sequence"](rollout.response_lengths, config)[:, None]
-    logprobs, entropy = loss.token_logprobs(model, rollout, torch.arange(12), Sampling(0.8))
+    logprobs, entropy = loss.token_logprobs(model, rollout, Sampling(0.8))
     each, clipped = train.LOSSES[name](logprobs, rollout.old_logprobs, weights, mask, config)
     each = each + 0.1 * (logprobs - ref_logprobs) ** 2 / 2 - 0.3 * entropy
     expected = gradient(model, (each * mask * scale).sum())
@@ -195,7 +195,7 @@ def test_gradient_checkpointing_changes_no_gradient_and_no_sample(load, architec
     it, and not while sampling, where train mode drops the KV cache."""
     model = copy.deepcopy(load(architecture)[0])
     rollout = sample_12(model)
-    arguments = model, rollout, torch.arange(12), Sampling()
+    arguments = model, rollout, Sampling()
     expected = gradient(model, loss.token_logprobs(*arguments)[0].sum())
     block = next(layer for layer in model.modules() if isinstance(layer, torch.nn.ModuleList))[0]
     calls = []
@@ -219,7 +219,7 @@ def choose(model):
 
 def assert_learns_by(form, model):
     """The gradient is that of the plain form."""
-    arguments = model, sample_12(model), torch.arange(12), Sampling()
+    arguments = model, sample_12(model), Sampling()
     found, expected = (
         gradient(model, each(*arguments)[0].sum()) for each in (form, loss.token_logprobs)
     )
@@ -247,7 +247,7 @@ def test_an_edit_of_a_shared_function_is_fast_at_once(load, monkeypatch):
         monkeypatch.setattr(module, "policy_distribution", two_best)
     assert choose(model) == FAST
     rollout = sample_12(model)
-    logprobs, _ = loss.token_logprobs(model, rollout, torch.arange(12), Sampling())
+    logprobs, _ = loss.token_logprobs(model, rollout, Sampling())
     torch.testing.assert_close(rollout.old_logprobs, logprobs, atol=1e-5, rtol=0)
     assert (rollout.old_logprobs.exp()[rollout.response_mask] > 0.01).all()
 

@@ -35,7 +35,7 @@ def test_each_line_is_pushed_by_its_own_value(names):
         "--reward my_process.lines --max_new_tokens 32 --group_size 8 --temperature 1.5",
         ZSCORES
         + """
-plain, _ = loss.token_logprobs(policy, rollout, torch.arange(B), Sampling(1.5))
+plain, _ = loss.token_logprobs(policy, rollout, Sampling(1.5))
 values = torch.zeros(B, N)
 for b, ids in enumerate(rollout.response_ids()):
     line = []
@@ -229,9 +229,8 @@ def slow_update(self, backward, batch, lr, on_policy):
     time.sleep(2)
     policies.append(copy.deepcopy(self.policy))
     sampled_by = policies[max(0, len(policies) - 2)]  # that of the step before
-    rows = torch.arange(len(batch.ids))
-    was = loss.token_logprobs(sampled_by, batch, rows, self.config.sampling)[0].detach()
-    now = loss.token_logprobs(self.policy, batch, rows, self.config.sampling)[0]
+    was = loss.token_logprobs(sampled_by, batch, self.config.sampling)[0].detach()
+    now = loss.token_logprobs(self.policy, batch, self.config.sampling)[0]
     gaps.append((was - batch.old_logprobs).abs().max().item())
 
     def watched(part, token_logprobs, config):

@@ -135,7 +135,7 @@ outside = rollout.old_logprobs[~rollout.response_mask].abs().max().item()
 weights = torch.linspace(-1, 2, 24)[:, None]
 scale = torch.full((24, 1), 0.1)
 batch = train.Batch(*vars(rollout).values(), weights, torch.zeros_like(rollout.old_logprobs), scale)
-train.backward(batch, partial(token_logprobs, policy, batch, slice(None), sampling), train.Config())
+train.backward(batch, partial(token_logprobs, policy, batch, sampling), train.Config())
 found = torch.cat([parameter.grad.flatten() for parameter in policy.parameters()])
 
 def by_hand(with_written):

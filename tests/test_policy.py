@@ -48,7 +48,7 @@ def test_the_stop_token_is_trained_on_even_where_pad_equals_eos(load):
     mask = torch.tensor([[True, True, False, False]])
     zeros = torch.zeros(1, 4)
     rollout = Rollout(ids, torch.tensor([2]), torch.tensor([4]), mask, zeros, mask[:, 0])
-    logprobs, _ = token_logprobs(model, rollout, torch.arange(1), Sampling())
+    logprobs, _ = token_logprobs(model, rollout, Sampling())
     assert torch.equal(logprobs != 0, mask)
     head = model.get_output_embeddings().weight
     [gradient] = torch.autograd.grad(logprobs.sum(), head)

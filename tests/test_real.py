@@ -118,7 +118,7 @@ def test_log_probs_and_gradients_are_those_of_a_float64_forward_pass(model_and_t
     torch.testing.assert_close(rollout.old_logprobs.double(), expected, atol=1e-4, rtol=0)
     for form in (token_logprobs, engine.logprobs.token_logprobs):
         model.zero_grad()
-        logprobs, _ = form(model, rollout, torch.arange(6), Sampling())
+        logprobs, _ = form(model, rollout, Sampling())
         torch.testing.assert_close(logprobs.double(), expected, atol=1e-4, rtol=0)
         (logprobs * weights).sum().backward()
         for name in watched:

@@ -53,7 +53,7 @@ def test_the_samplers_logprobs_are_the_learners(load, architecture):
     model, _ = load(architecture)
     rollout = generate(model, PROMPTS, 3, 20, SOME, SEEDS, Sampling(0.8))
     with torch.no_grad():
-        learned, _ = token_logprobs(model, rollout, torch.arange(12), Sampling(0.8))
+        learned, _ = token_logprobs(model, rollout, Sampling(0.8))
     torch.testing.assert_close(rollout.old_logprobs, learned, atol=1e-5, rtol=1e-5)
     assert (rollout.old_logprobs < 0).sum() == rollout.response_lengths.sum()
 
@@ -270,7 +270,7 @@ def test_others_may_write_tokens_in_both_samplers(load, architecture):
         assert torch.equal(getattr(plain, name), getattr(fast, name))
     torch.testing.assert_close(plain.old_logprobs, fast.old_logprobs, atol=1e-5, rtol=1e-5)
     with torch.no_grad():
-        learned, _ = token_logprobs(model, fast, slice(None), Sampling())
+        learned, _ = token_logprobs(model, fast, Sampling())
     torch.testing.assert_close(fast.old_logprobs, learned, atol=1e-5, rtol=1e-5)
     second_turns = 0
     for ids, mask in zip(fast.response_ids(), fast.response_mask.tolist()):
