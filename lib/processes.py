@@ -99,5 +99,4 @@ def others_alive():
     try:
         yield
     except RuntimeError as error:
-        message = "another process of this run has ended; --resume goes on from the last checkpoint"
-        raise ConnectionError(message) from error
+        raise ConnectionError("another process of this run has ended") from error

@@ -10,7 +10,7 @@ runs/<name>/config.json     every flag, versions, device, git commit; of each --
             lock            held while a process is at work on the run
 
 run = Run(config)                       # checks the name, makes nothing
-config = run.start(config, optimizer)   # makes the folder, or goes on from the checkpoint
+config = run.start(config, optimizer)   # makes the folder, or resumes from the checkpoint
 for step in run.steps():
     ...
     run.finish(metrics, samples, group_sizes, optimizer, save_model)
@@ -129,6 +129,8 @@ def after_mistake() -> str:
         return ""
     if (run.folder / "checkpoint").exists():
         return f" (to resume from the last checkpoint: {run.resume_command()})"
+    if not is_first():
+        return ""
     failed = run.folder.with_name(f"{run.folder.name}.failed")
     shutil.rmtree(failed, ignore_errors=True)
     run.folder.rename(failed)
@@ -331,6 +333,7 @@ class Run:
         if step > config.steps:
             raise UserError(f"--steps {config.steps}: {self.folder} has done {step} steps already")
         if not is_first():
+            Run.current = self
             self.recent = gather(None)[0]
             self.config = asdict(config)
             return config

@@ -17,7 +17,6 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from statistics import median
 from typing import Literal
 from unittest import mock
 
@@ -193,31 +192,16 @@ class Checks:
         finally:
             dist.destroy_process_group()
 
-    def speed(self) -> str:
-        """Sampling beside transformers' and beside what the device could do at best."""
-        dtype = torch.bfloat16 if self.device.type == "cuda" else torch.float32
-        model = self.make_model(dtype)
-        P, N = 8, self.new_tokens
-        arguments = model, self.prompts(model, P, 100), self.rows // P, N, []
-        buffers, rollouts = {}, []
-
-        def ours():
-            rollouts.append(engine.generate.generate(*arguments, range(P), buffers=buffers))
-
-        work = {"ours": ours, "theirs": partial(bench.transformers_generate, *arguments)}
-        seconds = {name: [] for name in work}
-        for _ in range(3):  # the first warms up and captures
-            for name, function in work.items():
-                seconds[name].append(bench.timed(function, self.device))
-        copying, computing = bench.machine_speed(self.device, dtype)
-        moved, operations = bench.least_work(model, rollouts[0], P)
-        ours, theirs = (median(each[1:]) for each in seconds.values())
-        return (
-            f"{ours / N * 1e3:.2f} ms a step, {self.rows * N / ours:,.0f} tokens/s, "
-            f"{theirs / ours:.1f} times model.generate, {moved / copying / ours:.0%} of "
-            f"{copying / 1e9:.0f} GB/s, {operations / computing / ours:.0%} of "
-            f"{computing / 1e12:.2f} TFLOP/s, the first {seconds['ours'][0]:.1f} s"
-        )
+    def speed(self) -> None:
+        """Prints what `python -m tools.bench` does: sampling and the update beside transformers'
+        and beside what the device could do at best."""
+        bench.main(
+            bench.Config(
+                preset=self.preset, prompts_per_step=8, group_size=self.rows // 8,
+                prompt_length=100, max_new_tokens=self.new_tokens, repeats=2,
+                device=self.device.type,
+            )
+        )  # fmt: skip
 
     def all(self) -> dict[str, Callable]:
         checks = {}
