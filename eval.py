@@ -18,7 +18,6 @@ from pathlib import Path
 from statistics import fmean
 from typing import Literal
 
-from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase
 
 from engine.choose import choose
@@ -27,6 +26,7 @@ from engine.sampler import LocalSampler
 from lib.files import find_model, write_json, write_rows
 from lib.flags import UserError, check_range, flag, run_script
 from lib.plots import plot_evaluation
+from lib.progress import Progress
 from lib.report import comparison_text, results_table
 from lib.run import flags_of_runs, is_run, read_config
 from lib.stats import at_k, compare_values, mean_interval, right_or_wrong
@@ -61,19 +61,19 @@ class Evaluation:
         groups = []
         count = max(1, self.rows // group_size)
         responses = len(self.problems) * group_size
-        bar = tqdm(total=responses, desc=self.label, unit=" responses", leave=False)
-        for start in range(0, len(self.problems), count):
-            problems = self.problems[start : start + count]
-            seeds = [stable_hash(f"{seed}/{problem.prompt}") for problem in problems]
-            _, samples = sample_and_score(
-                problems, seeds, group_size, self.max_new_tokens, sampling,
-                self.task, self.tokenizer, self.sampler, self.measured,
-            )  # fmt: skip
-            for p, problem in enumerate(problems):
-                group = samples[p * group_size : (p + 1) * group_size]
-                groups.append([{**row, "difficulty": problem.difficulty} for row in group])
-            bar.update(len(samples))
-        bar.close()
+        progress = getattr(self.sampler, "progress", Progress())
+        with progress.evaluating(self.label, responses) as bar:
+            for start in range(0, len(self.problems), count):
+                problems = self.problems[start : start + count]
+                seeds = [stable_hash(f"{seed}/{problem.prompt}") for problem in problems]
+                _, samples = sample_and_score(
+                    problems, seeds, group_size, self.max_new_tokens, sampling,
+                    self.task, self.tokenizer, self.sampler, self.measured,
+                )  # fmt: skip
+                for p, problem in enumerate(problems):
+                    group = samples[p * group_size : (p + 1) * group_size]
+                    groups.append([{**row, "difficulty": problem.difficulty} for row in group])
+                bar.update(len(samples))
         return groups
 
     def summary(self, greedy=False) -> dict:

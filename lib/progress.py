@@ -16,6 +16,7 @@ Everything but the lines of the steps goes to stderr, so that what a script prin
 
 import sys
 import time
+from contextlib import contextmanager
 from functools import partial, wraps
 from threading import Timer
 
@@ -76,6 +77,7 @@ class Progress:
 
     def __init__(self):
         self.bar = None  # until the first step: what is sampled before is an evaluation
+        self.evaluation = None  # the bar of an evaluation
         self.lines = 0
         self.expected = {"tokens": 0, "rows": 0}
         self.done = {"tokens": 0, "rows": 0}
@@ -105,10 +107,24 @@ class Progress:
         if self.bar is not None and self.step == self.first:
             self.expected["tokens"] += tokens
             self.expected["rows"] += rows
+        if rows:
+            self.trained(0)
 
     def sampled(self, tokens):
-        if not self.done["rows"]:  # else it is an evaluation
+        if self.evaluation is None:
             self.add("tokens", tokens, "sampled")
+        else:
+            self.evaluation.tokens += tokens
+            self.evaluation.set_postfix_str(f"{self.evaluation.tokens:,} tokens")
+
+    @contextmanager
+    def evaluating(self, label, responses):
+        """A bar that counts responses; within the block, what is sampled is an evaluation."""
+        options = dict(desc=label, unit=" responses", leave=False, disable=None)
+        with tqdm(total=responses, **options) as self.evaluation:
+            self.evaluation.tokens = 0
+            yield self.evaluation
+        self.evaluation = None
 
     def trained(self, rows):
         self.add("rows", rows, "trained")

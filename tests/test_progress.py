@@ -51,7 +51,10 @@ def test_the_bar_moves_within_a_step(monkeypatch):
     The second step expects what the first had: 120 tokens and 2 rows."""
     monkeypatch.setattr(sys, "stderr", Terminal())
     progress = Progress()
-    progress.sampled(1000)  # the evaluation before the first step
+    with progress.evaluating("evaluating", 4) as bar:
+        progress.sampled(1000)
+        progress.sampled(24)
+        assert bar.postfix == "1,024 tokens"
     seen = []
     for _ in progress.steps(1, 2):
         progress.expect(tokens=100)
@@ -60,9 +63,12 @@ def test_the_bar_moves_within_a_step(monkeypatch):
         progress.sampled(70)  # more than expected
         seen.append((progress.bar.n, progress.bar.desc))
         progress.expect(rows=8)
+        trains = progress.bar.desc
         progress.trained(2)
-        progress.sampled(1000)  # an evaluation
+        with progress.evaluating("evaluating", 4):
+            progress.sampled(1000)
         seen.append((progress.bar.n, progress.bar.desc))
+    assert trains == "step 2: trained 0 of 2 rows"
     assert seen == [
         (0.25, "step 1: sampled 50 of 100 tokens"),
         (0.5, "step 1: sampled 120 of 120 tokens"),
