@@ -210,6 +210,22 @@ def test_gradient_checkpointing_changes_no_gradient_and_no_sample(load, architec
         assert torch.equal(again.ids, rollout.ids)
 
 
+@pytest.mark.parametrize("architecture", ["llama", "qwen3", "gemma2"])
+def test_an_rms_norm_in_one_kernel_is_that_of_transformers(load, architecture):
+    """Gemma's, which adds 1 to its weight, is left as it is."""
+    model, _ = load(architecture)
+    on_cuda = types.SimpleNamespace(device=torch.device("cuda"), modules=model.modules)
+    ids = torch.arange(40)[None]
+    with torch.no_grad():
+        expected = model(ids).logits
+        with engine.generate.fused_norms(on_cuda):
+            forwards = [module for module in model.modules() if "forward" in vars(module)]
+            found = model(ids).logits
+        assert bool(forwards) == (architecture != "gemma2")
+        torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)
+        assert torch.equal(model(ids).logits, expected)
+
+
 # ---------------------------------------------------------------------------------------- choose
 
 
