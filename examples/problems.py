@@ -23,10 +23,9 @@ def conversation(system, examples, question):
     return [*messages, {"role": "user", "content": question}]
 
 
-def sums(rng, digits):
+def sums(rng):
     """ "48+27=" -> "75" """
-    low, high = 10 ** (digits - 1), 10**digits - 1
-    a, b = rng.randint(low, high), rng.randint(low, high)
+    a, b = rng.randint(10, 99), rng.randint(10, 99)
     return f"{a}+{b}=", str(a + b)
 
 
@@ -48,20 +47,35 @@ def largest(rng):
     return ", ".join(map(str, numbers)), str(max(numbers))
 
 
+KINDS = {
+    "animal": "dog cat horse cow sheep goat lion tiger "
+    "wolf bear rabbit mouse frog eagle duck shark",
+    "fruit": "apple banana orange lemon peach pear plum cherry grape melon mango strawberry",
+    "tool": "hammer saw drill spade wrench chisel axe rake pliers screwdriver",
+    "colour": "red blue green yellow purple brown pink grey black white",
+    "country": "France Spain Italy Japan China India Brazil Egypt Canada Mexico Norway Peru",
+    "vehicle": "car bus truck train bicycle ship boat plane tram van",
+    "drink": "water milk tea coffee juice wine beer lemonade cocoa soda",
+    "job": "doctor nurse teacher farmer baker lawyer pilot judge plumber painter",
+}
+
+
+def kinds(rng):
+    """ "fruit: red, banana, pilot" -> "banana" """
+    three = rng.sample(list(KINDS), 3)
+    words = [rng.choice(KINDS[kind].split()) for kind in three]
+    wanted = rng.randrange(3)
+    return f"{three[wanted]}: {', '.join(words)}", words[wanted]
+
+
 SYSTEM = {
     "sums": "Add the two numbers. Answer with the sum only.",
-    "long_sums": "Add the two numbers. Answer with the sum only.",
     "differences": "Subtract the second number from the first. Answer with the difference only.",
     "products": "Multiply the two numbers. Answer with the product only.",
     "largest": "Which of the three numbers is the largest? Answer with that number only.",
+    "kinds": "Which of the three words is of that kind? Answer with that word only.",
 }
-MAKERS = {
-    "sums": lambda rng: sums(rng, 2),
-    "long_sums": lambda rng: sums(rng, 3),
-    "differences": differences,
-    "products": products,
-    "largest": largest,
-}
+MAKERS = {f.__name__: f for f in (sums, differences, products, largest, kinds)}
 
 
 @dataclass(frozen=True)
