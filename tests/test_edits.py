@@ -6,6 +6,7 @@ Slow: whoever has changed the code must not see red because a patch no longer fi
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -25,7 +26,7 @@ SMALL = "--prompts_per_step 4 --group_size 4 --max_new_tokens 16 --eval_problems
 def edited(*names) -> Path:
     """A copy of the project in the current folder, with patches applied."""
     copy = Path("-".join(["copy", *names])).resolve()
-    parts = shutil.ignore_patterns(".*", "runs", "__pycache__", "*.ipynb")
+    parts = shutil.ignore_patterns(".*", "runs", "data", "smollm*", "__pycache__", "*.ipynb")
     shutil.copytree(ROOT, copy, ignore=parts)
     for name in names:
         patch = (ROOT / "docs" / "edits" / f"{name}.patch").read_bytes()
@@ -55,12 +56,33 @@ def evaluate(folder, code):
     return json.loads(python(folder, "-c", code).splitlines()[-1])
 
 
+INTERRUPTED = """
+import os, signal, train
+from lib.flags import parse
+from lib.run import Run
+
+signal.signal(signal.SIGINT, signal.default_int_handler)
+record = Run.record
+
+def interrupt(self, metrics, *arguments):
+    record(self, metrics, *arguments)
+    if metrics["step"] == 2:
+        os.kill(os.getpid(), signal.SIGINT)
+
+Run.record = interrupt
+train.main(parse(train.Config, train.HELP, {flags}, train.fill)[0])
+"""
+
+
 def assert_resumes_exactly(folder, *flags):
-    """A run that is cut after step 3 and resumed has the metrics and the parameters of the straight run."""
-    train(folder, "--steps 6 --save_every 3", *flags)
-    straight, cut = folder / "runs" / "run-0", folder / "runs" / "cut"
-    shutil.copytree(straight, cut)
-    shutil.rmtree(cut / "checkpoint")  # checkpoint.old is that of step 3
+    """A run that Ctrl-C ends in the middle and that is resumed has the metrics and the parameters of the straight
+    run."""
+    flags = " ".join([SMALL, "--steps 6", *flags]).split()
+    python(folder, "train.py", *flags, "--name", "straight")
+    straight, cut = folder / "runs" / "straight", folder / "runs" / "cut"
+    interrupted = INTERRUPTED.format(flags=[*flags, "--name", "cut"])
+    python(folder, "-c", interrupted, status=128 + signal.SIGINT)
+    assert 2 <= len(read_rows(cut / "metrics.jsonl")) < 6
     python(folder, "train.py", "--name", "cut", "--resume")
     metrics = [
         read_rows(run / "metrics.jsonl", lambda key: "second" not in key) for run in (straight, cut)
