@@ -68,6 +68,23 @@ def test_seeds_are_pooled_with_the_interval_over_seeds(capsys):
     assert rest[1].endswith("no difference seen")
 
 
+def test_a_run_without_evaluations_is_measured_by_its_first_and_last_quarter(capsys):
+    """(0.1, 0.3) and (0.8, 1): 0.2 and 0.9, with 12.706 * 0.1 on both sides. Of two seeds 0.2 and
+    0.8, with 12.706 * 0.1."""
+
+    def add_run(seed, first, last):
+        folder = Path(make_run(f"lr-{seed}", seed=seed))
+        rows = [{"step": step, "seconds": 1, "reward": 0.5} for step in range(1, 9)]
+        for row, reward in zip([*rows[:2], *rows[-2:]], [*first, *last]):
+            row["reward"] = reward
+        write_rows(folder / "metrics.jsonl", rows)
+
+    add_run(0, [0.1, 0.3], [0.8, 1.0])
+    assert "reward of steps  0.200 [-1.071, 1.471]  0.900 [-0.371, 2.171]" in listed(capsys)
+    add_run(1, [0.2, 0.2], [0.6, 0.8])
+    assert "0.200 [0.200, 0.200]  0.800 [-0.471, 2.071]" in listed(capsys)
+
+
 HOLD = """
 import fcntl, sys
 file = open(sys.argv[1], "a")

@@ -5,12 +5,14 @@
     python -m tools.runs --csv > runs.csv         # for a spreadsheet
 
 before and after are held-out problems, sampled, with 95 % intervals: of the problems for one run,
-of the seeds (Student's t) for several. A run is running, finished, stopped (by a signal: its
-checkpoint is as new as its metrics), or failed.
+of the seeds (Student's t) for several. Without evaluations (--eval_problems 0) they are the mean
+rewards of the first and the last quarter of the steps. A run is running, finished, stopped (by a
+signal: its checkpoint is as new as its metrics), or failed.
 """
 
 import csv
 import json
+import math
 import re
 import sys
 from collections import defaultdict
@@ -74,7 +76,8 @@ def describe(folder) -> dict:
 
 
 def evaluations(folder, metrics) -> tuple:
-    """What was measured (mean_reward before accuracy), before the first step and last."""
+    """What was measured (mean_reward before accuracy, else the reward of the steps), before the
+    first step and last."""
     before_file = folder / "before.json"
     before = json.loads(before_file.read_text()) if before_file.exists() else {}
     for name in ("mean_reward", "accuracy"):
@@ -87,7 +90,12 @@ def evaluations(folder, metrics) -> tuple:
                 mean, interval = values[-1]
                 last = {"mean": mean, "interval": interval}
             return name, first, last
-    return "", None, None
+    rewards = [row["reward"] for row in metrics if "reward" in row]
+    quarter = math.ceil(len(rewards) / 4)
+    if quarter < 2:
+        return "", None, None
+    ends = rewards[:quarter], rewards[-quarter:]
+    return "reward of steps", *map(mean_over_runs, ends)
 
 
 def state_of(folder, done, steps) -> str:
