@@ -11,14 +11,16 @@ CELLS = json.loads((ROOT / "walkthrough.ipynb").read_text())["cells"]
 
 
 @pytest.mark.slow
-def test_the_cells_run_and_leave_nothing_behind(monkeypatch):
-    """Without Jupyter, one after the other in one namespace."""
+def test_the_cells_run_and_leave_nothing_behind(monkeypatch, capsys):
+    """Without Jupyter, one after the other in one namespace. Each prints about what is stored."""
     monkeypatch.setenv("MPLBACKEND", "agg")
     os.symlink(ROOT / "models", "models")
     names = {}
     for cell in CELLS:
         if cell["cell_type"] == "code":
             exec(compile("".join(cell["source"]), "walkthrough.ipynb", "exec"), names)
+            printed = "".join("".join(output.get("text", "")) for output in cell["outputs"])
+            assert capsys.readouterr().out.split()[:2] == printed.split()[:2]
     assert names["good"].mean() > 0 > names["bad"].mean()
     assert [row["step"] for row in names["metrics"]] == list(range(1, 21))
     assert [path.name for path in Path().iterdir()] == ["models"]
@@ -32,6 +34,7 @@ def test_it_is_kept_with_its_outputs():
     for cell in CELLS:
         if cell["cell_type"] == "code":
             assert cell["outputs"], "".join(cell["source"])
+            assert all("".join(each.get("text", "picture")).strip() for each in cell["outputs"])
             outputs += cell["outputs"]
     assert all(output["output_type"] != "error" for output in outputs)
     assert sum("image/png" in output.get("data", {}) for output in outputs) == 4
