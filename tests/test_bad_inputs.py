@@ -43,7 +43,7 @@ SCRIPTS = {
     "tools.bench": "--prompts_per_step=1 --group_size=2 --max_new_tokens=2 --repeats=1"
     " --device=cpu",
     "tools.memory": "tiny --memory_gb=1",
-    "tools.plot": "run",
+    "tools.runs": "run",
 }
 NUMBERS = ["0", "-1", "1000000000000", "nan", "inf", "-inf", "", "many", "1.5", "9" * 40]
 TEXTS = ["", " ", "no/such", "..", "x" * 300, "\udcff", "-", "$(touch pwned)", "a\nb"]

@@ -6,9 +6,7 @@ from conftest import parse_train
 from matplotlib.figure import Figure
 
 from lib.files import read_rows, write_json, write_rows
-from lib.flags import UserError
-from lib.plots import CURVES, plot_evaluation, plot_run, smooth
-from tools import plot
+from lib.plots import CURVES, plot_evaluation, plot_run, plot_runs, smooth
 
 
 def make_run(name, steps, reward, **flags):
@@ -39,25 +37,25 @@ def panels(monkeypatch):
     return drawn
 
 
-def test_runs_that_differ_only_in_their_number_become_one_curve_with_a_band(panels):
-    runs = [make_run("lr-0", 2, 0.2), make_run("lr-1", 3, 0.5), make_run("grpo-1", 2, 0.9)]
-    plot.main(plot.Config(), runs)
+def draw(*names, x="step", **pooled):
+    """Runs by themselves, and pooled ones by the name of their curve."""
+    groups = {name: [Path("runs", name)] for name in names}
+    groups |= {name: [Path("runs", each) for each in several] for name, several in pooled.items()}
+    plot_runs(groups, Path("compare.png"), x)
+
+
+def test_several_runs_of_one_name_become_one_curve_with_a_band(panels):
+    for name, steps, reward in (("lr-0", 2, 0.2), ("lr-1", 3, 0.5), ("grpo", 2, 0.9)):
+        make_run(name, steps, reward)
+    draw("grpo", lr=["lr-0", "lr-1"])
     panel = panels[CURVES["reward"]]
     lines, labels = panel.get_legend_handles_labels()
-    assert labels == ["lr (2 runs)", "grpo-1"]
-    group, single = lines
+    assert labels == ["grpo", "lr"]
+    single, group = lines
     assert group.get_xdata().tolist() == [1, 2]  # the steps of both
     assert [*group.get_ydata(), *single.get_ydata()] == pytest.approx([0.35, 0.35, 0.9, 0.9])
-    band = panel.collections[0].get_paths()[0].get_extents()
+    band = panel.collections[1].get_paths()[0].get_extents()
     assert (band.ymin, band.ymax) == pytest.approx((0.2, 0.5))
-
-
-def test_runs_with_other_flags_are_not_averaged_as_if_they_were_seeds(panels):
-    runs = [make_run(f"grpo-{i}", 2, 0.2, seed=i, lr=1e-5) for i in range(2)]
-    runs += [make_run("grpo-2", 2, 0.9, seed=2, lr=3e-5), make_run("b-1", 2, 0.9, lr=1e-5)]
-    plot.main(plot.Config(), runs)
-    _, labels = panels[CURVES["reward"]].get_legend_handles_labels()
-    assert labels == ["grpo --lr 1e-05 (2 runs)", "grpo-2 --lr 3e-05", "b-1"]
 
 
 def test_curves_are_smoothed_over_seven_steps_and_short_ones_less():
@@ -123,7 +121,9 @@ def test_truncated_responses_and_a_gradient_that_was_scaled_down(panels):
 
 
 def test_runs_that_coincide_have_other_dashes(panels):
-    plot.main(plot.Config(), [make_run("a", 2, 0.5), make_run("b", 2, 0.5)])
+    make_run("a", 2, 0.5)
+    make_run("b", 2, 0.5)
+    draw("a", "b")
     lines, _ = panels[CURVES["reward"]].get_legend_handles_labels()
     assert [line.get_linestyle() for line in lines] == ["-", "--"]
     assert panels[CURVES["reward"]].get_ylim() == pytest.approx((-0.03, 1.03))
@@ -135,7 +135,7 @@ def test_over_responses_a_run_that_samples_more_has_no_lead(panels):
         run = make_run(name, 3, 0.5, group_size=16)
         seen = [prompts * step for step in (1, 2, 3)]
         change(run, prompts_seen=seen, reward=[0.05 * prompts for prompts in seen])
-    plot.main(plot.Config(x="responses"), ["runs/few", "runs/many"])
+    draw("few", "many", x="responses")
     lines, _ = panels[CURVES["reward"]].get_legend_handles_labels()
     assert lines[0].get_xdata().tolist() == [32, 64, 96]
     assert lines[1].get_xdata().tolist() == [64, 128, 192]
@@ -155,10 +155,3 @@ def test_an_evaluation_has_lines_over_k_and_bars_elsewhere(panels):
     assert base.get_ydata().tolist() == [0.5] * 3
     heights = [bar.get_height() for bar in panels["accuracy"].patches]
     assert heights == pytest.approx([0.5, 0.5, 0.8, 0.8])
-
-
-def test_what_cannot_be_drawn_is_said_in_a_sentence():
-    with pytest.raises(UserError, match="runs/none: no run there"):
-        plot.main(plot.Config(), [make_run("a", 2, 0.5), "runs/none"])
-    with pytest.raises(UserError, match=r"--output a.xyz: must end in .png"):
-        plot.main(plot.Config("a.xyz"), ["runs/a"])

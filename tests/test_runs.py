@@ -2,6 +2,7 @@
 
 import csv
 import io
+import re
 import subprocess
 import sys
 from dataclasses import asdict
@@ -83,6 +84,33 @@ def test_a_run_without_evaluations_is_measured_by_its_first_and_last_quarter(cap
     assert "reward of steps  0.200 [-1.071, 1.471]  0.900 [-0.371, 2.171]" in listed(capsys)
     add_run(1, [0.2, 0.2], [0.6, 0.8])
     assert "0.200 [0.200, 0.200]  0.800 [-0.471, 2.071]" in listed(capsys)
+
+
+def test_only_runs_of_the_same_code_and_other_seeds_are_pooled(capsys):
+    """An edit makes another row, which says so, and so does the same seed again."""
+    for name, code, seed in (("a", "1", 0), ("a-2", "1", 1), ("a-3", "2", 2), ("a-4", "1", 1)):
+        folder = make_run(name, 0.5, seed=seed)
+        Path(folder, "code", "train.py").write_text(code)
+    _, *rows = listed(capsys).splitlines()[:4]
+    names = [re.match(r"a(-\d)?( \(2 seeds\))?", row)[0] for row in rows]
+    assert sorted(names) == ["a (2 seeds)", "a-3", "a-4"]
+    edited, *others = {re.search("code=(.{8})", row)[1] for row in rows if "a-3" in row}
+    assert not others and edited not in "".join(row for row in rows if "a-3" not in row)
+
+
+def test_curves_of_pooled_runs_and_flags_that_differ(capsys, monkeypatch):
+    for seed in range(2):
+        make_run(f"grpo-{seed}", 0.2, seed=seed, lr=1e-5)
+    make_run("b", 0.9, lr=3e-5)
+    drawn = []
+    monkeypatch.setattr(runs, "plot_runs", lambda *arguments: drawn.extend(arguments))
+    listed(capsys, plot="compare.png", x="responses")
+    groups, path, x = drawn
+    assert (str(path), x) == ("compare.png", "responses")
+    names = {name: [folder.name for folder in folders] for name, folders in groups.items()}
+    assert names == {"b lr=3e-05": ["b"], "grpo (2 seeds) lr=1e-05": ["grpo-0", "grpo-1"]}
+    with pytest.raises(UserError, match=r"--plot a.xyz: must end in .png"):
+        runs.main(runs.Config(plot="a.xyz"), [])
 
 
 HOLD = """

@@ -2,6 +2,7 @@
 
     python -m tools.runs                          # all in runs/
     python -m tools.runs runs/lr-* runs/add       # these
+    python -m tools.runs --plot compare.png       # their curves in one picture
     python -m tools.runs --csv > runs.csv         # for a spreadsheet
 
 before and after are held-out problems, sampled, with 95 % intervals: of the problems for one run,
@@ -17,8 +18,10 @@ import re
 import sys
 from collections import defaultdict
 from dataclasses import dataclass
+from hashlib import sha256
 from pathlib import Path
 from statistics import fmean
+from typing import Literal
 
 import torch
 
@@ -27,6 +30,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent))  # so that it runs from an
 from lib.checkpoint import lock
 from lib.files import read_rows
 from lib.flags import UserError, align, flag, run_script
+from lib.plots import plot_runs
 from lib.report import interval_text
 from lib.run import is_run, read_config
 from lib.stats import mean_over_runs, unpaired_difference
@@ -37,9 +41,13 @@ NOT_LEARNED_FROM = ("name", "runs_dir", "resume", "tracker", "log_samples")
 @dataclass(frozen=True)
 class Config:
     csv: bool = flag(False, "comma-separated values, with a column for each flag that differs")
+    plot: str = flag("", "a picture of the curves to write; of several seeds their mean and a band")
+    x: Literal["step", "responses"] = flag("step", "responses: where steps differ in their size")
 
 
 def main(config, runs) -> None:
+    if config.plot and Path(config.plot).suffix != ".png":
+        raise UserError(f"--plot {config.plot}: must end in .png")
     folders = [Path(run) for run in runs] or sorted(Path("runs").glob("*"))
     found = [describe(folder) for folder in folders if runs or is_run(folder)]
     if not found:
@@ -47,6 +55,9 @@ def main(config, runs) -> None:
     rows = pool_seeds(found)
     rows.sort(key=lambda row: row["after"]["mean"] if row["after"] else -float("inf"), reverse=True)
     differing = differing_flags(rows)
+    if config.plot:
+        groups = {f"{row['name']} {flags_text(row, differing)}": row["folders"] for row in rows}
+        plot_runs(groups, Path(config.plot), config.x)
     if config.csv:
         write_csv(rows, differing)
         return
@@ -65,7 +76,10 @@ def describe(folder) -> dict:
     return {
         "name": folder.name,
         "folders": [folder],
-        "flags": {name: value for name, value in flags.items() if name not in NOT_LEARNED_FROM},
+        "flags": {
+            **{name: value for name, value in flags.items() if name not in NOT_LEARNED_FROM},
+            "code": code_of(folder),
+        },
         "steps": done,
         "state": state_of(folder, done, flags["steps"]),
         "seconds": sum(row["seconds"] for row in metrics),
@@ -73,6 +87,15 @@ def describe(folder) -> dict:
         "before": before,
         "after": after,
     }
+
+
+def code_of(folder) -> str:
+    """A fingerprint of the scripts as the run ran them, as '1f3a9c20': an edit makes another."""
+    digest = sha256()
+    for file in sorted(folder.glob("code*/**/*.py")):
+        if file.parent.name != "tools":
+            digest.update(str(file.relative_to(folder)).encode() + file.read_bytes())
+    return digest.hexdigest()[:8]
 
 
 def evaluations(folder, metrics) -> tuple:
@@ -113,12 +136,16 @@ def state_of(folder, done, steps) -> str:
 
 
 def pool_seeds(runs) -> list[dict]:
-    """Finished runs that differ only in their seed become one row."""
+    """Finished runs of the same code that differ only in their seed become one row."""
     groups = defaultdict(list)
     for run in runs:
-        flags = {name: value for name, value in run["flags"].items() if name != "seed"}
+        flags = {**run["flags"]}
+        seed = flags.pop("seed", None)
         alone = "" if run["state"] == "finished" and run["after"] else run["name"]
-        groups[json.dumps([flags, alone])].append(run)
+        key = json.dumps([flags, alone])
+        if seed in [other["flags"].get("seed") for other in groups[key]]:
+            key += run["name"]  # the same run again
+        groups[key].append(run)
     return [pool(group) if len(group) > 1 else group[0] for group in groups.values()]
 
 
@@ -144,15 +171,18 @@ def differing_flags(rows) -> list[str]:
     ]
 
 
+def flags_text(row, differing) -> str:
+    return " ".join(f"{name}={row['flags'][name]}" for name in differing if name in row["flags"])
+
+
 def table(rows, differing) -> str:
     lines = [["run", "flags that differ", "steps", "state", "measured", "before", "after", "time"]]
     for row in rows:
-        flags = [f"{name}={row['flags'][name]}" for name in differing if name in row["flags"]]
         minutes, seconds = divmod(round(row["seconds"]), 60)
         lines.append(
             [
                 row["name"],
-                " ".join(flags),
+                flags_text(row, differing),
                 f"{row['steps']}/{row['flags']['steps']}",
                 row["state"],
                 row["measured"],
