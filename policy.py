@@ -200,21 +200,21 @@ def save_policy(model, tokenizer, folder) -> None:
         model.save_pretrained(folder)
 
 
+LEARNING_RATES = [  # parameters below, of the whole model, of an adapter
+    (10e6, 2e-4, 2e-4),
+    (200e6, 3e-5, 3e-4),
+    (1e9, 1e-5, 1e-4),
+    (math.inf, 5e-6, 3e-5),
+]
+
+
 def default_learning_rate(model, lora_rank) -> float:
     """Smaller models want larger steps, and an adapter about ten times those of the whole model.
-    Measured and published rates: docs/real-model.md
-
-    parameters   whole model   adapter
-    under 10 M          2e-4      2e-4
-    under 500 M         1e-5      1e-4
-    more                5e-6      3e-5
-    """
+    Measured and published rates: docs/real-model.md"""
     size = model.num_parameters()
-    if size < 10e6:
-        return 2e-4
-    if size < 500e6:
-        return 1e-4 if lora_rank else 1e-5
-    return 3e-5 if lora_rank else 5e-6
+    for limit, whole, adapter in LEARNING_RATES:
+        if size < limit:
+            return adapter if lora_rank else whole
 
 
 def default_warmup(steps) -> int:

@@ -113,14 +113,14 @@ def test_the_warm_up_is_a_tenth_of_the_steps_and_at_most_ten():
 
 
 def test_the_default_rate_falls_with_size_and_an_adapter_wants_more():
-    """Of models without storage: 0.5 M, 135 M and 1.5 G parameters."""
+    """Of models without storage: 0.5 M, 135 M, 494 M and 1.5 G parameters."""
     small = AutoConfig.for_model("llama", **SMOLLM2)
     rates = []
-    for config in (shape("tiny"), small, shape("qwen2.5-1.5b")):
+    for config in (shape("tiny"), small, shape("qwen2.5-0.5b"), shape("qwen2.5-1.5b")):
         with torch.device("meta"):
             model = AutoModelForCausalLM.from_config(config)
         rates.append((default_learning_rate(model, 0), default_learning_rate(model, 16)))
-    assert rates == [(2e-4, 2e-4), (1e-5, 1e-4), (5e-6, 3e-5)]
+    assert rates == [(2e-4, 2e-4), (3e-5, 3e-4), (1e-5, 1e-4), (5e-6, 3e-5)]
 
 
 @pytest.mark.parametrize(("flag", "warmup_steps"), [("", 1), ("--warmup_steps 0", 0)])
