@@ -126,7 +126,7 @@ def summarise(groups, measured, graded=()) -> dict:
     (tokens).
 
     measured: the names of what is measured
-    graded:   those that are not only 0 or 1, in all runs that are compared
+    graded:   names of the measures with values other than 0 and 1 in any of the compared runs
     """
     rows = list(chain(*groups))
     numbers = {name: mean_of(groups, name, graded) for name in measured}

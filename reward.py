@@ -250,7 +250,7 @@ def overlong(prompt, response, answer, length, limit):
 
 RULES = exact, number, stated, choice, countdown, math, format, length, overlong
 REWARDS = {rule.__name__: rule for rule in RULES}
-# rules that give only 1 or 0: their mean is called accuracy. All but format want an answer
+# rules that give only 1 or 0: their mean is called accuracy. All except format need an answer
 RIGHT_OR_WRONG = {"exact", "number", "stated", "choice", "countdown", "math", "format"}
 # for majority votes: final answer -> what the rule compares, None where there is no answer
 ANSWERS = {

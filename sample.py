@@ -205,7 +205,7 @@ def inverse_cdf(weights, uniforms) -> tuple[Tensor, Tensor]:
 #     def interject(response, finished, tokenizer, sampling) -> list of token ids, mostly []
 #
 # response: the ids so far; finished: the last of them is a stop token. If it returns some, the
-# response goes on after them. They are in the row, and out of response_mask.
+# response continues after them. They are in the row, and out of response_mask.
 interject = None
 
 

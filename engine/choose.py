@@ -1,10 +1,10 @@
 """Fast or plain: `choose` compares each fast form with its plain form on the run's own model, and
 picks. So a model that a fast form does not fit still trains, by the plain form.
 
-How much may they differ? As much as rounding makes them differ, which depends on the model and its
-type. So that is measured: the plain form runs again while each layer's result is off by up to half
-a unit in its last place, at random. The fast form may be off by MULTIPLE times as much, or by
-FLOOR. (python docs/precision.py forms --model FOLDER: both beside those of faults)
+How much may they differ? By FLOOR, which is far above the rounding of float32. In bfloat16 rounding
+depends on the model, so it is measured: the plain form runs again while each layer's result is off
+by up to half a unit in its last place, at random. The fast form may be off by MULTIPLE times as
+much. (python docs/precision.py forms --model FOLDER: both beside those of faults)
 
 An edit of a plain form takes effect where it shows in the first tokens, or in log-probs or
 gradients by more than that; an edit of a function that both forms call (policy_distribution,
@@ -90,7 +90,7 @@ def affordable_tokens(policy, longest) -> int:
 
 
 def compare_forms(policy, prompts, stop, sampling, max_new_tokens, longest) -> Forms:
-    """Four responses each to two prompts. The first prompt is cut or repeated until its rows
+    """Four responses to each of two prompts. The first prompt is cut or repeated until its rows
     have `longest` tokens."""
     tokens = min(16, max_new_tokens, longest // 2)
     length = longest - tokens
@@ -99,16 +99,18 @@ def compare_forms(policy, prompts, stop, sampling, max_new_tokens, longest) -> F
     rollout = sample.generate(*arguments)
     few = rollout.rows([0, 1, -1])  # two share a prompt
     expected = values_and_gradients(loss.token_logprobs, policy, few, sampling)
-    noise, logprob_noise = [0.0] * len(expected), 0.0
-    if policy.dtype != torch.float32:  # whose noise is far below FLOOR
+    noise = [0.0] * len(expected)
+    logprob_noise = 0.0
+    if policy.dtype != torch.float32:  # in float32 it is far below FLOOR
         with rounded_otherwise(policy):
             again = values_and_gradients(loss.token_logprobs, policy, few, sampling)
         noise = differences(again, expected)
-        logprob_noise = (again[0] - expected[0]).abs().sum() / few.response_mask.sum()
+        gap = (again[0] - expected[0]).abs().sum() / few.response_mask.sum()
+        logprob_noise = gap.item()
 
     def compare_sampler(generate):
         found = generate(*arguments)
-        return sampler_difference(found, rollout, policy, sampling, float(logprob_noise))
+        return sampler_difference(found, rollout, policy, sampling, logprob_noise)
 
     def compare_logprobs(token_logprobs):
         found = values_and_gradients(token_logprobs, policy, few, sampling)

@@ -27,7 +27,7 @@ from sample import Rollout, Sampling, float64, sample_token, uniform_numbers
 # decode steps between checks for finished rows
 CHECK_EVERY = {"cuda": 16, "mps": 16, "cpu": 1}
 CAPTURE_FAILED = (
-    "sampling goes on without CUDA graphs, which is slower, because a decode step could not be "
+    "sampling continues without CUDA graphs, which is slower, because a decode step could not be "
     "captured. The usual cause is an edit of sample.policy_distribution or sample.sample_token "
     "that looks at values, by .item(), an `if` or a boolean index"
 )
@@ -312,7 +312,7 @@ class DecodeState:
                 self.force(row, n, tokens)
                 self.finished[row] = False
                 if n < self.logprobs.shape[1]:
-                    self.row_of_slot[slot] = row  # it goes on
+                    self.row_of_slot[slot] = row  # the response continues
 
     def force(self, row, n, tokens) -> None:
         """The tokens come at place n of the row's response, as many as there is room for."""

@@ -19,7 +19,7 @@ def is_out_of_memory(error) -> bool:
 class Memory:
     """Sizes that affect memory only, and are halved where the GPU runs out of it.
 
-    sizes:    by name, as {"micro_batch_tokens": 4096}; those that are in use
+    sizes:    by name, as {"micro_batch_tokens": 4096}: the sizes in use
     halved:   the sizes that were halved: a part of what a run remembers
     cleanups: functions that free memory, and leave what other threads use
     """

@@ -50,8 +50,8 @@ def check_prompts(policy, prompts, max_new_tokens) -> None:
 
 
 def check_causal(name, model) -> None:
-    """UserError unless the logits of a row are those that the model gives token by token, as the
-    sampler reads it. A model whose cache gives other logits, or that has none, does without."""
+    """UserError unless a row has the same logits as when the model reads it token by token, as the
+    sampler does. A model whose cache gives other logits, or that has none, does without."""
     if hasattr(model.config, "rescale_every"):  # RWKV would divide its parameters, for good
         model.config.rescale_every = 0
     if reason := misfit(model):

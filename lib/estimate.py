@@ -81,7 +81,7 @@ def cache_bytes(config, bytes_each) -> int:
 
 
 def linear_layers(model) -> list[tuple[int, int]]:
-    """(inputs, outputs) of each linear layer except the head: those that an adapter goes on."""
+    """(inputs, outputs) of each linear layer that gets an adapter: all except the head."""
     sizes = []
     for name, module in model.named_modules():
         if "lora_" in name or module is model.get_output_embeddings():
@@ -172,8 +172,8 @@ def peak(parts) -> float:
 
 
 def device_memory(device) -> float:
-    """Bytes that a run may take on the device, with those that this process has already. On a CPU
-    it is the memory of the host that no other program uses: inf on Windows, which does not tell."""
+    """Bytes that a run may take on the device, including what this process has already. On a CPU it
+    is the memory of the host that no other program uses: inf on Windows, which does not tell."""
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0] + torch.cuda.memory_reserved(device)
     if device.type == "mps":

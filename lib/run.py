@@ -364,8 +364,8 @@ class Run:
             sessions = [content, *content.get("resumed", [])]
             if sessions[-1].get("problems", problems) != problems:
                 print(
-                    f"warning: --resume: the problems of --task {config.task} are not those that "
-                    f"the run had before: from step {step + 1} on it learns from others, and the "
+                    f"warning: --resume: the problems of --task {config.task} have changed since "
+                    f"the run began: from step {step + 1} on it learns from others, and the "
                     "evaluation before training was of others"
                 )
             session = {"step": step, **session}

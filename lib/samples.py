@@ -11,7 +11,7 @@ def logged_groups(samples, group_sizes, log_samples, step, seed) -> list[dict]:
     all, which may be the same. Rows from the largest to the smallest weight, with three keys more:
 
     group:      the group's place in the step, from 0
-    group_size: how many responses the group has, also those that are left out
+    group_size: how many responses the group has, including those not logged
     drawn:      the group is the one drawn evenly. The others show success too often
 
     samples:     rows of the step with "reward" and "weight", group after group

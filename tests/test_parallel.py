@@ -96,8 +96,9 @@ def assert_same(name, other):
     assert [row["response"] for row in samples] == [row["response"] for row in expected_samples]
     for row, before in zip(metrics, expected, strict=True):
         numbers = {key: value for key, value in row.items() if "interval" not in key}
-        # the largest ratio of a token after 100 updates: e^x, where x differs in the fourth place
-        bounds = {"ratio_max": 1e-3}
+        # rounding grows with the updates, most in the largest ratio of a token: in one process it
+        # differs by 5e-6 in step 5 and by 6e-3 in step 7 if only --micro_batch_tokens is another
+        bounds = {"ratio_max": 1e-3} if row["step"] > 5 else {}
         assert numbers == {
             key: pytest.approx(before[key], rel=bounds.get(key, 1e-4), abs=1e-4) for key in numbers
         }

@@ -77,7 +77,7 @@ class Checks:
         return torch.randint(model.config.vocab_size, (P, length), generator=generator).tolist()
 
     def forms(self, dtype) -> None:
-        """The fast forms are those that train.py would pick."""
+        """train.py would pick the fast forms."""
         model = self.make_model(dtype)
         forms = engine.choose.choose(model, self.prompts(model), STOP, train.Sampling(), 32)
         picked = [form.__module__ for form in (forms.generate, forms.token_logprobs)]
