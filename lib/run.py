@@ -364,8 +364,8 @@ class Run:
             sessions = [content, *content.get("resumed", [])]
             if sessions[-1].get("problems", problems) != problems:
                 print(
-                    f"warning: --resume: the problems of --task {config.task} have changed since "
-                    f"the run began: from step {step + 1} on it learns from others, and the "
+                    f"warning: --resume: --task {config.task} has other problems than when the run "
+                    f"began: from step {step + 1} on it learns from others, and the "
                     "evaluation before training was of others"
                 )
             session = {"step": step, **session}

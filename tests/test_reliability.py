@@ -259,7 +259,7 @@ def test_what_changed_before_a_resume_is_said_and_kept(run, capsys):
     with patch.object(tasks.Task, "fingerprint", lambda task: "another"):
         resume("straight", "--steps=9")
     said = capsys.readouterr().out
-    assert "warning: --resume: the problems of --task add have changed since the run began" in said
+    assert "warning: --resume: --task add has other problems than when the run began" in said
     assert "changed since" not in said and not (run / "code-8").exists()
 
     now = json.loads((run / "config.json").read_text())
