@@ -23,6 +23,7 @@ from transformers import PreTrainedTokenizerBase
 from engine.choose import choose
 from engine.memory import Memory
 from engine.sampler import LocalSampler
+from lib.checks import check_prompts
 from lib.files import find_model, write_json, write_rows
 from lib.flags import UserError, check_range, flag, run_script
 from lib.plots import plot_evaluation
@@ -250,6 +251,7 @@ def main(config, models) -> dict:
     for name in dict.fromkeys(chain(*zip(bases.values(), bases))):
         policy, tokenizer = load_policy(name, device, config.dtype, name in in_4_bits)
         prompts = longest_prompts(task, problems, tokenizer)
+        check_prompts(policy, prompts, N)
         stop = stop_ids(policy, tokenizer, sampled.stop)
         forms = choose(policy, prompts, stop, sampled, N, config.fast)
         memory = Memory({}, rows_at_once=config.rows_at_once)

@@ -122,7 +122,7 @@ def update_metrics(updates) -> dict:
 
 
 def is_idle(rows) -> bool:
-    """Whether the last ten steps had nothing to learn from: equal rewards in every group."""
+    """Whether each group of the last ten steps had equal rewards."""
     recent = [row["informative"] for row in rows[-10:]]
     return recent == [0.0] * 10
 
@@ -137,11 +137,32 @@ def hint(rows) -> str:
         )
     if is_idle(rows) and not is_idle(rows[:-1]):
         return (
-            "nothing to learn from in ten steps: all rewards of a group are equal. If they are "
-            "high, stop (Ctrl-C saves) or give harder problems; if they are low, easier ones or a "
-            "larger --group_size"
+            "in ten steps all rewards of each group were equal, so none of the responses is better "
+            "than the others. If the rewards are high, stop (Ctrl-C saves) or give harder problems; "
+            "if they are low, easier ones or a larger --group_size"
         )
     return ""
+
+
+def no_update(metrics) -> str:
+    """Why a step made no update: 'all rewards of each group are equal (all wrong)'."""
+    if metrics.get("informative", 0) > 0:
+        return "none of the responses with a weight was selected"
+    kind = ""
+    for key, name in (("all_wrong", "all wrong"), ("all_right", "all right")):
+        if metrics.get(key) == 1:
+            kind = f" ({name})"
+    return f"all rewards of each group are equal{kind}"
+
+
+def stood_still(rows) -> str:
+    """A warning if none of the steps made an update, or ''. rows: the metrics of a run"""
+    if not rows or any(row.get("updates", 1) for row in rows):
+        return ""
+    return (
+        f"warning: nothing was learned, because none of the {len(rows)} steps made an update: "
+        f"{no_update(rows[-1])}. What to do: docs/troubleshooting.md"
+    )
 
 
 def collapse(rewards) -> str:

@@ -23,7 +23,7 @@ CURVES = {  # metric -> title of its panel
     "grad_norm": "gradient norm",
 }
 BESIDE = {"all_wrong", "all_right", "finished"}  # metrics that are drawn in a panel of CURVES
-SHARES = {"eval_accuracy", "informative", "thinking", "clip_share"}  # always from 0 to 1
+SHARES = {"eval_accuracy", "informative", "thinking"}  # always from 0 to 1
 REWARDS = {"reward", "true_reward", "eval_mean_reward"}  # from 0 to 1 if they are within
 PANELS = {  # of the sampled responses -> title of its panel
     "by_difficulty": "by difficulty, sampled",
@@ -32,7 +32,8 @@ PANELS = {  # of the sampled responses -> title of its panel
 }
 POINTS = 500  # of a curve: a long run is thinned to about as many
 LEGEND = {"loc": "outside lower center", "ncols": 4, "fontsize": 9, "title_fontsize": 9}
-EXPLAINED = "thin: each step. Thick: mean of up to seven steps. Band: 95 % interval, or all runs"
+ONE_EACH = "thin: each step. Thick: mean of up to seven steps. Band: 95 % interval"
+SEVERAL = "mean of the runs, smoothed. Band: from the lowest to the highest run"
 DASHES = "-", "--", "-.", ":"  # so that curves that coincide can be told apart
 
 
@@ -110,8 +111,13 @@ def plot_runs(runs, path, x="step"):
     if len(parts) == 1:
         parts = set()  # it is the reward
     titles = CURVES | {part: f"part of the reward: {part[7:]}" for part in sorted(parts)}
-    shown = [metric for metric in titles if metric == "reward" or varies(everything, metric)]
     single = everything[0] if len(everything) == 1 else None
+    always = {"reward", "eval_accuracy"} | ({"informative"} if single else set())
+    shown = []
+    for metric in titles:
+        present = any(curve(rows, metric) for rows in everything)
+        if varies(everything, metric) or (metric in always and present):
+            shown.append(metric)
     same = all(curve(rows, "true_reward") == curve(rows, "reward") for rows in everything)
     if "true_reward" in shown and (same or single):  # of a single run it is in the first panel
         shown.remove("true_reward")
@@ -136,13 +142,15 @@ def plot_runs(runs, path, x="step"):
             plot_right_axis(panel, curve(single, "true_reward", x), "true reward", "C1")
         if single and metric == "response_length":
             truncated = {at: 1 - share for at, share in curve(single, "finished", x).items()}
-            if max(truncated.values(), default=0) > 0:
+            if max(truncated.values(), default=0) > 0.01:
                 plot_right_axis(panel, truncated, "share truncated", "C3")
         [folder, *_] = next(iter(runs.values()))
         if single and metric == "grad_norm":
             plot_clipped(panel, curve(single, metric, x), read_flag(folder, "max_grad_norm"))
     handles = panels[0].get_legend_handles_labels()
-    figure.legend(*handles, title=EXPLAINED, **LEGEND)
+    explained = SEVERAL if any(len(group) > 1 for group in groups.values()) else ONE_EACH
+    legend = LEGEND | ({"ncols": 1} if max(map(len, groups)) > 40 else {})
+    figure.legend(*handles, title=explained, **legend)
     save(figure, path)
 
 
@@ -183,11 +191,11 @@ def plot_outcomes(panel, rows, x):
     mixed = [1 - a - b for a, b in zip(wrong_shares, right_shares)]
     thinned = slice(None, None, 1 + len(wrong) // POINTS)
     layers = [values[thinned] for values in (wrong_shares, mixed, right_shares)]
-    labels = ["all wrong", "mixed: these teach", "all right"]
+    labels = ["all wrong", "mixed", "all right"]
     panel.set_title("groups by their responses", fontsize=10)
     panel.stackplot([*wrong][thinned], layers, labels=labels, colors=["C3", "C7", "C2"], alpha=0.6)
     panel.set_ylim(0, 1)
-    panel.legend(fontsize=8, loc="center right")
+    panel.legend(fontsize=8, loc="lower left")
 
 
 def plot_right_axis(panel, found, label, color):

@@ -22,6 +22,8 @@ from threading import Timer
 
 from tqdm import tqdm
 
+from lib.metrics import no_update
+
 LINES_PER_HEADER = 20
 SHORT_RUN = 200  # steps; of a longer run every tenth is shown
 # title, width, decimals and key in metrics.jsonl of each column of the lines of the steps
@@ -171,7 +173,7 @@ def step_line(metrics):
     if metrics["skipped"]:
         line += f"\n      {metrics['skipped']} updates skipped: their numbers are not finite"
     elif not metrics["updates"]:
-        line += "\n      all weights are zero: no update"
+        line += f"\n      no update: {no_update(metrics)}"
     return line.rstrip()
 
 

@@ -55,7 +55,7 @@ from lib.files import (
     writing,
 )
 from lib.flags import UserError, align, parse
-from lib.metrics import collapse, hint, is_idle, tokens_per_second
+from lib.metrics import collapse, hint, is_idle, stood_still, tokens_per_second
 from lib.plots import plot_run
 from lib.processes import gather, is_first, processes
 from lib.progress import Progress
@@ -381,7 +381,7 @@ class Run:
 
     @property
     def is_idle(self) -> bool:
-        """Whether the last ten steps had nothing to learn from."""
+        """Whether each group of the last ten steps had equal rewards."""
         return is_idle(self.recent)
 
     def steps(self, last):
@@ -433,8 +433,9 @@ class Run:
         """What to read at the end."""
         Run.current = None
         table = before_and_after(self.folder, task, problems) if problems else ""
-        rows = read_rows(self.folder / "metrics.jsonl", {"step", "reward"}.__contains__)
-        warning = collapse([row["reward"] for row in rows])
+        wanted = {"step", "reward", "updates", "informative", "all_wrong", "all_right"}
+        rows = read_rows(self.folder / "metrics.jsonl", wanted.__contains__)
+        warning = stood_still(rows) or collapse([row["reward"] for row in rows])
         name = shlex.quote(str(self.folder))
         places = [
             ["curves", f"{self.folder}/curves.png", ""],

@@ -83,7 +83,7 @@ def test_parts_and_a_true_reward_have_panels(panels):
     write_rows(run / "metrics.jsonl", rows)
     plot_run(run)
     assert panels["part of the reward: length"].lines[0].get_ydata().tolist() == [10, 11]
-    [right] = [panel for label, panel in panels.items() if label.startswith("right of")]
+    [right] = [panel for panel in panels.values() if panel.get_ylabel()]
     assert right.get_ylabel() == "true reward"  # in the panel of the reward
     assert right.lines[0].get_ydata().tolist() == [0.1, 0.2]
     # what does not vary has no panel
@@ -105,15 +105,25 @@ def test_groups_are_stacked_by_their_outcomes(panels):
     plot_run(Path(run))
     areas = panels["groups by their responses"].collections
     tops = [area.get_paths()[0].vertices[:, 1].max() for area in areas]
-    assert [area.get_label() for area in areas] == ["all wrong", "mixed: these teach", "all right"]
+    assert [area.get_label() for area in areas] == ["all wrong", "mixed", "all right"]
     assert tops == pytest.approx([0.5, 1, 1])
+
+
+def test_a_run_that_stands_still_shows_that_all_groups_are_wrong(panels):
+    """What does not vary has no panel, but this is the one that explains the run."""
+    run = make_run("one", 2, 0.0)
+    change(run, informative=[0.0, 0.0], all_wrong=[1.0, 1.0], all_right=[0.0, 0.0])
+    plot_run(Path(run))
+    [wrong, *_] = panels["groups by their responses"].collections
+    assert wrong.get_paths()[0].vertices[:, 1].max() == 1
+    assert CURVES["eval_accuracy"] in panels and CURVES["grad_norm"] not in panels
 
 
 def test_truncated_responses_and_a_gradient_that_was_scaled_down(panels):
     run = make_run("one", 2, 0.5, max_grad_norm=1.0)
     change(run, response_length=[8, 9], finished=[0.75, 1.0], grad_norm=[3.0, 0.5])
     plot_run(Path(run))
-    [right] = [panel for label, panel in panels.items() if label.startswith("right of")]
+    [right] = [panel for panel in panels.values() if panel.get_ylabel()]
     assert right.get_ylabel() == "share truncated"
     assert right.lines[0].get_ydata().tolist() == [0.25, 0]
     area = panels[CURVES["grad_norm"]].collections[-1].get_paths()[0].get_extents()

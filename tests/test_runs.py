@@ -46,15 +46,16 @@ def test_a_line_per_run_the_best_first_with_the_flags_that_differ(capsys):
     make_run("low", 0.5, lr=1e-4)
     make_run("high", 0.75, lr=1e-3)
     Path("runs/eval").mkdir()  # is no run
-    head, high, low, _, verdict, command = listed(capsys).splitlines()
+    head, high, low, _, title, verdict, *note = listed(capsys).splitlines()
     assert head.split("  ")[0] == "run" and "flags that differ" in head
     assert " ".join(high.split()) == (
         "high lr=0.001 4/4 finished accuracy 0.250 [0.200, 0.300] 0.750 [0.700, 0.800] 2:00"
     )
     assert low.split()[:2] == ["low", "lr=0.0001"]
     # 0.05 * sqrt(2) = 0.0707
-    assert verdict == "high against low: +0.250 [+0.179, +0.321], better"
-    assert command.startswith("python eval.py runs/high runs/low ")
+    assert title == "high against the others:"
+    assert verdict == "    low  +0.250 [+0.179, +0.321]  better"
+    assert "another seed may differ" in note[0]
 
 
 def test_seeds_are_pooled_with_the_interval_over_seeds(capsys):
@@ -66,7 +67,8 @@ def test_seeds_are_pooled_with_the_interval_over_seeds(capsys):
     assert pooled.startswith("lr (3 seeds)")
     assert "0.600 [0.352, 0.848]" in pooled and "seed" not in pooled.partition("seeds)")[2]
     assert "stopped" in stopped and "3/4" in stopped
-    assert rest[1].endswith("no difference seen")
+    assert rest[2].endswith("no difference seen")
+    assert "0.250 [0.200, 0.300]" in pooled  # before: the same model in each run
 
 
 def test_a_run_without_evaluations_is_measured_by_its_first_and_last_quarter(capsys):
@@ -82,8 +84,8 @@ def test_a_run_without_evaluations_is_measured_by_its_first_and_last_quarter(cap
 
     add_run(0, [0.1, 0.3], [0.8, 1.0])
     assert "reward of steps  0.200 [-1.071, 1.471]  0.900 [-0.371, 2.171]" in listed(capsys)
-    add_run(1, [0.2, 0.2], [0.6, 0.8])
-    assert "0.200 [0.200, 0.200]  0.800 [-0.471, 2.071]" in listed(capsys)
+    add_run(1, [0.4, 0.4], [0.6, 0.8])
+    assert "0.300 [-0.971, 1.571]  0.800 [-0.471, 2.071]" in listed(capsys)
 
 
 def test_only_runs_of_the_same_code_and_other_seeds_are_pooled(capsys):
@@ -150,7 +152,24 @@ def test_csv_has_a_column_for_each_number(capsys):
 def test_no_verdict_over_different_tasks(capsys):
     make_run("one", 0.5)
     make_run("two", 0.9, task="countdown")
-    assert "against" not in listed(capsys)
+    shown = listed(capsys)
+    assert "against" not in shown
+    assert shown.index("one") < shown.index("two")  # tasks apart, not by their accuracies
+    make_run("three", 0.7, task="countdown", lr=1e-3)
+    make_run("four", 0.6, task="countdown", lr=1e-4)
+    shown = listed(capsys)
+    assert shown.count("against") == 1 and "two against the others:" in shown
+    assert len(re.findall(r"(?m)^    (three|four) +\+0.[23]00 ", shown)) == 2
+
+
+def test_what_follows_from_a_recipe_is_not_listed(capsys):
+    make_run("plain", 0.5)
+    make_run("named", 0.6, recipe="dr_grpo", **train.RECIPES["dr_grpo"])
+    make_run("changed", 0.4, recipe="dr_grpo", **train.RECIPES["dr_grpo"] | {"clip_low": 0.1})
+    _, named, plain, changed, *_ = listed(capsys).splitlines()
+    assert re.findall(r"\w+=\S+", named) == ["recipe=dr_grpo"]
+    assert re.findall(r"\w+=\S+", changed) == ["recipe=dr_grpo", "clip_low=0.1"]
+    assert "normaliser=zscore" in plain
 
 
 def test_without_runs_there_is_a_sentence():

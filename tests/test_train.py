@@ -298,7 +298,7 @@ def test_a_run_that_goes_nowhere_says_so_once_and_stops_sampling_more(base, caps
     drawn = [row["batches_drawn"] for row in metrics_of(folder)]
     assert drawn == [3] * 10 + [1] * 3
     shown = capsys.readouterr().out
-    assert shown.count("nothing to learn from in ten steps") == 1
+    assert shown.count("in ten steps all rewards of each group were equal") == 1
     assert shown.count("no response has ended by itself in three steps") == 1
     start("--name add --resume --steps 14")
     assert metrics_of(folder)[-1]["batches_drawn"] == 1

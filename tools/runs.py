@@ -1,4 +1,4 @@
-"""List runs: a line each, the best first. Runs that differ only in their seed are one line.
+"""List runs: a line each, the best of each task first. Runs that differ only in their seed are one line.
 
     python -m tools.runs                          # all in runs/
     python -m tools.runs runs/lr-* runs/add       # these
@@ -8,7 +8,8 @@
 before and after are held-out problems, sampled, with 95 % intervals: of the problems for one run,
 of the seeds (Student's t) for several. Without evaluations (--eval_problems 0) they are the mean
 rewards of the first and the last quarter of the steps. A run is running, finished, stopped (by a
-signal: its checkpoint is as new as its metrics), or failed.
+signal: its checkpoint is as new as its metrics), or failed. Below the table the best is compared
+with each of the others.
 """
 
 import csv
@@ -34,7 +35,11 @@ from lib.plots import plot_runs
 from lib.report import interval_text
 from lib.run import is_run, read_config
 from lib.stats import mean_over_runs, unpaired_difference
+from loss import RECIPES
 
+ONE_SEED = """\
+The interval of a single run is over problems: another seed may differ by more. Before you believe
+in a flag, run it with --seed 1 and --seed 2 too."""
 NOT_LEARNED_FROM = ("name", "runs_dir", "resume", "tracker", "log_samples")
 
 
@@ -53,7 +58,7 @@ def main(config, runs) -> None:
     if not found:
         raise UserError("runs: no run there; name some, as in python -m tools.runs ELSEWHERE/*")
     rows = pool_seeds(found)
-    rows.sort(key=lambda row: row["after"]["mean"] if row["after"] else -float("inf"), reverse=True)
+    rows.sort(key=rank)
     differing = differing_flags(rows)
     if config.plot:
         groups = {f"{row['name']} {flags_text(row, differing)}": row["folders"] for row in rows}
@@ -62,8 +67,18 @@ def main(config, runs) -> None:
         write_csv(rows, differing)
         return
     print(table(rows, differing))
-    if text := verdict(rows):
-        print(f"\n{text}")
+    comparable = defaultdict(list)
+    for row in rows:
+        if row["after"]:
+            comparable[str(basis(row))].append(row)
+    for group in comparable.values():
+        if len(group) > 1:
+            print(f"\n{verdict(*group)}")
+
+
+def rank(row) -> tuple:
+    """Rows of one task are together, the best first."""
+    return row["flags"]["task"], -row["after"]["mean"] if row["after"] else math.inf
 
 
 def describe(folder) -> dict:
@@ -157,7 +172,8 @@ def pool(runs) -> dict:
     row["flags"] = {name: value for name, value in row["flags"].items() if name != "seed"}
     for when in ("before", "after"):
         means = [run[when]["mean"] for run in runs if run[when]]
-        row[when] = mean_over_runs(means, row["measured"] == "accuracy") if means else None
+        if when == "after" or len({*means}) > 1:  # before the training the seeds are one model
+            row[when] = mean_over_runs(means, row["measured"] == "accuracy")
     return row
 
 
@@ -172,7 +188,14 @@ def differing_flags(rows) -> list[str]:
 
 
 def flags_text(row, differing) -> str:
-    return " ".join(f"{name}={row['flags'][name]}" for name in differing if name in row["flags"])
+    """'recipe=dapo lr=1e-05': what follows from the recipe is left out."""
+    flags = row["flags"]
+    of_recipe = RECIPES.get(flags.get("recipe"), {})
+    shown = []
+    for name in differing:
+        if name in flags and not (name in of_recipe and flags[name] == of_recipe[name]):
+            shown.append(f"{name}={flags[name]}")
+    return " ".join(shown)
 
 
 def table(rows, differing) -> str:
@@ -195,23 +218,24 @@ def table(rows, differing) -> str:
     return align([*zip(*columns)])
 
 
-def verdict(rows) -> str:
-    """Whether the best row is better than the next by more than noise, where both measure the same
-    on as many problems of one task."""
-    first, second, *_ = [*[row for row in rows if row["after"]], None, None]
-    same = ("task", "data_dir", "eval_problems", "reward", "true_reward")
-    if not second or first["measured"] != second["measured"]:
-        return ""
-    if any(first["flags"].get(name) != second["flags"].get(name) for name in same):
-        return ""
-    found = unpaired_difference(second["after"], first["after"])
-    low, high = found["interval"]
-    folders = f"{first['folders'][0]} {second['folders'][0]}"
-    return (
-        f"{first['name']} against {second['name']}: {found['difference']:+.3f} "
-        f"[{low:+.3f}, {high:+.3f}], {found['verdict']}\n"
-        f"python eval.py {folders}    # compares them problem by problem: narrower intervals"
-    )
+def basis(row) -> list:
+    """What rows must have in common to be compared."""
+    names = ("task", "data_dir", "eval_problems", "reward", "true_reward")
+    return [row["measured"], *(row["flags"].get(name) for name in names)]
+
+
+def verdict(first, *others) -> str:
+    """Whether the best row is better than each of the others by more than noise."""
+    lines = []
+    for row in others:
+        found = unpaired_difference(row["after"], first["after"])
+        low, high = found["interval"]
+        difference = f"{found['difference']:+.3f} [{low:+.3f}, {high:+.3f}]"
+        lines.append([f"    {row['name']}", difference, found["verdict"]])
+    text = f"{first['name']} against the others:\n{align(lines)}"
+    if any(len(row["folders"]) == 1 for row in (first, *others)):
+        text += f"\n{ONE_SEED}"
+    return text
 
 
 def write_csv(rows, differing) -> None:
