@@ -8,7 +8,10 @@ denominator (DENOMINATORS). What LOSSES adds, ratios and clips, acts from the se
 same rollout. RECIPES are methods as published.
 
 Each piece is a short function, chosen by its name. To try your own, write one and add it
-to its table: it gets train.py's Config, so it may have a flag of its own."""
+to its table: it gets train.py's Config, so it may have a flag of its own.
+
+Sizes: G responses of a group, B rows of all groups, R rows of a part of them, N most tokens of a
+response, K tokens of all responses, V tokens that the model knows."""
 
 import torch
 
@@ -140,7 +143,7 @@ def select(groups, finished, config):
     if config.filter == "resample":  # P groups, where sampling more prompts has found more of them
         found = torch.tensor([bool(group.any()) for group in selected]).cumsum(0)
         enough = found <= config.prompts_per_step
-        selected = [group & few for group, few in zip(selected, enough)]
+        selected = [group & is_enough for group, is_enough in zip(selected, enough)]
     return torch.cat(selected)
 
 
@@ -178,21 +181,21 @@ def top(rewards, finished, config):
 FILTERS = {f.__name__: f for f in (none, informative, resample, finished, top)}
 
 # -------------------------------------------------------------------------------------------------
-# DENOMINATORS: token counts (R,) of the selected rows of one optimizer step, those of weight 0
+# DENOMINATORS: token counts (R,) of the selected rows of a minibatch, those of weight 0
 # included -> loss_scale (R,), 1 / denominator: it multiplies the loss of each token. It is fixed
 # before the step is split into micro-batches, so their size affects memory only.
 
 
 def token(counts, config=None):
-    """1 / all tokens: every token of the step weighs the same, a long response more than a short
-    one. DAPO."""
+    """1 / all tokens of the minibatch: every token weighs the same, a long response more than a
+    short one. DAPO."""
     return (1.0 / counts.sum()).expand(len(counts))
 
 
 def sequence(counts, config=None):
     """1 / (rows * tokens of the row): every response weighs the same, so a token of a long one
     less: long mistakes are cheap. GRPO as published, 2402.03300."""
-    return 1.0 / (counts.clamp(min=1) * len(counts))  # a tool may have written all of a response
+    return 1.0 / (counts.clamp(min=1) * len(counts))  # 0: a tool wrote the whole response
 
 
 def constant(counts, config):
@@ -232,8 +235,8 @@ def cispo(logprobs, old, weights, mask, config):
 
 def gspo(logprobs, old, weights, mask, config):
     """`clip` with one ratio for the response, (pi / pi_old)^(1 / length). The ratio hardly moves,
-    so clip_low and clip_high are small. It is of the whole response, and so must the weight be.
-    arXiv 2507.18071."""
+    so clip_low and clip_high are small. The ratio belongs to the whole response, so the weight must
+    too. arXiv 2507.18071."""
     if weights.shape[1] > 1:
         raise UserError("--loss gspo: has one ratio per response, so weights must be (B, 1)")
     change = ((logprobs - old) * mask).sum(1, keepdim=True) / mask.sum(1, keepdim=True).clamp(min=1)
@@ -267,9 +270,9 @@ def k3(logprobs, ref_logprobs):
 
 
 # -------------------------------------------------------------------------------------------------
-# RECIPES: methods as published, as flags of train.py. They do not include KL terms (GRPO's is 0.04
-# k3), the number of updates per rollout, or rewards: Reinforce-Rej gives -1 for a wrong answer;
-# with 0 it learns only from right ones.
+# RECIPES: methods as published, as flags of train.py; a flag that is not named keeps its default.
+# They do not include KL terms (GRPO's: --kl_beta 0.04), the number of updates per rollout, or
+# rewards: Reinforce-Rej gives -1 for a wrong answer; with 0 it learns only from right ones.
 
 CLIP = {"loss": "clip", "clip_low": 0.2, "clip_high": 0.2}
 RECIPES = {
@@ -333,7 +336,7 @@ def token_logprobs(policy, rollout, sampling, known=None, with_entropy=False):
     # made from lengths, not from pad ids: pad may equal EOS, and EOS must be trained on
     mask = rollout.response_mask
     row, column = mask.nonzero(as_tuple=True)  # (K,) each: where the response tokens are
-    position = rollout.prompt_lengths[row] + column  # (K,) the same as columns of ids
+    position = rollout.prompt_lengths[row] + column  # (K,) where those tokens stand in ids
     ids = rollout.ids[:, : int(rollout.lengths.max())]
     logits = policy(ids, use_cache=False).logits
     logits = logits[row, position - 1]  # (K, V): the logits at a position predict the next token

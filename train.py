@@ -11,9 +11,13 @@ prompt are the baseline. No clipping: with one optimizer step per rollout the ra
 1 and PPO's clip does nothing (--loss clip is for more steps). No reference model and no KL term: a
 small learning rate and a reward that cannot be gamed need none (--kl_beta adds both).
 
-    sample.py  generate        reward.py  score        loss.py  weights, losses, token_logprobs
-    tasks.py   problems        eval.py    evaluate     engine/  generate, token_logprobs: the same,
-    policy.py  load and save   lib/       run folder, checkpoints, plots          but faster
+    sample.py  generate             loss.py  weights, losses, token_logprobs
+    reward.py  score                eval.py  evaluate
+    tasks.py   problems             engine/  generate and token_logprobs again, faster
+    policy.py  load and save        lib/     run folder, checkpoints, plots
+
+Sizes in comments: P prompts, G responses to each, B = P * G rows, R rows of a part of them, N most
+tokens of a response.
 
     python train.py                                           # a tiny model learns to think
     python train.py --model Qwen/Qwen2.5-0.5B-Instruct --task gsm8k
@@ -54,7 +58,7 @@ from tasks import load_task, stable_hash, take_problems
 
 
 @dataclass(frozen=True)
-class Config:
+class Config:  # a `setting` may change on --resume, a `flag` may not
     # model, task, reward
     model: str = flag("models/add", "Hugging Face name, model folder or run folder")
     task: str = flag("add", "add, countdown, gsm8k, or a .jsonl file of prompts and answers")
@@ -103,9 +107,9 @@ class Config:
     offload: bool = flag(False, "keep float32 masters and Adam's moments in the host's memory")
     gradient_checkpointing: bool = setting(False, "recompute activations: slower, less memory")
     # evaluation and logging
-    eval_every: int = setting(20, "steps between evaluations on held-out problems")
+    eval_every: int = setting(20, "steps between evaluations, besides the first and last one")
     eval_problems: int = flag(200, "held-out problems to evaluate on, 0 for none")
-    save_every: int = setting(20, "steps between checkpoints")
+    save_every: int = setting(20, "steps between checkpoints; the last step has one too")
     log_samples: int = setting(16, "most responses of each of two groups a step in samples.jsonl")
     tracker: Literal["none", "tensorboard", "trackio", "wandb"] = setting(
         "none", "also send metrics there"
@@ -242,6 +246,7 @@ def sample_groups(run, task, tokenizer, sampler, rewards, config):
     --filter resample: batches of P prompts, until P groups have rewards that differ.
     """
     P, G = config.prompts_per_step, config.group_size
+    # after ten steps without such a group one batch is enough
     several = config.filter == "resample" and not run.is_idle
     rollouts, samples = [], []
     for _ in range(config.resample_tries if several else 1):
@@ -256,7 +261,7 @@ def sample_groups(run, task, tokenizer, sampler, rewards, config):
         )  # fmt: skip
         rollouts.append(rollout)
         samples += scored
-        # float64 until the weights are made: float32 would not tell 2^24 from 2^24 + 1
+        # of all batches so far; in float64, since float32 would not tell 2^24 from 2^24 + 1
         all_rewards = torch.tensor([sample["reward"] for sample in samples], dtype=torch.float64)
         groups = all_rewards.split(G)
         informative = [group for group in groups if group.max() != group.min()]
@@ -273,7 +278,8 @@ def main(config):
     rewards, measured = load_rewards(task, config.reward, config.true_reward, config.device)
     policy, tokenizer = start_policy(config, run.checkpoint)
     reference = load_reference(config, policy)
-    config = fill_in(config, policy)
+    config = fill_in(config, policy)  # --lr, --warmup_steps, --dtype where they are left to us
+    # fast or plain forms of generate and token_logprobs; sizes that halve when memory runs out
     forms, memory = prepare(policy, tokenizer, task, measured, config, run.state)
     learner = Learner(policy, forms, memory, config, run.progress)
     sampler = LocalSampler(policy, tokenizer, forms, memory, run.progress)
@@ -304,8 +310,9 @@ def main(config):
         compares = config.loss != "logprob" or config.kl_beta > 0  # to old or reference log-probs
         if not sampler.exact and (compares or reference):
             rollout.old_logprobs = learner.logprobs(policy, rollout)
-        # the first update may take old_logprobs for those of the policy as it is, which saves a
-        # product: the learner has just computed them, or no value is compared, only differentiated
+        # Are old_logprobs what the first update would compute? Then it need not do so again. Yes if
+        # the learner has just computed them; and if the loss has no ratio, since then only the
+        # gradient counts. No if they come from another engine: then the ratio must be a real one.
         known = not compares or not sampler.exact
         ref_logprobs = torch.zeros_like(rollout.old_logprobs)  # (B, N)
         if reference:
@@ -328,6 +335,7 @@ def main(config):
                 part = part.rows(contributes(part.weights, config))
                 if len(part.ids):
                     on_policy = known and not updates
+                    # calls `backward` for each micro-batch, then optimizer.step()
                     updates.append(learner.update(backward, part, lr, on_policy))
         sampler.policy_changed()
 
@@ -336,6 +344,7 @@ def main(config):
         metrics |= rollout_metrics(batch, samples, groups)
         metrics["trained"] = (selected & contributes(weights, config)).float().mean().item()
         if reference:
+            # both are 0 outside the mask
             kl = k3(batch.old_logprobs, ref_logprobs).sum() / batch.response_mask.sum()
             metrics["kl"] = kl.item()
         metrics |= update_metrics(updates)

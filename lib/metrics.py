@@ -137,9 +137,9 @@ def hint(rows) -> str:
         )
     if is_idle(rows) and not is_idle(rows[:-1]):
         return (
-            "in ten steps all rewards of each group were equal, so none of the responses is better "
-            "than the others. If the rewards are high, stop (Ctrl-C saves) or give harder problems; "
-            "if they are low, easier ones or a larger --group_size"
+            "in ten steps all rewards of each group were equal: no response is better than the "
+            "others. If the rewards are high, stop (Ctrl-C saves) or give harder problems; if they "
+            "are low, easier ones or a larger --group_size"
         )
     return ""
 

@@ -4,7 +4,7 @@ import json
 from textwrap import indent
 
 from lib.flags import align, shorten
-from lib.stats import compare_values, mean_interval, right_or_wrong
+from lib.stats import compare_values, mean_interval, right_or_wrong, wilson
 
 KINDS = "greedy", "sampled"
 
@@ -21,11 +21,18 @@ def describe_run(config, policy, task, measured, ends) -> str:
     held_out = min(config.eval_problems, len(task.validation))
     evaluated = " and ".join(f"{name} by {text}" for name, text in measured.items())
     guess = f" ({task.rule_guess}; --reward takes another)" if task.rule_guess else ""
+    few = ""
+    if 0 < held_out < 50:
+        low, high = wilson(held_out / 2, held_out)
+        few = (
+            f"warning    {held_out} held-out problems tell little: an accuracy of 0.5 has the "
+            f"interval [{low:.2f}, {high:.2f}]\n"
+        )
     return f"""\
 model      {config.model}: {size}, {dtype} on {policy.device.type}, --lr {config.lr:g}
 problems   {task.name}: {len(task.train)} to train on, {held_out} held out to evaluate on, \
 {len(task.test)} for eval.py
-reward     {config.reward or task.reward + guess}; evaluations measure {evaluated}
+{few}reward     {config.reward or task.reward + guess}; evaluations measure {evaluated}
 responses  {config.prompts_per_step} prompts x {config.group_size} of at most \
 {config.max_new_tokens} tokens per step, ended by {" or ".join(map(repr, ends))}
 """

@@ -251,7 +251,7 @@ def test_credit_goes_to_what_follows_the_thought():
     gradient is that of plain autograd on these."""
     thoughts, token_gap, gradient_gap = watch(
         edited("token_weights"),
-        "--reward my_rewards.after_thought --max_new_tokens 32 --group_size 8",
+        "--reward my_tokens.after_thought --max_new_tokens 32 --group_size 8",
         """
 from reward import number
 rewards = torch.tensor([2 * number("", s["response"], s["answer"]) - 1 for s in samples]).view(-1, 8)

@@ -185,3 +185,9 @@ def test_a_run_is_measured_beside_its_base(base, capsys, monkeypatch):
     gained = [found["models"][name]["mean_reward"]["sampled"]["mean"] for name in (base, run)]
     assert pair["sampled"]["difference"] == pytest.approx(gained[1] - gained[0])
     assert pair["sampled"]["difference"] != 0
+
+
+def test_a_response_that_does_not_fit_into_the_context_is_named(base):
+    """The sentence once spoke of a prompt of 502 tokens, which the comparison of forms had made."""
+    with pytest.raises(UserError, match=r"prompt of \d tokens and --max_new_tokens 512 do not fit"):
+        main(Config(task="add", limit=3), [base])

@@ -5,7 +5,7 @@ import time
 
 import pytest
 
-from lib.metrics import collapse, tokens_per_second
+from lib.metrics import collapse, no_update, stood_still, tokens_per_second
 from lib.progress import Progress, cell, phase, step_line
 
 METRICS = {
@@ -111,10 +111,19 @@ def test_the_line_of_a_step_fits_80_columns_whatever_the_numbers():
     for metrics in (METRICS | {"step": 3, "eval_accuracy": 1.0}, huge | {"eval_mean_reward": -1e9}):
         first, *rest = step_line(metrics).splitlines()
         assert len(first) <= 80 and len(first.split()) == 12
-        assert rest == ([] if metrics["updates"] else ["      all weights are zero: no update"])
+        assert rest == ([] if metrics["updates"] else [f"      no update: {no_update(metrics)}"])
     assert step_line(METRICS | {"step": 3, "eval_accuracy": 0.5}).endswith(" 0.500")
     assert cell(1234.5, 7, 3) == " 1234.5"
     assert cell(-0.5, 7, 3) == " -0.500"
+
+
+def test_why_a_step_made_no_update():
+    assert no_update({"informative": 0.0}) == "all rewards of each group are equal"
+    assert no_update({"informative": 0, "all_wrong": 1, "all_right": 0}).endswith("(all wrong)")
+    assert no_update({"informative": 0.5}) == "none of the responses with a weight was selected"
+    still = [{"updates": 0, "informative": 0, "all_wrong": 1}] * 8
+    assert "none of the 8 steps made an update: all rewards" in stood_still(still)
+    assert stood_still([*still, {"updates": 1}]) == stood_still([]) == ""
 
 
 def test_a_metric_that_is_not_there_leaves_its_column_empty():

@@ -68,6 +68,13 @@ def test_the_newest_step_as_text(capsys):
     assert "exact 0, format 1" in shown and "this group teaches nothing" in shown
 
 
+def test_a_group_of_equal_rewards_that_has_weights_teaches_something(capsys):
+    """As with --normaliser positive. A response of no tokens is shown as such."""
+    show.main(show.Config(), make_run([[row(1.0, 1.0, "75"), row(1.0, 1.0, "")]]))
+    shown = capsys.readouterr().out
+    assert "teaches nothing" not in shown and "(empty)" in shown
+
+
 def test_weights_are_green_and_red_on_a_terminal_only(monkeypatch):
     run = make_run(GROUPS)
     screen = Terminal()
@@ -100,7 +107,7 @@ def test_what_cannot_be_shown_is_said_in_a_sentence():
 def test_a_page_holds_all_steps_and_escapes_what_a_model_wrote():
     show.main(show.Config(html="page.html"), make_run(GROUPS, GROUPS, GROUPS))
     text = Path("page.html").read_text()
-    assert text.count("<section>") == 3
+    assert text.count("<section ") == 3
     assert text.count("<script>") == 1 and "<img" not in text and "\x1b" not in text
     assert "src=" not in text.replace("&lt;img src=x", "") and "href" not in text
 
@@ -148,5 +155,7 @@ def test_a_browser_shows_one_step_and_the_slider_moves_it():
         done = subprocess.run(command, capture_output=True, text=True, timeout=60)
         sections = re.findall("<section([^>]*)>", done.stdout)
         assert ["hidden" in attributes for attributes in sections] == hidden
+        number = 1 if name == "moved" else 3
+        assert f"<output>step {number}</output>" in done.stdout
         assert "<title>Groups of runs/seen</title>" in done.stdout
         assert "&lt;img" in done.stdout and "<img" not in done.stdout

@@ -1,4 +1,5 @@
-"""List runs: a line each, the best of each task first. Runs that differ only in their seed are one line.
+"""List runs: a line each, the best of each task first. Runs that differ only in their seed are one
+line.
 
     python -m tools.runs                          # all in runs/
     python -m tools.runs runs/lr-* runs/add       # these

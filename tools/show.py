@@ -7,7 +7,9 @@ worst, each with its reward and its weight. A weight above 0 made a response mor
     python -m tools.show runs/add --step 1 --tokens   # what the training changed, token by token
 
 With --tokens a token is green where the checkpoint of the run finds it more likely than the model
-that the run started from, and red where it finds it less likely.
+that the run started from, and red where it finds it less likely. That is the change over the whole
+run, not of the step: what a late step sampled is likely by then, so it is mostly green. --step 1
+shows most.
 """
 
 import json
@@ -56,9 +58,11 @@ def main(config, run) -> None:
         add_changes(steps.values(), folder, flags, pick_device(config.device))
     if config.html:
         write_text(Path(config.html), page(folder, steps, prompt_text))
-        print(f"{config.html}: {len(steps)} steps of {run}, to be opened in a browser")
+        print(f"{config.html}: the groups of {run}, to be opened in a browser")
         return
     paint = in_color if sys.stdout.isatty() and "NO_COLOR" not in os.environ else in_plain
+    if config.tokens and paint is in_plain:
+        print("(no colors: this is not a terminal, or NO_COLOR is set; --html has them)")
     for step, groups in steps.items():
         print(paint(f"step {step} of {folder}{summary(folder, step)}", "bold"))
         for group in groups:
@@ -130,9 +134,11 @@ def remarks(group) -> list[str]:
     lines = ["Drawn evenly over all groups." if drawn else "The largest spread of rewards."]
     if len(group) < group[0]["group_size"]:
         lines[0] += f" {len(group)} of its {group[0]['group_size']} responses."
+    if any(row["weight"] for row in group):
+        return lines
     if len({row["reward"] for row in group}) == 1:
         lines.append("All rewards are equal, so all weights are 0: this group teaches nothing.")
-    elif not any(row["weight"] for row in group):
+    else:
         lines.append("All weights are 0: this group was filtered out.")
     return lines
 
@@ -226,7 +232,7 @@ def group_text(group, prompt_text, paint) -> str:
 
 
 def response_text(row, paint) -> str:
-    text = printable(row["response"])
+    text = printable(row["response"]) or paint("(empty)", "dim")
     if "changes" in row:
         text = ""
         for token, before, after in row["changes"]:
@@ -253,14 +259,14 @@ PAGE = """\
 <style>
   body {{ font: 15px/1.5 sans-serif; margin: 2em auto; max-width: 64em; color: #222 }}
   nav {{ position: sticky; top: 0; background: white; padding: .5em 0 }}
-  input {{ width: 100% }}
+  input {{ width: 90%; vertical-align: middle }} output {{ padding-left: .8em }}
   h2 {{ font-size: 1.1em; margin: 1.5em 0 .5em }}
   pre, td.text {{ font-family: monospace; white-space: pre-wrap; overflow-wrap: anywhere }}
   pre {{ background: #f5f5f5; padding: .6em 1em }}
   table {{ border-collapse: collapse; width: 100% }}
   th {{ text-align: left; font-weight: normal; color: #777 }}
   th, td {{ padding: .2em .8em .2em 0; vertical-align: top; border-bottom: 1px solid #eee }}
-  td.text {{ width: 99% }}
+  td.text {{ width: 99% }} td.number {{ text-align: right }}
   td.up {{ color: #080 }} td.down {{ color: #c00 }}
   span.up {{ background: #d8f3d8 }} span.far.up {{ background: #93df93 }}
   span.down {{ background: #fbdcdc }} span.far.down {{ background: #f49f9f }}
@@ -269,12 +275,17 @@ PAGE = """\
 <h1>{title}</h1>
 <p>Two groups of each step: responses to one prompt, best first. A weight above 0 made a response
 more likely, one below 0 less.{legend}</p>
-<nav><input type="range" min="0" max="{last}" value="{last}"></nav>
+<nav>
+<input type="range" min="0" max="{last}" value="{last}" aria-label="step"><output></output>
+</nav>
 {sections}
 <script>
   const slider = document.querySelector("input");
   const sections = document.querySelectorAll("section");
-  slider.oninput = () => sections.forEach((one, i) => one.hidden = i != slider.value);
+  slider.oninput = () => {{
+    sections.forEach((one, i) => one.hidden = i != slider.value);
+    document.querySelector("output").value = sections[slider.value].dataset.step;
+  }};
   slider.oninput();
   slider.hidden = sections.length == 1;
 </script>
@@ -282,7 +293,8 @@ more likely, one below 0 less.{legend}</p>
 """
 LEGEND = """ A token is green where the checkpoint of the run finds it more likely than the model
 that the run started from, and red where it finds it less likely: pale from 0.1 nats of log-prob
-on, strong from 1 on. Hover over a token for its probabilities."""
+on, strong from 1 on. Hover over a token for its probabilities. That is the change over the whole
+run, not of the step: what a late step sampled is likely by then, so it is mostly green."""
 
 
 def page(folder, steps, prompt_text) -> str:
@@ -291,7 +303,8 @@ def page(folder, steps, prompt_text) -> str:
     for step, groups in steps.items():
         title = f"Step {step}{summary(folder, step)}"
         shown = "\n".join(group_html(group, prompt_text) for group in groups)
-        sections.append(f"<section>\n<h2>{escape(title)}</h2>\n{shown}\n</section>")
+        heading = f"<h2>{escape(title)}</h2>"
+        sections.append(f"<section data-step='step {step}'>\n{heading}\n{shown}\n</section>")
     has_changes = any("changes" in groups[0][0] for groups in steps.values())
     return PAGE.format(
         title=escape(f"Groups of {folder}"),
@@ -317,7 +330,7 @@ def group_html(group, prompt_text) -> str:
 
 
 def response_html(row) -> str:
-    text = escape(printable(row["response"]))
+    text = escape(printable(row["response"])) or "<small>(empty)</small>"
     if "changes" in row:
         text = ""
         for token, before, after in row["changes"]:
