@@ -107,9 +107,10 @@ def plot_runs(runs, path, x="step"):
     """
     groups = {name: list(map(read_metrics, folders)) for name, folders in runs.items()}
     everything = list(chain(*groups.values()))
-    parts = {key for rows in everything for key in rows[-1] if key.startswith("reward/")}
-    if len(parts) == 1:
-        parts = set()  # it is the reward
+    parts = set()
+    for rows in everything:
+        its_parts = [key for key in rows[-1] if key.startswith("reward/")]
+        parts.update(its_parts if len(its_parts) > 1 else [])  # a single one is the reward
     titles = CURVES | {part: f"part of the reward: {part[7:]}" for part in sorted(parts)}
     single = everything[0] if len(everything) == 1 else None
     always = {"reward", "eval_accuracy"} | ({"informative"} if single else set())
