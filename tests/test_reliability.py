@@ -468,7 +468,7 @@ time.sleep(20)"""
 
 
 CHANGES = """
-recipe=dapo -> --recipe dapo: the run has None, and only rows_at_once,
+recipe=dapo -> --recipe dapo: the run has None, and only 
 model=nope -> --model nope: the run has 'untaught'
 lr=0.1 -> --lr 0.1: the run has 0.001
 offload -> --offload True: the run has False
