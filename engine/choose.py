@@ -39,7 +39,7 @@ FLOOR = {torch.float32: 1e-3, torch.bfloat16: 4e-3}
 # tokens of a row that are compared: at least, at most, and what a forward pass holds in bytes
 SHORTEST, LONGEST, LOGITS = 8, 1024, 5e8
 # what the comparison may take on a slow machine, and about how many forward passes it takes
-SECONDS, PASSES = 10, 16
+SECONDS, PASSES = 5, 16
 # what a model raises that a fast form does not fit
 MISFIT = (RuntimeError, ValueError, TypeError, AttributeError, LookupError, NotImplementedError)
 
