@@ -1,4 +1,5 @@
 import os
+import sys
 
 # before torch and transformers are imported, and for the scripts that tests start
 os.environ["HF_HUB_OFFLINE"] = "1"  # no test may reach for a hub
@@ -25,8 +26,13 @@ def parse_train(*flags):
 
 @pytest.fixture(autouse=True)
 def own_folder(tmp_path, monkeypatch):
-    """Each test runs in an empty folder: runs/ and models/ of one are not seen by another."""
+    """Each test runs in an empty folder: runs/ and models/ of one are not seen by another. Nor are
+    its modules, since a later folder may have the same name."""
     monkeypatch.chdir(tmp_path)
+    yield
+    for name, module in [*sys.modules.items()]:
+        if (getattr(module, "__file__", None) or "").startswith(f"{tmp_path}/"):
+            del sys.modules[name]
 
 
 @pytest.fixture(scope="session")
