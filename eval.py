@@ -9,6 +9,7 @@ Writes eval.json (all numbers), eval.png and responses.jsonl (every response) in
 run; for several models, or a model that is no run, into runs/eval. Intervals are 95 % intervals.
 """
 
+import gc
 from collections import defaultdict
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
@@ -265,6 +266,8 @@ def main(config, models) -> dict:
         }
         for kind, found in groups[name].items():
             rows += [{"model": name, "decoding": kind, **row} for row in chain(*found)]
+        del policy, forms, memory, sampler, evaluation  # room for the next model
+        gc.collect()
 
     # by the values of all models, so that their intervals are of one kind
     names = measured.texts

@@ -43,6 +43,9 @@ def pick_device(name) -> torch.device:
         name = next(kind for kind in available if available[kind])
     if not available[name]:
         raise UserError(f"--device {name}: not available on this machine, try --device auto")
+    # Hopper and Blackwell prefer the attention of cuDNN, whose backward pass may give nan with a
+    # mask (pytorch issue 196678), and which plans anew for each new shape
+    torch.backends.cuda.enable_cudnn_sdp(False)
     return torch.device(name)
 
 

@@ -1,6 +1,7 @@
 """The optimizer, on float32 master weights, which may live in the host's memory."""
 
 import math
+import weakref
 
 import torch
 from torch import Tensor
@@ -33,10 +34,11 @@ class Optimizer:
         self.make_moments()
         # float32 sums of the gradients of bfloat16 parameters, on their device
         self.sums = [None] * len(self.parameters)
+        add_gradient = weakref.WeakMethod(self.add_gradient)  # else nothing would ever be freed
         for i, parameter in enumerate(self.parameters):
             if parameter.dtype != torch.float32:
                 parameter.register_post_accumulate_grad_hook(
-                    lambda parameter, i=i: self.add_gradient(i, parameter)
+                    lambda parameter, i=i: (add := add_gradient()) and add(i, parameter)
                 )
 
     def make_moments(self) -> None:

@@ -201,7 +201,8 @@ def run_script(main, config_class, doc, fill=None, epilog="", on_error=str, **po
     except (UserError, OSError) as error:
         message = str(error)
     except (MemoryError, RuntimeError) as error:  # torch raises several types
-        if "memory" not in repr(error).lower():
+        text = repr(error).lower()
+        if "memory" not in text or "illegal memory" in text:  # that one is a fault, not a lack
             raise
         message = f"out of memory ({first_line(error)}): lower the sizes, see --help"
     except KeyboardInterrupt:

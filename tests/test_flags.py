@@ -152,3 +152,14 @@ def test_tools_run_as_scripts_from_any_folder(tool):
     command = [sys.executable, ROOT / "tools" / f"{tool}.py", "--help"]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize("text", ["an illegal memory access was encountered", "CUDA out of memory"])
+def test_a_fault_of_a_kernel_is_not_taken_for_a_lack_of_memory(text, monkeypatch, capsys):
+    def fails(config):
+        raise RuntimeError(f"CUDA error: {text}")
+
+    monkeypatch.setattr(sys, "argv", ["sample.py"])
+    with pytest.raises(RuntimeError if "illegal" in text else SystemExit):
+        lib.flags.run_script(fails, memory.Config, "")
+    assert ("lower the sizes" in capsys.readouterr().err) == ("illegal" not in text)

@@ -2,6 +2,8 @@
 number."""
 
 import copy
+import gc
+import weakref
 from pathlib import Path
 
 import pytest
@@ -136,3 +138,16 @@ def test_the_file_of_an_optimizer_is_that_of_its_masters_and_moments():
     model = tiny(torch.bfloat16)
     torch.save(train(model, 1, offload=True).state_dict(), "optimizer.pt")
     assert Path("optimizer.pt").stat().st_size < 1.02 * 12 * model.num_parameters()
+
+
+def test_an_optimizer_is_freed_with_its_model_and_a_second_one_works():
+    """The hooks of the parameters once kept everything alive: tools.gpu ran out of memory."""
+    model = AutoModelForCausalLM.from_config(shape("tiny"), dtype=torch.bfloat16)
+    first = Optimizer(model, 0.0)
+    master = weakref.ref(first.masters[0])
+    del first
+    gc.collect()
+    assert master() is None
+    second = Optimizer(model, 0.0)
+    model(torch.tensor([[1, 2, 3]])).logits.float().square().mean().backward()
+    assert second.step(1e-4, 1.0) > 0
