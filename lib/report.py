@@ -25,7 +25,7 @@ def describe_run(config, policy, task, measured, ends) -> str:
     if 0 < held_out < 50:
         low, high = wilson(held_out / 2, held_out)
         few = (
-            f"note       {held_out} held-out problems tell little: an accuracy of 0.5 has the "
+            f"note       {held_out} held-out problems tell little: a share of 0.5 has the "
             f"interval [{low:.2f}, {high:.2f}]\n"
         )
     return f"""\

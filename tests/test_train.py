@@ -270,7 +270,7 @@ def test_a_run_says_at_its_start_what_it_is_about_to_do(base, capsys):
     shown = capsys.readouterr().out
     for text in (
         "7 held out to evaluate on, 843 for eval.py",
-        "7 held-out problems tell little: an accuracy of 0.5 has the interval [0.20, 0.80]",
+        "7 held-out problems tell little: a share of 0.5 has the interval [0.20, 0.80]",
         "number; evaluations measure mean_reward by number and accuracy by exact",
         "float32 on cpu, --lr 0.001",
         "4 prompts x 8 of at most 8 tokens per step, ended by '<eos>'",
