@@ -278,7 +278,7 @@ def main(config):
     rewards, measured = load_rewards(task, config.reward, config.true_reward, config.device)
     policy, tokenizer = start_policy(config, run.checkpoint)
     reference = load_reference(config, policy)
-    config = fill_in(config, policy)  # --lr, --warmup_steps, --dtype where they are left to us
+    config = fill_in(config, policy)  # --lr, --warmup_steps, --dtype if not given
     # fast or plain forms of generate and token_logprobs; sizes that halve when memory runs out
     forms, memory = prepare(policy, tokenizer, task, measured, config, run.state)
     learner = Learner(policy, forms, memory, config, run.progress)

@@ -90,8 +90,8 @@ def affordable_tokens(policy, longest) -> int:
 
 
 def compare_forms(policy, prompts, stop, sampling, max_new_tokens, longest) -> Forms:
-    """Four responses to each of two prompts. The first prompt is cut or repeated until its rows
-    have `longest` tokens."""
+    """Compares four responses to each of two prompts. The first prompt is truncated or repeated, so
+    that its rows have `longest` tokens."""
     tokens = min(16, max_new_tokens, longest // 2)
     length = longest - tokens
     prompts = [(prompts[0] * length)[:length], prompts[-1][:length]]

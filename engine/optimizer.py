@@ -2,6 +2,7 @@
 
 import math
 import weakref
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -35,11 +36,15 @@ class Optimizer:
         # float32 sums of the gradients of bfloat16 parameters, on their device
         self.sums = [None] * len(self.parameters)
         add_gradient = weakref.WeakMethod(self.add_gradient)  # else nothing would ever be freed
+
+        def collect(parameter, i):
+            add = add_gradient()
+            if add:  # None: another optimizer has this model now
+                add(i, parameter)
+
         for i, parameter in enumerate(self.parameters):
             if parameter.dtype != torch.float32:
-                parameter.register_post_accumulate_grad_hook(
-                    lambda parameter, i=i: (add := add_gradient()) and add(i, parameter)
-                )
+                parameter.register_post_accumulate_grad_hook(partial(collect, i=i))
 
     def make_moments(self) -> None:
         """They would be allocated in the first step: if they do not fit, that shows now."""

@@ -147,17 +147,18 @@ def hint(rows) -> str:
 def no_update(metrics) -> str:
     """Why a step made no update: 'all rewards of each group are equal (all wrong)'."""
     if metrics.get("informative", 0) > 0:
-        return "none of the responses with a weight was selected"
-    kind = ""
-    for key, name in (("all_wrong", "all wrong"), ("all_right", "all right")):
-        if metrics.get(key) == 1:
-            kind = f" ({name})"
-    return f"all rewards of each group are equal{kind}"
+        return "--filter has left out each response that has a weight"
+    reason = "all rewards of each group are equal"
+    if metrics.get("all_wrong") == 1:
+        reason += " (all wrong)"
+    if metrics.get("all_right") == 1:
+        reason += " (all right)"
+    return reason
 
 
 def stood_still(rows) -> str:
     """A warning if none of the steps made an update, or ''. rows: the metrics of a run"""
-    if not rows or any(row.get("updates", 1) for row in rows):
+    if not rows or any(row.get("updates", 1) or row.get("skipped") for row in rows):
         return ""
     return (
         f"warning: nothing was learned, because none of the {len(rows)} steps made an update: "

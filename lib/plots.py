@@ -113,12 +113,10 @@ def plot_runs(runs, path, x="step"):
         parts.update(its_parts if len(its_parts) > 1 else [])  # a single one is the reward
     titles = CURVES | {part: f"part of the reward: {part[7:]}" for part in sorted(parts)}
     single = everything[0] if len(everything) == 1 else None
+    # what explains a run that stands still is drawn, though it does not vary
     always = {"reward", "eval_accuracy"} | ({"informative"} if single else set())
-    shown = []
-    for metric in titles:
-        present = any(curve(rows, metric) for rows in everything)
-        if varies(everything, metric) or (metric in always and present):
-            shown.append(metric)
+    always = {metric for metric in always if any(curve(rows, metric) for rows in everything)}
+    shown = [metric for metric in titles if metric in always or varies(everything, metric)]
     same = all(curve(rows, "true_reward") == curve(rows, "reward") for rows in everything)
     if "true_reward" in shown and (same or single):  # of a single run it is in the first panel
         shown.remove("true_reward")

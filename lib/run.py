@@ -71,8 +71,8 @@ def is_run(folder):
 
 
 def read_config(folder) -> dict:
-    """The flags of a run, at least those that eval.py needs. UserError if there is no run, or one
-    of its .json files is damaged."""
+    """The flags of a run; those that eval.py needs are there. UserError if there is no run, or a
+    .json file of it is damaged."""
     path = folder
     try:
         for path in [*folder.glob("*.json"), folder / "config.json"]:
@@ -433,7 +433,7 @@ class Run:
         """What to read at the end."""
         Run.current = None
         table = before_and_after(self.folder, task, problems) if problems else ""
-        wanted = {"step", "reward", "updates", "informative", "all_wrong", "all_right"}
+        wanted = {"step", "reward", "updates", "informative", "all_wrong", "all_right", "skipped"}
         rows = read_rows(self.folder / "metrics.jsonl", wanted.__contains__)
         warning = stood_still(rows) or collapse([row["reward"] for row in rows])
         name = shlex.quote(str(self.folder))

@@ -151,14 +151,14 @@ def test_killed_twice_a_run_comes_out_the_same(killable, straight):
 
 
 @pytest.mark.slow
-def test_killed_at_10_moments_a_run_comes_out_the_same(killable, straight):
+def test_killed_at_20_moments_a_run_comes_out_the_same(killable, straight):
     """Each run is killed up to five times, once in each phase, at a random call inside of it."""
     rng = random.Random(0)
     _, events = killable("undisturbed", "")
     killed = []
-    while len(killed) < 10:
+    while len(killed) < 20:
         name = f"run-{len(killed)}"
-        for phase in rng.sample(list(events), len(events))[: 10 - len(killed)]:
+        for phase in rng.sample(list(events), len(events))[: 20 - len(killed)]:
             # a run that resumes makes fewer calls: half of them are surely made
             event = rng.randrange(events[phase] // (1 if phase == "plot" else 2))
             if not killable(name, phase, event)[0]:
@@ -468,7 +468,7 @@ time.sleep(20)"""
 
 
 CHANGES = """
-recipe=dapo -> --recipe dapo: the run has None, and only 
+recipe=dapo -> --recipe dapo: the run has None, and only ... rows_at_once, ... may change on --resume
 model=nope -> --model nope: the run has 'untaught'
 lr=0.1 -> --lr 0.1: the run has 0.001
 offload -> --offload True: the run has False
@@ -482,7 +482,7 @@ def test_what_is_learned_from_cannot_change_on_resume(run, line):
     before = (run / "config.json").read_text()
     with pytest.raises(UserError) as error:
         resume("straight", f"--{change}")
-    assert message in str(error.value)
+    assert all(part in str(error.value) for part in message.split(" ... "))
     assert (run / "config.json").read_text() == before
 
 

@@ -84,8 +84,8 @@ def test_a_run_without_evaluations_is_measured_by_its_first_and_last_quarter(cap
 
     add_run(0, [0.1, 0.3], [0.8, 1.0])
     assert "reward of steps  0.200 [-1.071, 1.471]  0.900 [-0.371, 2.171]" in listed(capsys)
-    add_run(1, [0.4, 0.4], [0.6, 0.8])
-    assert "0.300 [-0.971, 1.571]  0.800 [-0.471, 2.071]" in listed(capsys)
+    add_run(1, [0.2, 0.2], [0.6, 0.8])
+    assert "0.200 [0.200, 0.200]  0.800 [-0.471, 2.071]" in listed(capsys)
 
 
 def test_only_runs_of_the_same_code_and_other_seeds_are_pooled(capsys):

@@ -41,6 +41,7 @@ from loss import RECIPES
 ONE_SEED = """\
 The interval of a single run is over problems: another seed may differ by more. Before you believe
 in a flag, run it with --seed 1 and --seed 2 too."""
+STEPS = "reward of steps"  # what is measured where a run has no evaluations
 NOT_LEARNED_FROM = ("name", "runs_dir", "resume", "tracker", "log_samples")
 
 
@@ -134,7 +135,7 @@ def evaluations(folder, metrics) -> tuple:
     if quarter < 2:
         return "", None, None
     ends = rewards[:quarter], rewards[-quarter:]
-    return "reward of steps", *map(mean_over_runs, ends)
+    return STEPS, *map(mean_over_runs, ends)
 
 
 def state_of(folder, done, steps) -> str:
@@ -173,7 +174,8 @@ def pool(runs) -> dict:
     row["flags"] = {name: value for name, value in row["flags"].items() if name != "seed"}
     for when in ("before", "after"):
         means = [run[when]["mean"] for run in runs if run[when]]
-        if when == "after" or len({*means}) > 1:  # before the training the seeds are one model
+        once = when == "before" and row["measured"] != STEPS  # all seeds begin with one model
+        if means and not once:
             row[when] = mean_over_runs(means, row["measured"] == "accuracy")
     return row
 
@@ -190,13 +192,9 @@ def differing_flags(rows) -> list[str]:
 
 def flags_text(row, differing) -> str:
     """'recipe=dapo lr=1e-05': what follows from the recipe is left out."""
-    flags = row["flags"]
-    of_recipe = RECIPES.get(flags.get("recipe"), {})
-    shown = []
-    for name in differing:
-        if name in flags and not (name in of_recipe and flags[name] == of_recipe[name]):
-            shown.append(f"{name}={flags[name]}")
-    return " ".join(shown)
+    recipe = RECIPES.get(row["flags"].get("recipe"), {})
+    own = dict(row["flags"].items() - recipe.items())
+    return " ".join(f"{name}={own[name]}" for name in differing if name in own)
 
 
 def table(rows, differing) -> str:
