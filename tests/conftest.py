@@ -1,5 +1,4 @@
 import os
-import sys
 
 # before torch and transformers are imported, and for the scripts that tests start
 os.environ["HF_HUB_OFFLINE"] = "1"  # no test may reach for a hub
@@ -13,6 +12,7 @@ import torch
 
 import train
 from lib.flags import parse
+from lib.mixture import run_file
 from policy import load_policy
 from tools import pretrain
 
@@ -27,12 +27,9 @@ def parse_train(*flags):
 @pytest.fixture(autouse=True)
 def own_folder(tmp_path, monkeypatch):
     """Each test runs in an empty folder: runs/ and models/ of one are not seen by another. Nor are
-    its modules, since a later folder may have the same name."""
+    its rewards, with what they remember: the folder may have the name of a former one."""
     monkeypatch.chdir(tmp_path)
-    yield
-    for name, module in [*sys.modules.items()]:
-        if (getattr(module, "__file__", None) or "").startswith(f"{tmp_path}/"):
-            del sys.modules[name]
+    run_file.cache_clear()
 
 
 @pytest.fixture(scope="session")
