@@ -4,8 +4,8 @@
     python sample.py Qwen/Qwen2.5-0.5B-Instruct --chat  # a conversation
 
 `generate` is the sampler in its plain form. train.py and eval.py mostly use engine/generate.py,
-which samples the same tokens faster. Both call `policy_distribution` and `sample_token`: a
-change there is a change of both.
+which samples the same tokens (but for rounding) faster. Both call `policy_distribution` and
+`sample_token`: a change there is a change of both.
 """
 
 import math

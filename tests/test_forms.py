@@ -304,6 +304,49 @@ def test_an_edit_of_a_plain_form_takes_effect_and_is_said(load, monkeypatch, cap
     assert "they differ by" in said
 
 
+def sampled_with(model, monkeypatch, number, sampling=Sampling()):
+    """Eight responses to one prompt of five tokens each, where all random numbers are the same."""
+    numbers = torch.full((4, 5), number, dtype=torch.float64)
+    monkeypatch.setattr(sample, "uniform_numbers", lambda *arguments: numbers)
+    return sample.generate(model, PROMPTS[:2], 4, 5, STOP, [0, 1], sampling)
+
+
+def test_a_random_number_at_the_border_of_two_tokens_is_rounding(load, monkeypatch):
+    """Once in a thousand tokens of a large vocabulary both forms choose another token, and go on
+    differently."""
+    model, _ = load("llama")
+    probs = model(torch.tensor(PROMPTS[:1])).logits[0, -1].double().softmax(-1)
+    border = probs[:51].sum().item()
+    below, above = (sampled_with(model, monkeypatch, border + step) for step in (-1e-6, 1e-6))
+    tokens = [rollout.response_ids()[0][0] for rollout in (below, above)]
+    assert tokens == [50, 51]
+    gap = engine.choose.sampler_difference(below, above, model, Sampling(), 0.0)
+    assert gap < 0.1
+    # the same tokens for another reason
+    above.ids[3, 20] = 57
+    gap = engine.choose.sampler_difference(below, above, model, Sampling(), 0.0)
+    between = probs[51:57].sum().item()
+    assert gap == pytest.approx(between / 10 / 1e-3, rel=1e-3) and gap > 0.5
+
+
+@pytest.mark.parametrize("what", ["token", "log-prob", "ends early", "finished", "greedy"])
+def test_one_row_that_differs_is_enough(load, monkeypatch, what):
+    model, _ = load("llama")
+    sampling = Sampling(temperature=0 if what == "greedy" else 1)
+    found, expected = (sampled_with(model, monkeypatch, 0.3, sampling) for _ in range(2))
+    assert engine.choose.sampler_difference(found, expected, model, sampling, 0.0) == 0
+    start = found.prompt_lengths[2]
+    if what in ("token", "greedy"):
+        found.ids[2, start] = 599 - found.ids[2, start]
+    if what == "log-prob":
+        found.old_logprobs[2, 0] *= 1.1
+    if what == "ends early":
+        found.lengths[2] -= 1
+    if what == "finished":
+        found.finished[2] = ~found.finished[2]
+    assert engine.choose.sampler_difference(found, expected, model, sampling, 0.0) > 1
+
+
 @pytest.mark.parametrize("more", ["halved", "bias"])
 def test_a_head_that_is_more_than_a_product_gets_the_right_gradient(load, more):
     """A bias is differentiated in tiles; logits halved behind the head's back are left to the plain
