@@ -33,7 +33,7 @@ from lib.report import comparison_text, results_table
 from lib.run import flags_of_runs, is_run, read_config
 from lib.stats import at_k, compare_values, mean_interval, right_or_wrong
 from policy import DEVICES, DTYPES, load_policy, pick_device, stop_ids
-from reward import Rewards, load_reward, measures, votes
+from reward import Rewards, load_measures, load_reward, votes
 from sample import Sampling, sample_and_score, sampling_of
 from tasks import Problem, Task, load_task, longest_prompts, stable_hash
 
@@ -82,9 +82,10 @@ class Evaluation:
         """`summarise` for one sampled response to each problem (or a group, see group_size), and
         the responses. greedy: what is measured is measured for greedy responses as well."""
         measured = self.measured.texts
+        size = group_size(self.measured)
         if greedy:
-            at_zero = with_values(self.respond(greedy=True), measured)
-        groups = self.respond(group_size=group_size(self.measured))
+            at_zero = with_values(self.respond(greedy=True, group_size=size), measured)
+        groups = self.respond(group_size=size)
         found = with_values(groups, measured)
         found["responses"] = [group[0]["response"] for group in groups]
         return beside_greedy(at_zero, found, measured) if greedy else found
@@ -99,18 +100,10 @@ class Evaluation:
         return numbers
 
 
-def compared_by(measured) -> str:
-    """The measure by which models are compared: the first, but rather the accuracy than a reward
-    that compares the responses to a prompt, because that is the same for any model."""
-    first, *_ = measured.mixtures
-    groups = measured.mixtures[first].sees_groups
-    return "accuracy" if groups and "accuracy" in measured.mixtures else first
-
-
 def group_size(measured) -> int:
-    """Responses to each problem that an evaluation needs: one, unless models are compared by a
-    reward that compares the responses to a prompt."""
-    return GROUP if measured.mixtures[compared_by(measured)].sees_groups else 1
+    """Responses to each problem that an evaluation needs: one, unless the reward that is measured
+    compares the responses to a prompt."""
+    return GROUP if any(mixture.sees_groups for mixture in measured.mixtures.values()) else 1
 
 
 def means(groups, key) -> list[float]:
@@ -229,14 +222,15 @@ def main(config, models) -> dict:
     problems = task.test[: config.limit or None]
     config = replace(config, max_new_tokens=N, reward=config.reward or task.reward)
     load = partial(load_reward, device=device, problems=problems)
-    measured = Rewards(measures(task, config.reward), load)
-    first = compared_by(measured)
-    if config.samples < group_size(measured):
-        config = replace(config, samples=GROUP)
-        print(
-            f"--reward {config.reward}: is called with all responses, and may compare those to one "
-            f"prompt. {GROUP} are sampled to each (--samples); greedy is one, so not compared"
-        )
+    measured = load_measures(task, config.reward, "", load)
+    first, *_ = measured.texts
+    compares = f"--reward {config.reward}: is called with all responses, and may compare those to "
+    if config.reward not in measured.texts.values():
+        print(f"{compares}one prompt, which would be the same for any model: accuracy is measured")
+    size = group_size(measured)
+    if config.samples < size:
+        config = replace(config, samples=size)
+        print(f"{compares}one prompt. {size} are sampled to each (--samples)")
     one_run = len(models) == 1 and models[0] in runs
     output = Path(config.output or (models[0] if one_run else "runs/eval"))
     try:
@@ -261,7 +255,7 @@ def main(config, models) -> dict:
             sampler, tokenizer, task, problems, measured, sampled, N, config.rows_at_once, name
         )
         groups[name] = {
-            "greedy": evaluation.respond(greedy=True, seed=config.seed),
+            "greedy": evaluation.respond(greedy=True, group_size=size, seed=config.seed),
             "sampled": evaluation.respond(group_size=config.samples, seed=config.seed),
         }
         for kind, found in groups[name].items():

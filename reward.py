@@ -10,9 +10,8 @@ A rule is a function of three texts that returns a number. Add yours to this fil
 put `def politeness(prompt, response, answer)` into my_rewards.py in the current folder. If it has a
 parameter `length` it gets the number of tokens of the response, as `limit` the most allowed. With a
 parameter `tokens`, the text of each token, it may return a number for each, see
-loss.token_weights. Any
-other parameter gets the column of that name of your .jsonl file. If its first parameter is
-`prompts`, it is called once, with lists, and returns a list.
+loss.token_weights. Any other parameter gets the column of that name of your .jsonl file. If its
+first parameter is `prompts`, it is called once, with lists, and returns a list.
 
 The lines `response | answer -> reward` in the docstrings are examples, which are run as tests. No
 rule runs what a model wrote (`math` computes it), and none is slow on any text.
@@ -34,7 +33,9 @@ import torch
 from lib.files import is_string, read_problems
 from lib.flags import UserError, align, check_range, flag, run_script, shorten
 from lib.mixture import (
+    EXTRA,
     OPERATORS,
+    TEXTS,
     Mixture,
     arithmetic,
     call_part,
@@ -45,6 +46,7 @@ from lib.mixture import (
 )
 from lib.processes import gather, share
 from lib.reward_model import RewardModel
+from lib.run import is_run, read_config
 from policy import pick_device
 
 NUMBER = re.compile(  # -> sign, digits
@@ -386,35 +388,52 @@ def measures(task, reward, true_reward="") -> dict[str, str]:
     return found
 
 
+def load_measures(task, reward, true_reward, load) -> Rewards:
+    """`measures` with its rewards, which `load` loads. A reward that compares the responses to a
+    prompt says little of a model, so where there is an accuracy that alone is measured."""
+    texts = measures(task, reward, true_reward)
+    found = Rewards(texts, load)
+    if "accuracy" in texts and any(mixture.sees_groups for mixture in found.mixtures.values()):
+        return Rewards({"accuracy": texts["accuracy"]}, load)
+    return found
+
+
 def load_rewards(task, reward, true_reward, device="auto") -> tuple[Rewards, Rewards]:
     """-> what a run scores its responses by, and what its evaluations measure.
 
     The first has "reward", which is trained on, and "true_reward", which really counts: by default
     the rule that says right or wrong. Where that is so, its values are called "accuracy" too.
     """
-    measured = measures(task, reward, true_reward)
-    rule = measured.get("accuracy")
+    # cached: a learned reward is loaded once
+    load = lru_cache(partial(load_reward, device=pick_device(device), problems=task.train))
+    measured = load_measures(task, reward, true_reward, load)
+    rule = measured.texts.get("accuracy")
     trained = {"reward": reward or task.reward}
     trained["true_reward"] = true_reward or rule or trained["reward"]
     if trained["true_reward"] == rule:
         trained["accuracy"] = rule
-    # cached: a learned reward is loaded once
-    load = lru_cache(partial(load_reward, device=pick_device(device), problems=task.train))
-    return Rewards(trained, load), Rewards(measured, load)
+    return Rewards(trained, load), measured
 
 
 @dataclass(frozen=True)
 class Config:
     reward: str = flag("number", "what to score with")
-    limit: int = flag(512, "the most tokens of a response, for the rule overlong")
+    limit: int = flag(0, "most tokens of a response, for overlong; 0: the run's, or 512")
 
     CHOICES: ClassVar = {"reward": REWARDS}  # --help has a line for each rule
 
 
 def main(config, file):
-    check_range(config, 1, "limit")
+    check_range(config, 0, "limit")
     samples = read_problems(Path(file), {"response": is_string})
-    scores = score(load_reward(config.reward, pick_device("auto")), samples, config.limit)
+    for row in samples:
+        if "finished" not in row:  # not of ours: what is in the row are the columns of a problem
+            row["columns"] = {name: row[name] for name in row if name not in (*TEXTS, *EXTRA)}
+    limit = config.limit
+    if not limit:
+        folder = Path(file).parent
+        limit = read_config(folder)["max_new_tokens"] if is_run(folder) else 512
+    scores = score(load_reward(config.reward, pick_device("auto")), samples, limit)
     rows = [[found["reward"], *found["parts"].values()] for found in scores]
     means = [sum(column) / len(rows) for column in zip(*rows)]
     table = [["reward", *scores[0]["parts"], "response"]]

@@ -25,6 +25,9 @@ def prepare(policy, tokenizer, task, measured, config, state) -> tuple[Forms, Me
     print(describe_prompt(tokenizer, first, task.train[0].answer), end="")
     available = device_memory(policy.device)
     program = PROGRAM if policy.device.type == "cpu" else 0
+    unknown = tokenizer.unk_token_id
+    if unknown is not None and any(unknown in ids for ids in prompts):
+        print(f"warning: the tokenizer lacks characters of the prompts: {tokenizer.unk_token} each")
     print(memory_table(config, policy, available, len(prompts[0]), program), end="")
     if config.gradient_checkpointing:  # not before: the estimate counts what it would recompute
         enable_gradient_checkpointing(policy)

@@ -147,7 +147,7 @@ def hint(rows) -> str:
 def no_update(metrics) -> str:
     """Why a step made no update: 'all rewards of each group are equal (all wrong)'."""
     if metrics.get("informative", 0) > 0:
-        return "--filter has left out each response that has a weight"
+        return "all weights are 0, by --normaliser or --filter"
     reason = "all rewards of each group are equal"
     if metrics.get("all_wrong") == 1:
         reason += " (all wrong)"

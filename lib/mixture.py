@@ -20,7 +20,7 @@ import torch
 from lib.flags import UserError, did_you_mean, first_line, name_error, shorten
 
 OPERATORS = {ast.Add: operator.add, ast.Sub: operator.sub, ast.Mult: operator.mul}
-TEXTS = 3  # the first parameters of a function: prompt, response, answer
+TEXTS = "prompt", "response", "answer"  # the first parameters of a function
 EXTRA = "length", "limit", "tokens"  # what a function gets where it has such a parameter
 SIGNED = OPERATORS | {ast.USub: operator.neg}  # the minus of -number
 
@@ -49,16 +49,29 @@ def parameters_of(function) -> list[str]:
 def columns_of(function) -> dict[str, bool]:
     """Its parameters after the three texts that get a column of the data: name -> whether the
     column must be there, because the parameter has no default."""
-    parameters = list(inspect.signature(function).parameters.values())[TEXTS:]
+    parameters = list(inspect.signature(function).parameters.values())[len(TEXTS) :]
     open_ended = inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD
     named = [one for one in parameters if one.kind not in open_ended and one.name not in EXTRA]
     return {one.name: one.default is one.empty for one in named}
 
 
+def takes_all_columns(function) -> bool:
+    """def mine(prompt, response, answer, **columns) -> True"""
+    parameters = inspect.signature(function).parameters.values()
+    return any(one.kind is one.VAR_KEYWORD for one in parameters)
+
+
 def check_columns(part, function, columns):
-    """UserError if one of the rows lacks a column that the function must get.
+    """UserError if one of the rows lacks a column that the function must get, or has one with the
+    name of something else that it gets.
 
     columns: for each row, name -> value"""
+    for name in set(EXTRA).intersection(parameters_of(function)):
+        if any(name in row for row in columns):
+            raise UserError(
+                f"--reward {part}: its parameter `{name}` gets that of the response, and the "
+                f'problems have a column "{name}" too: give the column another name'
+            )
     for name, needed in columns_of(function).items():
         for number, row in enumerate(columns, 1):
             if needed and name not in row:
@@ -147,11 +160,19 @@ def own_function(module, name):
     except BaseException as error:  # the user's file may raise anything, SystemExit too
         raise UserError(f"{where}: {path} raised {name_error(error)}{place_of(error)}") from error
     try:
-        inspect.signature(function)
+        first = parameters_of(function)[: len(TEXTS)]
     except (TypeError, ValueError):  # not a function, or a built-in such as max
         raise UserError(
             f"{where}: there is no function {name} in {path}, or it is a built-in one"
         ) from None
+    # they are passed by their place, so another order would mix them up in silence
+    for place, parameter in enumerate(first):
+        text = parameter.removesuffix("s")
+        if text in TEXTS and place != TEXTS.index(text):
+            raise UserError(
+                f"{where}: its first parameters are ({', '.join(first)}), and must be "
+                f"({', '.join(TEXTS)})"
+            )
     return function
 
 
@@ -200,7 +221,7 @@ def call_part(part, function, rows, limit) -> list[float | list[float]]:
     rows:  {"prompt", "response", "answer"} each, and "length" and "tokens" (texts) if known
     limit: most tokens of a response. A function with a parameter `length`, `tokens` or `limit` gets
            that too, and only one with `tokens` may return a list. Another parameter gets the
-           column of its name, of row["columns"], or of the row itself where it comes from a file.
+           column of its name, of row["columns"], and **others all that are left.
            A function whose first parameter is `prompts` is called once, with three lists and one
            for each column, and has no `length`, `tokens` or `limit`.
     UserError names the row for which the function raised, or returned no finite number.
@@ -215,9 +236,11 @@ def call_part(part, function, rows, limit) -> list[float | list[float]]:
         response = shorten(rows[i]["response"], 100)
         return UserError(f"--reward {part}: {reason} (prompt: {prompt}; response: {response})")
 
-    columns = [row.get("columns", row) for row in rows]
+    columns = [row.get("columns", {}) for row in rows]
     check_columns(part, function, columns)
-    wanted = columns_of(function)
+    wanted = set(columns_of(function))
+    if takes_all_columns(function):
+        wanted |= {name for row in columns for name in row if name not in names}
     # copies: a function may change the list of messages that is its prompt
     texts = [[deepcopy(row[name]) for row in rows] for name in ("prompt", "response", "answer")]
 

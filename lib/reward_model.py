@@ -2,10 +2,12 @@
 
 import torch
 from torch.nn.utils.rnn import pad_sequence
+from tqdm import tqdm
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 from lib.batching import micro_batches
 from lib.flags import UserError, first_line
+from lib.prompts import freeze_date
 
 
 class RewardModel:
@@ -48,6 +50,9 @@ class RewardModel:
             )
         self.model = model.to(device).eval()
         self.bounded = bounded
+        # as BERT: it was trained on pairs of texts with a token between them
+        self.is_encoder = None not in (self.tokenizer.cls_token_id, self.tokenizer.sep_token_id)
+        self.has_truncated = False
 
     def ids(self, prompt, response) -> list[int]:
         """Token ids of prompt and response, by the reward model's chat template if it has one.
@@ -60,10 +65,18 @@ class RewardModel:
                 response = response.replace(token.content, " ")
         messages = prompt if isinstance(prompt, list) else [{"role": "user", "content": prompt}]
         if self.tokenizer.chat_template:
+            if messages[-1]["role"] == "assistant":  # a turn that the response continues
+                *messages, half = messages
+                response = half["content"] + response
             messages = [*messages, {"role": "assistant", "content": response}]
-            return self.tokenizer.apply_chat_template(messages, return_dict=False)
-        text = "\n".join(message["content"] for message in messages) + response
-        ids = self.tokenizer(text)["input_ids"]
+            template = freeze_date(self.tokenizer.get_chat_template())
+            return self.tokenizer.apply_chat_template(
+                messages, chat_template=template, return_dict=False
+            )
+        text = "\n".join(message["content"] for message in messages)
+        if self.is_encoder:
+            return self.tokenizer(text, response)["input_ids"]
+        ids = self.tokenizer(text + response)["input_ids"]
         eos = self.tokenizer.eos_token_id
         if eos is not None and ids[-1:] != [eos]:  # some tokenizers add it themselves
             ids.append(eos)
@@ -73,7 +86,17 @@ class RewardModel:
         """B rows of token ids -> (B,) float32 raw scores, in micro-batches of at most `tokens`."""
         config = self.model.config.get_text_config()
         room = getattr(config, "max_position_embeddings", None) or 0
-        rows = [torch.tensor(row[-room:]) for row in rows]  # room 0 keeps all
+        longest = max(map(len, rows))
+        if 0 < room < longest and not self.has_truncated:
+            self.has_truncated = True
+            end = "end" if self.is_encoder else "beginning"
+            tqdm.write(
+                f"warning: the reward model reads at most {room} tokens, and a prompt with its "
+                f"response has {longest}: their {end} is cut off"
+            )
+        # an encoder reads the score at the first token, others at the last; room 0 keeps all
+        part = slice(room or None) if self.is_encoder else slice(-room, None)
+        rows = [torch.tensor(row[part]) for row in rows]
         lengths = torch.tensor(list(map(len, rows)))
         # The model reads the score at the last token that is not padding, and knows padding by its
         # id, which may be that of the end of text. So pad with an id that is no row's last.

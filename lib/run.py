@@ -316,8 +316,25 @@ class Run:
                     f"--{name} {value}: the run has {had!r}, and only {', '.join(free)} may change "
                     "on --resume"
                 )
+        self.check_base_of_others()
         self.lock_file = lock(self.folder)
         self.find_checkpoint()
+
+    def check_base_of_others(self):
+        """UserError where another run started from this one: its adapter, its reference model and
+        what it is compared with would change with this run."""
+        for other in sorted(self.folder.parent.iterdir()):
+            with suppress(UserError):
+                model = Path(read_config(other)["model"]).resolve()  # or its checkpoint/ or best/
+                is_base = self.folder.resolve() in (model, model.parent)
+                if is_base and other.suffix != ".failed":
+                    break
+        else:
+            return
+        raise UserError(
+            f"--resume: {other} started from {self.folder}, and would change with it. Go on by "
+            f"a new run: --model {self.folder} --name NEW"
+        )
 
     def start(self, config, optimizer, problems=""):
         """Writes config.json and code/. A run that resumes gets its optimizer and random states

@@ -106,6 +106,7 @@ def test_names_in_tables_exist():
     source = "\n".join(path.read_text() for path in scripts if path.parent.name != "tests")
     known = set(re.findall(r"(?m)^\+?[ ]*(?:def|class) (\w+)", source))
     known |= set(re.findall(r"(?m)^\+?[ ]*(\w+)(?:: [^=\n]+)? = ", source))
+    known |= set(re.findall(r"(?m)^    (\w+): [\w\[\]]+ *(?:#|$)", source))  # fields of dataclasses
     known |= set(re.findall(r"\"(\w+)\"", source))
     known |= {
         f"eval_{name}{end}" for name in ("accuracy", "mean_reward") for end in ("", "_interval")

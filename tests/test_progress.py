@@ -120,7 +120,7 @@ def test_the_line_of_a_step_fits_80_columns_whatever_the_numbers():
 def test_why_a_step_made_no_update():
     assert no_update({"informative": 0.0}) == "all rewards of each group are equal"
     assert no_update({"informative": 0, "all_wrong": 1, "all_right": 0}).endswith("(all wrong)")
-    assert no_update({"informative": 0.5}).startswith("--filter has left out")
+    assert no_update({"informative": 0.5}).startswith("all weights are 0, by --norm")
     still = [{"updates": 0, "informative": 0, "all_wrong": 1}] * 8
     assert "none of the 8 steps made an update: all rewards" in stood_still(still)
     assert stood_still([{"updates": 0, "skipped": 1}]) == ""  # not finite: another reason

@@ -268,6 +268,16 @@ def test_what_changed_before_a_resume_is_said_and_kept(run, capsys):
     assert [session["step"] for session in now["resumed"]] == [6, 7, 8]
 
 
+def test_a_run_that_another_one_started_from_stays_as_it_is(run):
+    """The other's adapter, its reference model and its base would be another model."""
+    folder = run_train(*FLAGS, "--name=first", "--steps=1")
+    run_train(*FLAGS, f"--model={folder}", "--name=second", "--steps=1")
+    with pytest.raises(UserError, match=r"second started from .*first, .* --model .*first --name"):
+        run_train("--name=first", "--resume", "--steps=2")
+    shutil.rmtree(folder.with_name("second"))
+    run_train("--name=first", "--resume", "--steps=2")
+
+
 def test_a_model_card_has_no_numbers_of_a_shorter_run(run):
     """Until the run has come to its end again."""
     card = Path("runs/straight/checkpoint/README.md")

@@ -10,7 +10,16 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import CPU
-from transformers import AutoModelForSequenceClassification
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from tokenizers.pre_tokenizers import Whitespace
+from tokenizers.processors import TemplateProcessing
+from transformers import (
+    AutoModelForSequenceClassification,
+    BertConfig,
+    BertForSequenceClassification,
+    PreTrainedTokenizerFast,
+)
 
 from lib.flags import UserError
 from lib.reward_model import RewardModel
@@ -385,6 +394,56 @@ def test_a_response_cannot_end_its_turn_and_praise_itself(folders):
     found = rewards(reward, [*attacks, "5 \n user\nGood!", "5 ", "5<|im_ end|>"])
     assert found[:3] == pytest.approx(found[3:], abs=1e-5)
     assert len({round(value, 3) for value in found}) == 3
+
+
+def test_the_response_continues_an_assistants_turn(folders):
+    make_reward_model(folders("qwen2"))
+    judge = RewardModel("judge", CPU)
+    question = {"role": "user", "content": "7*8?"}
+    half = [question, {"role": "assistant", "content": "It is "}]
+    assert judge.ids(half, "56") == judge.ids([question], "It is 56")
+
+
+def test_a_template_that_asks_for_the_date_scores_the_same_on_any_day(folders):
+    make_reward_model(folders("qwen2"))
+    judge = RewardModel("judge", CPU)
+    template = judge.tokenizer.chat_template
+    judge.tokenizer.chat_template = '{{ strftime_now("%Y-%m-%d") }}' + template
+    expected = judge.tokenizer("2025-01-01", add_special_tokens=False)["input_ids"]
+    assert judge.ids("7*8?", "56")[: len(expected)] == expected
+
+
+def test_an_encoder_reads_a_pair_and_says_what_it_cannot_read(capsys):
+    """It got prompt and response as one word, and of long ones lost the [CLS] that it scores by."""
+    words = ["[PAD]", "[CLS]", "[SEP]", "[UNK]", *"abcde"]
+    model = WordLevel(dict(zip(words, range(9))), unk_token="[UNK]")
+    text = Tokenizer(model)
+    text.pre_tokenizer = Whitespace()
+    text.post_processor = TemplateProcessing(
+        single="[CLS] $A [SEP]",
+        pair="[CLS] $A [SEP] $B [SEP]",
+        special_tokens=[("[CLS]", 1), ("[SEP]", 2)],
+    )
+    options = {"cls_token": "[CLS]", "sep_token": "[SEP]", "pad_token": "[PAD]"}
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=text, unk_token="[UNK]", **options)
+    sizes = dict(hidden_size=16, num_attention_heads=2, num_hidden_layers=2, intermediate_size=16)
+    config = BertConfig(vocab_size=9, max_position_embeddings=12, num_labels=1, **sizes)
+    torch.manual_seed(0)
+    bert = BertForSequenceClassification(config).eval()
+    bert.save_pretrained("bert")
+    tokenizer.save_pretrained("bert")
+
+    judge = RewardModel("bert", CPU, bounded=False)
+    long = "d e " * 9
+    found = judge(["a b", "a b"], ["c", long], ["", ""])
+    pair = tokenizer("a b", "c", return_tensors="pt")["input_ids"]
+    cut = tokenizer("a b", long, return_tensors="pt")["input_ids"][:, :12]
+    with torch.no_grad():
+        expected = [bert(ids).logits.item() for ids in (pair, cut)]
+    assert found == pytest.approx(expected, abs=1e-5)
+    judge(["a b"], [long], [""])
+    said = "at most 12 tokens, and a prompt with its response has 23: their end is cut off"
+    assert capsys.readouterr().out.count(said) == 1
 
 
 def test_what_is_no_reward_model_is_refused(folders):

@@ -18,12 +18,12 @@ from lib.stats import mean_over_runs, student, unpaired_difference
 from tools import runs
 
 
-def make_run(name, after=None, done=4, saved=None, **flags):
+def make_run(name, after=None, done=4, saved=None, problems="", **flags):
     """A run of 4 steps that took 30 s each, from 0.25 [0.2, 0.3] to `after` plus or minus 0.05."""
     folder = Path("runs") / name
     (folder / "code").mkdir(parents=True)
     config = asdict(train.Config(name=name, steps=4, **flags))
-    write_json(folder / "config.json", {"config": config})
+    write_json(folder / "config.json", {"config": config, "problems": problems})
     rows = [{"step": step, "seconds": 30.0} for step in range(1, done + 1)]
     if after is not None:
         before = {"sampled": {"mean": 0.25, "interval": [0.2, 0.3]}}
@@ -40,6 +40,14 @@ def make_run(name, after=None, done=4, saved=None, **flags):
 def listed(capsys, *names, **flags):
     runs.main(runs.Config(**flags), names)
     return capsys.readouterr().out
+
+
+def test_runs_on_other_problems_are_neither_pooled_nor_compared(capsys):
+    """The .jsonl file was edited between the two."""
+    make_run("one", 0.5, problems="aaaaaaaabb", task="my.jsonl")
+    make_run("two", 0.75, problems="ccccccccdd", task="my.jsonl", seed=1)
+    _, two, one = listed(capsys).splitlines()
+    assert "problems=cccccccc" in two and "problems=aaaaaaaa" in one and "seeds" not in one + two
 
 
 def test_a_line_per_run_the_best_first_with_the_flags_that_differ(capsys):

@@ -138,6 +138,28 @@ def test_tokens_have_their_log_probs_under_the_base_and_the_checkpoint(base):
     assert page.count("<span class='") == sum(len(row["changes"]) for row in rows)
 
 
+def test_a_prompt_is_shown_as_the_model_got_it(folders):
+    """With what the row gives the chat template, and a <think> that it opens only once."""
+    shutil.copytree(folders("qwen2"), "model")
+    template = "{{ note }}{{ messages[0].content }}{% if add_generation_prompt %}<think>{% endif %}"
+    Path("model/chat_template.jinja").write_text(template)
+    options = {"chat_template_kwargs": {"note": "Brief. "}, "level": 3}
+    rows = [{"prompt": f"{i}?", "answer": str(i), **options} for i in range(30)]
+    write_rows(Path("my.jsonl"), rows)
+    flags = "--steps 1 --prompts_per_step 2 --group_size 4 --max_new_tokens 6 --eval_problems 0"
+    model = ["--model=./model", "--task=my.jsonl", "--reward=length", "--device=cpu"]
+    folder = train.main(parse_train(*model, *flags.split()))
+    flags = json.loads((folder / "config.json").read_text())["config"]
+    steps = show.read_steps(folder, 1, True)
+    group = steps[1][0]
+    prompt = show.prompt_reader(folder, flags)(group[0])
+    assert prompt == f"Brief. {group[0]['prompt']}<think>"
+    show.add_changes(steps.values(), folder, flags, CPU)
+    for row in group:
+        texts = "".join(text for text, _, _ in row["changes"])
+        assert "<think>" + texts.removesuffix("<|endoftext|>") == row["response"]
+
+
 BROWSER = shutil.which("chromium") or shutil.which("google-chrome")
 
 

@@ -19,10 +19,11 @@ from tokenizers import Tokenizer, processors
 from transformers import AutoModelForCausalLM, Gemma3Config
 
 import eval
+import reward
 import train
 from engine.choose import choose
 from lib.checks import without_keys
-from lib.files import read_rows
+from lib.files import read_rows, write_rows
 from lib.flags import UserError
 from lib.texts import describe_prompt, token_texts
 from loss import NORMALISERS, group_weights
@@ -423,6 +424,7 @@ def test_a_reward_gets_the_columns_that_it_names():
 def passed(prompt, response, answer, tests, weight=2): return weight * sum(tests)
 def all_passed(prompts, responses, answers, tests): return [sum(test) for test in tests]
 def open_ended(prompt, response, answer, **others): return len(others)
+def level(prompt, response, answer, **columns): return columns["level"] + 10 * len(columns)
 """)
     task = load_task(write_problems(many(tests=[1, 2])))
     reward = load_reward("mine.passed + mine.all_passed + 0*mine.open_ended", problems=task.train)
@@ -434,7 +436,11 @@ def open_ended(prompt, response, answer, **others): return len(others)
     ]
     found = score(reward, rollout_samples)
     assert [row["reward"] for row in found] == [6 + 3, 0]
-    assert score(reward, [{**sample, "tests": [1], "weight": 3}])[0]["reward"] == 4  # of a file
+    # a sample's own keys are no columns
+    [row] = score(reward, [{**sample, "columns": {"tests": [1]}, "weight": 5, "level": 7}])
+    assert row["reward"] == 2 + 1
+    level = load_reward("mine.level")
+    assert score(level, [{**sample, "columns": {"level": 3, "tests": []}}])[0]["reward"] == 3 + 20
     problems = [*task.train, Problem("1?", "1")]
     with pytest.raises(UserError, match=r'--reward mine.passed: .* `tests`, .* no column "tests"'):
         load_reward("mine.passed", problems=problems)
@@ -454,6 +460,58 @@ def noted(prompt, response, answer, note): return float(note == "n" + answer)
     )
     [row] = read_rows(run / "metrics.jsonl")
     assert row["reward"] == row["eval_mean_reward"] == 1
+
+
+def test_characters_that_the_tokenizer_lacks_are_named(base, capsys):
+    task = write_problems([{"prompt": f"é{i}", "answer": str(i)} for i in range(30)])
+    run_train(base, f"--task={task}")
+    assert "warning: the tokenizer lacks characters of the prompts: <unk> each" in (
+        capsys.readouterr().out
+    )
+
+
+@pytest.mark.parametrize("name", ["length", "limit"])
+def test_a_column_is_not_taken_for_a_number_of_the_response(name):
+    """ "Write {length} words": the reward got the tokens of the response."""
+    Path("mine.py").write_text(f"def f(prompt, response, answer, {name}): return {name}")
+    task = load_task(write_problems(many(**{name: 45})))
+    with pytest.raises(UserError, match=f'`{name}`.*have a column "{name}" too'):
+        load_reward("mine.f", problems=task.train)
+
+
+@pytest.mark.parametrize(
+    "parameters",
+    [
+        "response, answer, prompt",
+        "response, answer, x",
+        "p, answer, response",
+        "answers, prompts, r",
+    ],
+)
+def test_texts_in_another_order_are_refused(parameters):
+    Path("mine.py").write_text(f"def f({parameters}): return 1")
+    with pytest.raises(UserError, match=rf"mine.f: .*\({parameters}\), .* \(prompt, response, ans"):
+        load_reward("mine.f")
+
+
+def test_a_file_is_scored_as_in_training(folders, capsys):
+    """A default was taken from the sample's own keys, and the limit was another."""
+    Path("mine.py").write_text("""
+def f(prompt, response, answer, limit, weight=1.0, level=0): return weight * limit + level
+""")
+    run = run_train(
+        folders("llama"), f"--task={write_problems(many(level=100))}", "--reward=mine.f",
+        "--max_new_tokens=7",
+    )  # fmt: skip
+    [row] = read_rows(run / "metrics.jsonl")
+    assert row["reward"] == 107
+    capsys.readouterr()
+    reward.main(reward.Config(reward="mine.f"), str(run / "samples.jsonl"))
+    assert capsys.readouterr().out.splitlines()[-1].split()[0] == "107.000"
+    # one of the user's own: its rows are the problems
+    write_rows(Path("own.jsonl"), [{"prompt": "1", "response": "1", "answer": "1", "weight": 3}])
+    reward.main(reward.Config(reward="mine.f", limit=2), "own.jsonl")
+    assert capsys.readouterr().out.splitlines()[-1].split()[0] == "6.000"
 
 
 @pytest.mark.parametrize(
@@ -494,6 +552,8 @@ def longest(prompts, responses, answers):
     for prompt, response in zip(prompts, responses):
         groups[prompt].append(len(response))
     return [float(len(r) == max(groups[p]) > min(groups[p])) for p, r in zip(prompts, responses)]
+def size(prompts, responses, answers):
+    return [prompts.count(prompt) for prompt in prompts]
 """
 
 
@@ -514,10 +574,17 @@ def test_a_reward_that_compares_the_responses_to_a_prompt_is_evaluated_in_groups
     [row] = read_rows(run / "metrics.jsonl")
     assert row["eval_mean_reward"] > 0  # of one response each it would be 0
 
+    run = run_train(models[0], "--task=my.jsonl", "--reward=mine.size", *flags_of_run[1:])
+    before = json.loads((run / "before.json").read_text())["mean_reward"]
+    assert before["greedy"]["values"] == before["sampled"]["values"] == [eval.GROUP] * 3
+
     content = eval.main(eval.Config(task="add", **flags), models)  # has an accuracy
-    assert "compare those to one" not in capsys.readouterr().out
+    assert "the same for any model: accuracy is measured" in capsys.readouterr().out
     [comparison] = content["comparisons"]
     assert content["samples"] == 1 and comparison["measured"] == "accuracy"
+    run = run_train(models[0], "--task=add", *flags_of_run, "--group_size=4")
+    [row] = read_rows(run / "metrics.jsonl")
+    assert row["reward"] > 0 and "eval_accuracy" in row and "eval_mean_reward" not in row
 
 
 # ------------------------------------------------------------------------------------- models

@@ -92,7 +92,7 @@ def test_jsonl_of_the_users_own():
 
 
 @pytest.mark.parametrize(
-    "answer", [1e-7, 1e20, "-1,012.50", "yes", "\u0667", "7,5", "1.2.3", "12abc"]
+    "answer", [1e-7, 1e20, "-1,012.50", "yes", "\u0667", "7,5", "1.2.3", "12abc", "1024 768"]
 )
 def test_the_rule_of_a_file_is_guessed_from_its_answers(answer):
     """`number` where each answer is one that the rule `number` can read."""

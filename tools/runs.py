@@ -96,6 +96,7 @@ def describe(folder) -> dict:
         "flags": {
             **{name: value for name, value in flags.items() if name not in NOT_LEARNED_FROM},
             "code": code_of(folder),
+            "problems": problems_of(folder),
         },
         "steps": done,
         "state": state_of(folder, done, flags["steps"]),
@@ -113,6 +114,14 @@ def code_of(folder) -> str:
         if file.parent.name != "tools":
             digest.update(str(file.relative_to(folder)).encode() + file.read_bytes())
     return digest.hexdigest()[:8]
+
+
+def problems_of(folder) -> str:
+    """A fingerprint of the problems of training and validation, as '1f3a9c20': a .jsonl file may
+    have changed between runs, or before a --resume."""
+    content = json.loads((folder / "config.json").read_text())
+    sessions = [content, *content.get("resumed", [])]
+    return " ".join(dict.fromkeys(one.get("problems", "")[:8] for one in sessions))
 
 
 def evaluations(folder, metrics) -> tuple:
@@ -219,7 +228,7 @@ def table(rows, differing) -> str:
 
 def basis(row) -> list:
     """What rows must have in common to be compared."""
-    names = ("task", "data_dir", "eval_problems", "reward", "true_reward")
+    names = ("task", "data_dir", "problems", "eval_problems", "reward", "true_reward")
     return [row["measured"], *(row["flags"].get(name) for name in names)]
 
 

@@ -19,7 +19,7 @@ import sys
 import unicodedata
 from collections import defaultdict
 from contextlib import suppress
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from html import escape
 from pathlib import Path
 from textwrap import indent
@@ -33,8 +33,9 @@ sys.path.insert(0, str(Path(__file__).parent.parent))  # so that it runs from an
 from lib.files import read_rows, write_text
 from lib.flags import UserError, check_range, flag, run_script
 from lib.run import read_config
-from policy import DEVICES, load_policy, pick_device
-from sample import Sampling, policy_distribution
+from lib.texts import opened_thought
+from policy import DEVICES, load_policy, pick_device, stop_ids
+from sample import policy_distribution, sampling_of
 from tasks import NO_TASK, Problem, load_task, prompt_ids
 
 STYLES = {"up": "32", "far up": "1;32", "down": "31", "far down": "1;31", "bold": "1", "dim": "2"}
@@ -104,21 +105,26 @@ def summary(folder, step) -> str:
 
 
 def prompt_reader(folder, flags):
-    """-> a function: the prompt of a problem -> the text that the model got. Where the tokenizer
-    or the task is not at hand, it is the prompt as the task has it."""
+    """-> a function: a row of samples.jsonl -> the text of the prompt that the model got. Where the
+    tokenizer or the task is not at hand, it is the prompt as the task has it."""
     tokenizer = None
     task = NO_TASK
     with suppress(OSError, ValueError, UserError):
         tokenizer = read_tokenizer(folder, flags)
         task = load_task(flags["task"], flags["data_dir"])
 
-    def prompt_text(prompt):
+    def prompt_text(row):
         with suppress(UserError):
             if tokenizer:
-                return tokenizer.decode(prompt_ids(task, Problem(prompt, ""), tokenizer))
+                return tokenizer.decode(prompt_ids(task, problem_of(row), tokenizer))
+        prompt = row["prompt"]
         return prompt if isinstance(prompt, str) else json.dumps(prompt, indent=1)
 
     return prompt_text
+
+
+def problem_of(row) -> Problem:
+    return Problem(row["prompt"], row["answer"], columns=row.get("columns", {}))
 
 
 def read_tokenizer(folder, flags):
@@ -139,7 +145,7 @@ def remarks(group) -> list[str]:
     if len({row["reward"] for row in group}) == 1:
         lines.append("All rewards are equal, so all weights are 0: this group teaches nothing.")
     else:
-        lines.append("All weights are 0: this group was filtered out.")
+        lines.append("All weights are 0, by --normaliser or --filter.")
     return lines
 
 
@@ -162,33 +168,36 @@ def add_changes(steps, folder, flags, device) -> None:
     if not (folder / "checkpoint").is_dir():
         raise UserError(f"--tokens: {folder} has no checkpoint yet")
     task = load_task(flags["task"], flags["data_dir"])
-    names = {field.name for field in fields(Sampling)}
-    sampling = Sampling(**{name: flags[name] for name in names & flags.keys()})
+    sampling = sampling_of(flags)
     rows = [row for groups in steps for group in groups for row in group]
     for name in (flags["model"], str(folder)):
         policy, tokenizer = load_policy(name, device, flags["dtype"], flags["load_in_4bit"])
+        stop = stop_ids(policy, tokenizer, sampling.stop)
         for row in rows:
-            prompt = prompt_ids(task, Problem(row["prompt"], ""), tokenizer)
-            ids, texts = split_response(row, tokenizer)
-            columns = row.setdefault("columns", [texts])
-            columns.append(response_logprobs(policy, prompt, ids, sampling))
+            prompt = prompt_ids(task, problem_of(row), tokenizer)
+            ids, texts = split_response(row, prompt, stop, tokenizer)
+            changes = row.setdefault("changes", [texts])
+            changes.append(response_logprobs(policy, prompt, ids, sampling))
     for row in rows:
-        row["changes"] = [*zip(*row.pop("columns"))]
+        row["changes"] = [*zip(*row["changes"])]
 
 
-def split_response(row, tokenizer) -> tuple[list[int], list[str]]:
-    """Token ids and the text of each, with the stop token where the response has one. The text is
-    tokenised again: the ids that were sampled are not kept, and may have been others."""
-    found = tokenizer(row["response"], add_special_tokens=False, return_offsets_mapping=True)
+def split_response(row, prompt, stop, tokenizer) -> tuple[list[int], list[str]]:
+    """Token ids and the text of each, with the stop token where the response has one, and it can
+    only be one. The text is tokenised again: the ids that were sampled are not kept, and may have
+    been others."""
+    # a <think> that the prompt has opened
+    response = row["response"].removeprefix(opened_thought(tokenizer, prompt))
+    found = tokenizer(response, add_special_tokens=False, return_offsets_mapping=True)
     ids = found["input_ids"]
     texts = []
     end = 0
     for _, next_end in found["offset_mapping"]:
-        texts.append(row["response"][end:next_end])
+        texts.append(response[end:next_end])
         end = max(end, next_end)
-    if row["finished"]:
-        ids = [*ids, tokenizer.eos_token_id]
-        texts.append(tokenizer.eos_token)
+    if row["finished"] and len(stop) == 1:
+        ids = [*ids, *stop]
+        texts += tokenizer.convert_ids_to_tokens(stop)
     return ids, texts
 
 
@@ -221,7 +230,7 @@ def in_color(text, style) -> str:
 def group_text(group, prompt_text, paint) -> str:
     first = group[0]
     lines = [paint(f"group {first['group']}: {' '.join(remarks(group))}", "bold")]
-    lines.append(indent(printable(prompt_text(first["prompt"])), "  | "))
+    lines.append(indent(printable(prompt_text(first)), "  | "))
     lines.append(f"  answer: {printable(str(first['answer']))}\n")
     lines.append(paint("   reward   weight  tokens  response", "dim"))
     for row in group:
@@ -316,7 +325,7 @@ def page(folder, steps, prompt_text) -> str:
 
 def group_html(group, prompt_text) -> str:
     first = group[0]
-    prompt = escape(printable(prompt_text(first["prompt"])))
+    prompt = escape(printable(prompt_text(first)))
     answer = escape(printable(str(first["answer"])))
     lines = [f"<h2>Group {first['group']}. {escape(' '.join(remarks(group)))}</h2>"]
     lines.append(f"<pre>{prompt}</pre>\n<p>answer: <b>{answer}</b></p>\n<table>")
