@@ -29,6 +29,7 @@ import sys
 import time
 from contextlib import suppress
 from dataclasses import asdict, fields, replace
+from hashlib import sha256
 from importlib.metadata import version
 from pathlib import Path
 from statistics import fmean
@@ -225,10 +226,26 @@ def read_code(config) -> dict[str, bytes]:
         for script in (ROOT / part).glob("*.py"):
             code[script.relative_to(ROOT).as_posix()] = script.read_bytes()
     for module in re.findall(r"([^\W\d][\w.]*)\.\w", f"{config.reward} {config.true_reward}"):
-        name = f"{module.replace('.', '/')}.py"
-        if Path(name).exists() and Path(name).resolve() != ROOT / name:
-            code[f"own/{name}"] = Path(name).read_bytes()
+        file = Path(f"{module.replace('.', '/')}.py")
+        # a reward may import its neighbours
+        for script in file.parent.glob("*.py") if file.exists() else ():
+            if script.resolve() != ROOT / script:
+                code[f"own/{script}"] = script.read_bytes()
     return code
+
+
+def reward_models(config) -> dict[str, str]:
+    """A fingerprint of each folder in model("folder"), by its files and the ends of its weights."""
+    found = {}
+    names = re.findall(r"""model\(["']([^"']+)["']\)""", f"{config.reward} {config.true_reward}")
+    for name in names:
+        digest = sha256()
+        for file in sorted(Path(name).glob("*.*")):
+            with file.open("rb") as opened:
+                opened.seek(max(0, file.stat().st_size - 10**6))
+                digest.update(file.name.encode() + opened.read())
+        found[name] = digest.hexdigest()[:16]
+    return found
 
 
 def keep_code(folder, code, step):
@@ -374,6 +391,7 @@ class Run:
             "git_commit": git_commit(),
             "started": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
             "problems": problems,
+            "reward_models": reward_models(config),
         }
         content = {"config": self.config, **session}
         if resumed:  # what the run began with stays
@@ -384,6 +402,12 @@ class Run:
                     f"warning: --resume: --task {config.task} has other problems than when the run "
                     f"began: from step {step + 1} on it learns from others, and the "
                     "evaluation before training was of others"
+                )
+            models = session["reward_models"]
+            if sessions[-1].get("reward_models", models) != models:
+                print(
+                    f"warning: --resume: --reward {config.reward}: a learned reward is another "
+                    f"model than when the run was last at work, from step {step + 1} on"
                 )
             session = {"step": step, **session}
             content |= {"config": self.config, "resumed": [*sessions[1:], session]}

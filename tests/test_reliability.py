@@ -262,10 +262,28 @@ def test_what_changed_before_a_resume_is_said_and_kept(run, capsys):
     assert "warning: --resume: --task add has other problems than when the run began" in said
     assert "changed since" not in said and not (run / "code-8").exists()
 
+    Path("helper.py").write_text("")  # the reward may import it
+    with patch.object(lib.run, "reward_models", lambda config: {"judge": "another"}):
+        resume("straight", "--steps=10")
+    said = capsys.readouterr().out
+    assert "own/helper.py changed" in said
+    assert "a learned reward is another model than when the run was last at work" in said
+
     now = json.loads((run / "config.json").read_text())
     assert {**now, "config": 0, "resumed": 0} == {**first, "config": 0, "resumed": 0}
-    assert now["config"]["steps"] == 9
-    assert [session["step"] for session in now["resumed"]] == [6, 7, 8]
+    assert now["config"]["steps"] == 10
+    assert [session["step"] for session in now["resumed"]] == [6, 7, 8, 9]
+
+
+def test_a_learned_reward_has_another_fingerprint_after_another_training():
+    Path("judge").mkdir()
+    config = train.Config(reward='0.5*model("judge")', true_reward="raw_model('./judge')")
+    found = []
+    for weights in (b"0" * 2_000_000 + b"1", b"0" * 2_000_000 + b"2"):
+        Path("judge/model.safetensors").write_bytes(weights)
+        found.append(lib.run.reward_models(config))
+    assert found[0].keys() == found[1].keys() == {"judge", "./judge"}
+    assert found[0]["judge"] == found[0]["./judge"] != found[1]["judge"]
 
 
 def test_a_run_that_another_one_started_from_stays_as_it_is(run):
