@@ -423,16 +423,21 @@ class Config:
     CHOICES: ClassVar = {"reward": REWARDS}  # --help has a line for each rule
 
 
-def main(config, file):
-    check_range(config, 0, "limit")
+def read_samples(file) -> tuple[list[dict], dict]:
+    """A file of prompts, responses and answers -> samples for `score`, and the flags of the run
+    whose file it is, or {}."""
     samples = read_problems(Path(file), {"response": is_string})
     for row in samples:
         if "finished" not in row:  # not of ours: what is in the row are the columns of a problem
             row["columns"] = {name: row[name] for name in row if name not in (*TEXTS, *EXTRA)}
-    limit = config.limit
-    if not limit:
-        folder = Path(file).parent
-        limit = read_config(folder)["max_new_tokens"] if is_run(folder) else 512
+    folder = Path(file).parent
+    return samples, read_config(folder) if is_run(folder) else {}
+
+
+def main(config, file):
+    check_range(config, 0, "limit")
+    samples, flags = read_samples(file)
+    limit = config.limit or flags.get("max_new_tokens", 512)
     scores = score(load_reward(config.reward, pick_device("auto")), samples, limit)
     rows = [[found["reward"], *found["parts"].values()] for found in scores]
     means = [sum(column) / len(rows) for column in zip(*rows)]

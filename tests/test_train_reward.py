@@ -4,8 +4,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import CPU
+from conftest import CPU, parse_train
 
+import train
 from lib.files import write_rows
 from lib.flags import UserError
 from lib.reward_model import RewardModel
@@ -76,3 +77,16 @@ def test_pairs_are_made_from_responses_of_a_policy_or_of_a_run(base):
     assert fit["pairs"] == 19 * 2  # 1 is better than 2 and 3; one prompt is held out
     with pytest.raises(UserError, match="fewer than 10 prompts on which one response is better"):
         fit_to(rows, output="none", label="format")
+
+
+def test_the_responses_of_a_run_are_judged_by_its_reward(base, capsys):
+    """Not by the rule of the default task, and the base is the model of the run."""
+    flags = "--steps 8 --prompts_per_step 4 --group_size 8 --max_new_tokens 6 --eval_problems 0"
+    run = train.main(parse_train("--model", base, "--reward=-1*length", *flags.split()))
+    config = Config(output="short", epochs=1, device="cpu")
+    fit = json.loads(
+        (train_reward.main(config, str(run / "samples.jsonl")) / "fit.json").read_text()
+    )
+    said = capsys.readouterr().out
+    assert f"more of --label -1*length\nbase: {base}\n" in said
+    assert fit["longer_wins"] < 0.1

@@ -30,13 +30,13 @@ sys.path.insert(0, str(Path(__file__).parent.parent))  # so that it runs from an
 
 import engine.choose
 from engine.optimizer import Optimizer
-from lib.files import is_prompt, is_string, read_jsonl, read_problems, whole, write_json
+from lib.files import is_prompt, is_string, read_jsonl, whole, write_json
 from lib.flags import UserError, check_range, flag, run_script
 from lib.reward_model import RewardModel
-from lib.run import is_run
+from lib.run import is_run, read_config
 from lib.stats import wilson
 from policy import DEVICES, load_policy, pick_device, save_policy, stop_ids
-from reward import load_reward, score
+from reward import load_reward, read_samples, score
 from sample import Sampling
 from tasks import hold_out, load_task, prompt_ids, stable_hash, take_problems
 
@@ -44,12 +44,12 @@ from tasks import hold_out, load_task, prompt_ids, stable_hash, take_problems
 @dataclass(frozen=True)
 class Config:
     output: str = flag("runs/rm", "folder to write")
-    model: str = flag("", "base: Hugging Face name or folder; default: the policy")
+    model: str = flag("", "base: Hugging Face name or folder; default: the policy's or the run's")
     # where pairs come from without a file of pairs
     task: str = flag("add", "task whose training problems the policy answers")
     data_dir: str = flag("", "folder with the task's files, if it needs any")
     policy: str = flag("models/add", "model or run folder that answers them")
-    label: str = flag("", "reward that decides which is better; default: the task's")
+    label: str = flag("", "reward that decides which is better; default: the run's or task's")
     prompts: int = flag(512, "problems to answer")
     group_size: int = flag(16, "responses to each problem")
     max_new_tokens: int = flag(32, "tokens after which a response is truncated")
@@ -104,15 +104,14 @@ def read_pairs(config, source, device) -> list[Pair]:
         fields = {"prompt": is_prompt, "chosen": is_string, "rejected": is_string}
         rows = read_jsonl(Path(source), fields)
         return [Pair(*map(row.get, fields)) for row in rows]
-    samples = (
-        read_problems(Path(source), {"response": is_string})
-        if source
-        else sample_responses(config, device)
-    )
-    label = config.label or load_task(config.task, config.data_dir).reward
+    samples, flags = read_samples(source) if source else (sample_responses(config, device), {})
+    label = config.label or flags.get("true_reward") or flags.get("reward")
+    flags = {**asdict(config), **flags}
+    label = label or load_task(flags["task"], flags["data_dir"]).reward
+    print(f"the better response is the one with more of --label {label}")
     reward = load_reward(label, device)
     groups = defaultdict(dict)
-    for sample, found in zip(samples, score(reward, samples, config.max_new_tokens)):
+    for sample, found in zip(samples, score(reward, samples, flags["max_new_tokens"])):
         groups[json.dumps(sample["prompt"])][sample["response"]] = found["reward"]
     return make_pairs(groups, config.pairs_per_prompt, random.Random(config.seed))
 
@@ -191,9 +190,11 @@ def main(config, source=None) -> Path:
             "per step)"
         )
     held_out, pairs = hold_out(pairs, 0.1)
-    base = config.model or config.policy
+    run = Path(source or "").parent  # whose responses they are
+    base = config.model or (read_config(run)["model"] if is_run(run) else config.policy)
     if is_run(Path(base)):
         base = f"{base}/checkpoint"
+    print(f"base: {base}")
     torch.manual_seed(config.seed)  # the head for the score starts at random
     reward_model = RewardModel(base, device, num_labels=1)
     rows = encode(reward_model, pairs)
