@@ -272,7 +272,11 @@ def main(config, models) -> dict:
         results[name] |= details(found["sampled"], names, graded)
 
     kinds = f"greedy, and {config.samples} sampled at temperature {sampled.temperature:g}"
-    print(f"\n{len(problems)} test problems of {task.name}, responses to each: {kinds}\n")
+    print(f"\n{len(problems)} test problems of {task.name}, responses to each: {kinds}")
+    if task.rule_guess:
+        total = len(task.train + task.validation + task.test)
+        print(f"({config.task} has {total} problems: the others are for training and validation)")
+    print()
     print(results_table(results))
     comparisons = []
     pairs = [(base, name) for name, base in bases.items()]

@@ -22,6 +22,7 @@ from torch.nn.utils.rnn import pad_sequence
 
 from lib.checks import CACHE, check_prompts, context_length
 from lib.flags import UserError, check_range, flag, run_script
+from lib.prompts import shared_prompting
 from lib.run import is_run, read_config
 from lib.texts import response_text, token_texts
 from policy import DEVICES, load_policy, pick_device, stop_ids
@@ -319,10 +320,12 @@ def main(config, model, prompt=None) -> None:
             f"{model}: is taken for the model, and a prompt is missing (or --chat): "
             'python sample.py MODEL "PROMPT"'
         )
-    task, sampling = NO_TASK, Sampling()
+    task, sampling, columns = NO_TASK, Sampling(), {}
     if is_run(Path(model)):  # asks as in training: the task's instruction, the run's sampling
         flags = read_config(Path(model))
         task = load_task(flags["task"], flags["data_dir"])
+        system, columns = shared_prompting(task.train, task.system)
+        task = replace(task, system=system)
         sampling = sampling_of(flags)
     if config.temperature >= 0:
         sampling = replace(sampling, temperature=config.temperature)
@@ -333,7 +336,7 @@ def main(config, model, prompt=None) -> None:
     stop = stop_ids(policy, tokenizer, sampling.stop)
 
     def encode(prompt):
-        return prompt_ids(task, Problem(prompt, ""), tokenizer)
+        return prompt_ids(task, Problem(prompt, "", columns=columns), tokenizer)
 
     def respond(prompt, samples):
         ids = encode(prompt)

@@ -76,6 +76,19 @@ def apply_template(messages, columns, tokenizer) -> str:
         raise UserError(f"the model's chat template refuses the prompt: {reason}") from None
 
 
+def shared_prompting(problems, system) -> tuple[str, dict]:
+    """The system message and the columns for the template that all problems of a .jsonl file have,
+    so that another prompt can be given like them. Where they differ: `system`, {}."""
+    found = set()
+    for problem in problems:
+        first = problem.prompt[0] if isinstance(problem.prompt, list) else {"role": "user"}
+        text = first["content"] if first["role"] == "system" else system
+        options = problem.columns.keys() & {"tools", "chat_template_kwargs"}
+        columns = {name: problem.columns[name] for name in options}
+        found.add(json.dumps([text, columns], sort_keys=True))
+    return json.loads(found.pop()) if len(found) == 1 else (system, {})
+
+
 @lru_cache
 def freeze_date(template) -> str:
     """Equal runs have equal prompts: 'on {{ strftime_now("%Y") }}' -> 'on {{ "2025" }}'"""

@@ -1,19 +1,26 @@
+import contextlib
 import copy
 import io
 import json
+import re
 import runpy
+import shutil
 import sys
+from pathlib import Path
 
 import pytest
 import tiny
 import torch
+from conftest import CPU, parse_train
 
 import engine.generate
 import sample
+import train
 from engine.generate import generate
+from lib.files import write_rows
 from lib.flags import UserError
 from loss import token_logprobs
-from policy import stop_ids
+from policy import load_policy, stop_ids
 from sample import Sampling, join, sample_token
 
 PROMPTS = [list(range(5, 18)), [300], [40, 41, 42], [77, 78, 79, 80, 81]]
@@ -246,6 +253,40 @@ def test_a_chat_answers_each_line_and_remembers_the_lines_before(
     assert capsys.readouterr().out == "> {}\n> {}\n> ".format(*responses)
     assert "hello" in prompts[0] and "then" not in prompts[0]
     assert prompts[1].startswith(prompts[0]) and "and then?" in prompts[1]
+
+
+def test_a_run_is_asked_as_its_problems_were(folders, monkeypatch, capsys):
+    """Each brings the same system message and an option for the template."""
+    shutil.copytree(folders("qwen2"), "model")
+    template = Path("model/chat_template.jinja")
+    template.write_text("{{ note }}" + template.read_text())
+    system = {"role": "system", "content": "Be brief."}
+    rows = [
+        {
+            "prompt": [system, {"role": "user", "content": f"{i}?"}],
+            "answer": str(i),
+            "chat_template_kwargs": {"note": "(noted)"},
+        }
+        for i in range(30)
+    ]
+    write_rows(Path("my.jsonl"), rows)
+    flags = "--steps 1 --prompts_per_step 2 --group_size 2 --max_new_tokens 4 --eval_problems 0"
+    model = ["--model=./model", "--task=my.jsonl", "--reward=length", "--device=cpu"]
+    run = train.main(parse_train(*model, *flags.split()))
+    said = capsys.readouterr().out
+    trained_on = re.findall(r"(?m)^    \| (.*)$", said)
+    prompts = []
+    monkeypatch.setattr(sample, "generate", lambda policy, ids, *rest, **more: prompts.extend(ids))
+    for chat in (False, True):
+        monkeypatch.setattr(sys, "stdin", io.StringIO("7?\n"))
+        config = sample.Config(chat=chat, device="cpu")
+        with contextlib.suppress(AttributeError):  # there is no rollout
+            sample.main(config, str(run), "7?")
+    _, tokenizer = load_policy(str(run), CPU)
+    for prompt in prompts:
+        asked = tokenizer.decode(prompt).rstrip("\n").split("\n")
+        assert [re.sub(r"\d+\?", "7?", line) for line in trained_on if line] == asked
+    assert len(prompts) == 2 and asked[0].startswith("(noted)") and "Be brief." in asked[1]
 
 
 # ------------------------------------------------------------------------- tokens of somebody else
