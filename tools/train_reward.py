@@ -37,7 +37,7 @@ from lib.run import is_run, read_config
 from lib.stats import wilson
 from policy import DEVICES, load_policy, pick_device, save_policy, stop_ids
 from reward import load_reward, read_samples, score
-from sample import Sampling
+from sample import Sampling, sampling_of
 from tasks import hold_out, load_task, prompt_ids, stable_hash, take_problems
 
 
@@ -89,8 +89,9 @@ def sample_responses(config, device) -> list[dict]:
     problems = take_problems(task.train, 0, config.prompts, config.seed)
     prompts = [prompt_ids(task, problem, tokenizer) for problem in problems]
     seeds = [stable_hash(f"{config.seed}/pairs/{i}") for i in range(len(problems))]
-    stop = stop_ids(policy, tokenizer)
-    sampling = Sampling()
+    is_a_run = is_run(Path(config.policy))
+    sampling = sampling_of(read_config(Path(config.policy))) if is_a_run else Sampling()
+    stop = stop_ids(policy, tokenizer, sampling.stop)
     G, N = config.group_size, config.max_new_tokens
     print(f"sampling {G} responses to each of {len(problems)} prompts")
     forms = engine.choose.choose(policy, prompts[:8], stop, sampling, N)
