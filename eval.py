@@ -30,7 +30,7 @@ from lib.flags import UserError, check_range, flag, run_script
 from lib.plots import plot_evaluation
 from lib.progress import Progress
 from lib.report import comparison_text, results_table
-from lib.run import flags_of_runs, is_run, read_config
+from lib.run import flags_of_runs, is_run, moved_base, read_config
 from lib.stats import at_k, compare_values, mean_interval, right_or_wrong
 from policy import DEVICES, DTYPES, load_policy, pick_device, stop_ids
 from reward import Rewards, load_measures, load_reward, votes
@@ -208,8 +208,10 @@ def main(config, models) -> dict:
     for name in models:
         find_model(name)  # a folder that is not there is named before anything else
     runs = {name: read_config(Path(name)) for name in models if is_run(Path(name))}
-    for flags in runs.values():
+    for name, flags in runs.items():
         flags["reward"] = flags["true_reward"] or flags["reward"]
+        if moved := moved_base(Path(name)):
+            print(f"warning: {moved}: what it began with cannot be measured")
     shared = ["task", "data_dir", "max_new_tokens"]
     if not config.task:
         shared.append("reward")  # that of a run is for the task of the run

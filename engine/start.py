@@ -1,5 +1,7 @@
 """What a run needs to know of the machine before it starts."""
 
+from dataclasses import replace
+
 from engine.choose import Forms, choose
 from engine.memory import Memory, enable_gradient_checkpointing
 from lib.checks import check_prompts
@@ -21,8 +23,15 @@ def prepare(policy, tokenizer, task, measured, config, state) -> tuple[Forms, Me
     stop = stop_ids(policy, tokenizer, config.stop)
     ends = tokenizer.convert_ids_to_tokens(stop)
     print(describe_run(config, policy, task, measured.texts, ends), end="")
-    first = prompt_ids(task, task.train[0], tokenizer)
-    print(describe_prompt(tokenizer, first, task.train[0].answer), end="")
+    problem = task.train[0]
+    first = prompt_ids(task, problem, tokenizer)
+    print(describe_prompt(tokenizer, first, problem.answer), end="")
+    for name in {"tools", "chat_template_kwargs"} & problem.columns.keys():
+        others = {key: value for key, value in problem.columns.items() if key != name}
+        if problem.columns[name] and first == prompt_ids(
+            task, replace(problem, columns=others), tokenizer
+        ):
+            print(f'warning: the chat template ignores the "{name}" of this prompt')
     available = device_memory(policy.device)
     program = PROGRAM if policy.device.type == "cpu" else 0
     unknown = tokenizer.unk_token_id

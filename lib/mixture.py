@@ -55,6 +55,12 @@ def columns_of(function) -> dict[str, bool]:
     return {one.name: one.default is one.empty for one in named}
 
 
+def defaults_of(function) -> dict:
+    """{"weight": 1.0}"""
+    parameters = inspect.signature(function).parameters.values()
+    return {one.name: one.default for one in parameters if one.default is not one.empty}
+
+
 def takes_all_columns(function) -> bool:
     """def mine(prompt, response, answer, **columns) -> True"""
     parameters = inspect.signature(function).parameters.values()
@@ -222,8 +228,8 @@ def call_part(part, function, rows, limit) -> list[float | list[float]]:
     limit: most tokens of a response. A function with a parameter `length`, `tokens` or `limit` gets
            that too, and only one with `tokens` may return a list. Another parameter gets the
            column of its name, of row["columns"], and **others all that are left.
-           A function whose first parameter is `prompts` is called once, with three lists and one
-           for each column, and has no `length`, `tokens` or `limit`.
+           A function whose first parameter is `prompts` is called once, with three lists, and
+           lists of the others too; a row without a column gets the default of the parameter.
     UserError names the row for which the function raised, or returned no finite number.
     """
     names = parameters_of(function)
@@ -253,7 +259,14 @@ def call_part(part, function, rows, limit) -> list[float | list[float]]:
     values = []
     try:
         if names[:1] == ["prompts"]:
-            more = {name: [deepcopy(row.get(name)) for row in columns] for name in wanted}
+            defaults = defaults_of(function)
+            more = {}
+            for name in wanted:
+                if any(name in row for row in columns):
+                    default = defaults.get(name)
+                    more[name] = [deepcopy(row.get(name, default)) for row in columns]
+            for name in set(EXTRA).intersection(names):
+                more[name] = limit if name == "limit" else [row[name] for row in rows]
             found = function(*texts, **more)
             if isinstance(found, (dict, set, str)):
                 raise error_at(0, f"returned a {type(found).__name__}, not a list, the first")

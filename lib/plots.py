@@ -34,6 +34,7 @@ POINTS = 500  # of a curve: a long run is thinned to about as many
 LEGEND = {"loc": "outside lower center", "ncols": 4, "fontsize": 9, "title_fontsize": 9}
 ONE_EACH = "thin: each step. Thick: mean of up to seven steps. Band: 95 % interval"
 SEVERAL = "mean of the runs, smoothed. Band: from the lowest to the highest run"
+MIXED = f"{SEVERAL}, or of one run the 95 % interval"
 DASHES = "-", "--", "-.", ":"  # so that curves that coincide can be told apart
 
 
@@ -147,7 +148,8 @@ def plot_runs(runs, path, x="step"):
         if single and metric == "grad_norm":
             plot_clipped(panel, curve(single, metric, x), read_flag(folder, "max_grad_norm"))
     handles = panels[0].get_legend_handles_labels()
-    explained = SEVERAL if any(len(group) > 1 for group in groups.values()) else ONE_EACH
+    several = [len(group) > 1 for group in groups.values()]
+    explained = SEVERAL if all(several) else MIXED if any(several) else ONE_EACH
     legend = LEGEND | ({"ncols": 1} if max(map(len, groups)) > 40 else {})
     figure.legend(*handles, title=explained, **legend)
     save(figure, path)
@@ -177,7 +179,7 @@ def plot_group(panel, group, metric, color, label, dashes, x):
         low, high = zip(*curve(group[0], f"{metric}_interval", x).values())
     places, mean, low, high = (values[thinned] for values in (places, mean, low, high))
     panel.fill_between(places, low, high, color=color, alpha=0.2, linewidth=0)
-    marker = "o" if metric.startswith("eval_") else ""
+    marker = "o" if metric.startswith("eval_") or len(places) == 1 else ""
     panel.plot(
         places, mean, dashes, marker=marker, color=color, linewidth=2, markersize=3, label=label
     )

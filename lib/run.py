@@ -234,6 +234,24 @@ def read_code(config) -> dict[str, bytes]:
     return code
 
 
+def saved_step(model) -> int | None:
+    """The step of a run's checkpoint; None for what is no run."""
+    with suppress(Exception):  # not there, or damaged in any way
+        file = Path(model) / "checkpoint" / "state.pt"
+        return torch.load(file, mmap=True, weights_only=True)["step"]
+
+
+def moved_base(folder) -> str:
+    """What has happened to the run from which this one started, if it has trained on since; else
+    ''."""
+    content = json.loads((folder / "config.json").read_text())
+    model = content["config"]["model"]
+    then, now = content.get("base_step"), saved_step(model)
+    if None in (then, now) or then == now:
+        return ""
+    return f"{folder} started from {model} at step {then}, which is at step {now} now"
+
+
 def reward_models(config) -> dict[str, str]:
     """A fingerprint of each folder in model("folder"), by its files and the ends of its weights."""
     found = {}
@@ -342,8 +360,9 @@ class Run:
         what it is compared with would change with this run."""
         for other in sorted(self.folder.parent.iterdir()):
             with suppress(UserError):
-                model = Path(read_config(other)["model"]).resolve()  # or its checkpoint/ or best/
-                is_base = self.folder.resolve() in (model, model.parent)
+                model = Path(read_config(other)["model"]).resolve()
+                changing = [self.folder / part for part in (".", "checkpoint", "best")]
+                is_base = model in [path.resolve() for path in changing]
                 if is_base and other.suffix != ".failed":
                     break
         else:
@@ -392,6 +411,7 @@ class Run:
             "started": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
             "problems": problems,
             "reward_models": reward_models(config),
+            "base_step": saved_step(config.model),
         }
         content = {"config": self.config, **session}
         if resumed:  # what the run began with stays
@@ -403,6 +423,10 @@ class Run:
                     f"began: from step {step + 1} on it learns from others, and the "
                     "evaluation before training was of others"
                 )
+            if moved := moved_base(self.folder):
+                if config.lora_rank or config.kl_beta or config.log_kl:
+                    raise UserError(f"--resume: {moved}: its adapter or reference would be another")
+                print(f"warning: --resume: {moved}")
             models = session["reward_models"]
             if sessions[-1].get("reward_models", models) != models:
                 print(

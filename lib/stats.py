@@ -90,15 +90,25 @@ def right_or_wrong(values) -> bool:
 
 def mean_interval(values, proportion=True):
     """A value for each problem -> their mean and its 95 % interval. Wilson's where each value is 0
-    or 1; otherwise by `bootstrap`, because several responses to one problem are alike.
+    or 1; otherwise by `interval_of_mean`, since several responses to one problem are alike.
 
     proportion: False: a run that this one is compared with has other values than 0 and 1
     """
     if proportion and right_or_wrong(values):
         interval = wilson(sum(values), len(values))
     else:
-        interval = bootstrap(values)
+        interval = interval_of_mean(values)
     return {"mean": fmean(values), "interval": interval}
+
+
+def interval_of_mean(values):
+    """The 95 % interval: by `bootstrap`, but Student's for fewer than 30 values, for which the
+    bootstrap is too narrow. One value alone could as well be 0: it gets 12.7 times itself."""
+    n = len(values)
+    if n >= 30:
+        return bootstrap(values)
+    half = student(max(n, 2)) * (stdev(values) / math.sqrt(n) if n > 1 else abs(values[0]))
+    return fmean(values) - half, fmean(values) + half
 
 
 def at_k(votes, right):
@@ -125,7 +135,7 @@ def compare_values(before, after):
     if right_or_wrong([*before, *after]):
         low, high = paired_difference(gained, lost, len(before))
     else:
-        low, high = bootstrap(differences)
+        low, high = interval_of_mean(differences)
     numbers = {"difference": fmean(differences), "gained": gained, "lost": lost}
     return {**numbers, **verdict_of(low, high)}
 

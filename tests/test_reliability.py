@@ -22,6 +22,7 @@ import torch
 from conftest import CPU, parse_train
 from safetensors.torch import load_file
 
+import eval
 import lib.run
 import tasks
 import train
@@ -287,14 +288,33 @@ def test_a_learned_reward_has_another_fingerprint_after_another_training():
     assert found[0]["judge"] == found[0]["./judge"] != found[1]["judge"]
 
 
-def test_a_run_that_another_one_started_from_stays_as_it_is(run):
+def test_a_run_that_another_one_started_from_stays_as_it_is(run, capsys):
     """The other's adapter, its reference model and its base would be another model."""
     folder = run_train(*FLAGS, "--name=first", "--steps=1")
-    run_train(*FLAGS, f"--model={folder}", "--name=second", "--steps=1")
-    with pytest.raises(UserError, match=r"second started from .*first, .* --model .*first --name"):
+    for name, more in {"second": "--runs_dir=runs", "kl": "--kl_beta=0.1"}.items():
+        run_train(*FLAGS, f"--model={folder}", f"--name={name}", "--steps=1", more)
+    merged = save_merged(folder)
+    run_train(*FLAGS, f"--model={merged}", "--name=a-copy", "--steps=1")
+    with pytest.raises(UserError, match=r"kl started from .*first, .* --model .*first --name"):
         run_train("--name=first", "--resume", "--steps=2")
-    shutil.rmtree(folder.with_name("second"))
+    for name in ("second", "kl"):  # where it cannot be seen
+        Path("elsewhere").mkdir(exist_ok=True)
+        shutil.move(folder.with_name(name), f"elsewhere/{name}")
     run_train("--name=first", "--resume", "--steps=2")
+
+    capsys.readouterr()
+    run_train("--runs_dir=elsewhere", "--name=second", "--resume", "--steps=2")
+    said = f"elsewhere/second started from {folder} at step 1, which is at step 2 now"
+    assert f"warning: --resume: {said}" in capsys.readouterr().out
+    with pytest.raises(UserError, match=r"kl started from .* reference would be another"):
+        run_train("--runs_dir=elsewhere", "--name=kl", "--resume", "--steps=2")
+    eval.main(eval.Config(limit=2, device="cpu"), ["elsewhere/second"])
+    assert f"warning: {said}" in capsys.readouterr().out
+
+
+def save_merged(folder):
+    """A copy within the run's folder, as tools.merge writes it."""
+    return shutil.copytree(folder / "checkpoint", folder / "merged")
 
 
 def test_a_model_card_has_no_numbers_of_a_shorter_run(run):

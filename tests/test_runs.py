@@ -42,6 +42,15 @@ def listed(capsys, *names, **flags):
     return capsys.readouterr().out
 
 
+def test_seeds_that_tie_keep_the_interval_over_problems(capsys):
+    """Over the seeds it has no width, and any other setting was better or worse."""
+    for seed in (0, 1):
+        make_run(f"a-{seed}", 0.5, lr=1e-4, seed=seed)
+        make_run(f"b-{seed}", 0.51, lr=1e-3, seed=seed)
+    said = listed(capsys)
+    assert "0.500 [0.450, 0.550]" in said and "no difference seen" in said
+
+
 def test_runs_on_other_problems_are_neither_pooled_nor_compared(capsys):
     """The .jsonl file was edited between the two."""
     make_run("one", 0.5, problems="aaaaaaaabb", task="my.jsonl")
@@ -93,7 +102,7 @@ def test_a_run_without_evaluations_is_measured_by_its_first_and_last_quarter(cap
     add_run(0, [0.1, 0.3], [0.8, 1.0])
     assert "reward of steps  0.200 [-1.071, 1.471]  0.900 [-0.371, 2.171]" in listed(capsys)
     add_run(1, [0.2, 0.2], [0.6, 0.8])
-    assert "0.200 [0.200, 0.200]  0.800 [-0.471, 2.071]" in listed(capsys)
+    assert "0.200 [-1.071, 1.471]  0.800 [-0.471, 2.071]" in listed(capsys)
 
 
 def test_only_runs_of_the_same_code_and_other_seeds_are_pooled(capsys):

@@ -447,6 +447,27 @@ def level(prompt, response, answer, **columns): return columns["level"] + 10 * l
     load_reward("mine.open_ended", problems=problems)
 
 
+def test_a_batch_reward_gets_defaults_limits_and_lists():
+    """A parameter with a default got [None, None]; a `limit` stayed at its default."""
+    Path("mine.py").write_text("""
+def f(prompts, responses, answers, limit, length, tokens, level=2, weight=3.0):
+    assert isinstance(weight, float) and isinstance(level, list), (weight, level)
+    return [limit + len(t) + n + v for n, t, v in zip(length, tokens, level)]
+""")
+    sample = {"prompt": "1?", "response": "1", "answer": "1", "length": 5, "tokens": ["1", ""]}
+    rows = [{**sample, "columns": {"level": 100}}, sample]
+    found = score(load_reward("mine.f"), rows, limit=1000)
+    assert [row["reward"] for row in found] == [1107, 1009]
+
+
+def test_a_template_that_ignores_tools_is_named(chat, capsys):
+    *_, folder = chat()
+    task = write_problems(many(tools=[{"name": "f"}], chat_template_kwargs={"lang": "de"}))
+    run_train(folder, f"--task={task}")
+    said = capsys.readouterr().out
+    assert 'ignores the "tools"' in said and 'ignores the "chat_template_kwargs"' in said
+
+
 def test_a_run_hands_the_columns_to_its_reward(folders):
     Path("mine.py").write_text("""
 def noted(prompt, response, answer, note): return float(note == "n" + answer)

@@ -1,3 +1,4 @@
+import random
 from itertools import combinations
 from statistics import fmean
 
@@ -59,7 +60,21 @@ def test_means_of_right_and_wrong_have_wilson_intervals_and_others_are_bootstrap
     assert mean_interval([0] * 27)["interval"] == wilson(0, 27)  # not [0, 0]
     # another run has 0.5 somewhere: the reward is no proportion, though it looks like one here
     assert mean_interval([1.0] * 20, proportion=False)["interval"] == (1, 1)
-    assert mean_interval([1, 0.5, 0]) == {"mean": 0.5, "interval": bootstrap([1, 0.5, 0])}
+    many = [0.25, 0.5] * 15
+    assert mean_interval(many) == {"mean": 0.375, "interval": bootstrap(many)}
+
+
+def test_a_few_values_have_the_interval_of_student():
+    """By the bootstrap two equal models differed in half of the comparisons on two problems."""
+    low, high = mean_interval([1, 0.5, 0])["interval"]  # 0.5 +- 4.303 * 0.5 / sqrt(3)
+    assert (low, high) == pytest.approx((-0.742, 1.742), abs=1e-3)
+    assert compare_values([0.5], [2])["verdict"] == "no difference seen"
+    rng = random.Random(0)
+    for n in (2, 3, 8):
+        draws = [[[rng.gauss(0, 1) for _ in range(n)] for _ in range(2)] for _ in range(400)]
+        verdicts = [compare_values(*draw)["verdict"] for draw in draws]
+        wrong = 1 - verdicts.count("no difference seen") / len(draws)
+        assert 0.02 < wrong < 0.09
 
 
 def test_the_interval_of_a_paired_difference_by_hand():

@@ -25,8 +25,6 @@ from pathlib import Path
 from statistics import fmean
 from typing import Literal
 
-import torch
-
 sys.path.insert(0, str(Path(__file__).parent.parent))  # so that it runs from any folder
 
 from lib.checkpoint import lock
@@ -34,7 +32,7 @@ from lib.files import read_rows
 from lib.flags import UserError, align, flag, run_script
 from lib.plots import plot_runs
 from lib.report import interval_text
-from lib.run import is_run, read_config
+from lib.run import is_run, read_config, saved_step
 from lib.stats import mean_over_runs, unpaired_difference
 from loss import RECIPES
 
@@ -154,11 +152,7 @@ def state_of(folder, done, steps) -> str:
         lock(folder).close()
     except UserError:  # another process holds it
         return "running"
-    try:
-        saved = torch.load(folder / "checkpoint" / "state.pt", mmap=True, weights_only=True)["step"]
-    except Exception:  # not there, or damaged in any way
-        return "failed"
-    return "stopped" if saved == done else "failed"
+    return "stopped" if saved_step(folder) == done else "failed"
 
 
 def pool_seeds(runs) -> list[dict]:
@@ -184,7 +178,8 @@ def pool(runs) -> dict:
     for when in ("before", "after"):
         means = [run[when]["mean"] for run in runs if run[when]]
         once = when == "before" and row["measured"] != STEPS  # all seeds begin with one model
-        if means and not once:
+        # where all are equal the interval over problems stays: that over seeds has no width
+        if len(set(means)) > 1 and not once:
             row[when] = mean_over_runs(means, row["measured"] == "accuracy")
     return row
 
