@@ -229,11 +229,13 @@ def fail(line):
 def shorten(text, limit=300):
     """Text or chat messages in one line for the screen: "two\\n  words" -> "two words"
 
-    White space is folded, and a line of more than `limit` characters ends in "..."
+    White space is folded, control characters are written as codes (a model could change the
+    screen), and a line of more than `limit` characters ends in "..."
     """
     if not isinstance(text, str):
         text = json.dumps(text)
     line = " ".join(text.split())
+    line = re.sub(r"[\x00-\x1f\x7f-\x9f]", lambda found: f"\\x{ord(found[0]):02x}", line)
     if len(line) > limit:
         line = f"{line[: limit - 3]}..."
     return line

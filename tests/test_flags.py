@@ -16,7 +16,7 @@ import reward
 import sample
 import train
 from lib.checks import check_prompts
-from lib.flags import UserError, did_you_mean, flag_line
+from lib.flags import UserError, did_you_mean, flag_line, shorten
 from lib.run import read_config
 from loss import DENOMINATORS, FILTERS, LOSSES, NORMALISERS, RECIPES
 from policy import load_policy
@@ -163,3 +163,8 @@ def test_a_fault_of_a_kernel_is_not_taken_for_a_lack_of_memory(text, monkeypatch
     with pytest.raises(RuntimeError if "illegal" in text else SystemExit):
         lib.flags.run_script(fails, memory.Config, "")
     assert ("lower the sizes" in capsys.readouterr().err) == ("illegal" not in text)
+
+
+def test_text_of_a_model_cannot_change_the_screen():
+    assert shorten("a\n\n  b\x1b[31m\x07 \u00e9") == "a b\\x1b[31m\\x07 \u00e9"
+    assert shorten("word " * 99, 10) == "word wo..."

@@ -89,8 +89,8 @@ def test_seeds_are_pooled_with_the_interval_over_seeds(capsys):
 
 
 def test_a_run_without_evaluations_is_measured_by_its_first_and_last_quarter(capsys):
-    """(0.1, 0.3) and (0.8, 1): 0.2 and 0.9, with 12.706 * 0.1 on both sides. Of two seeds 0.2 and
-    0.8, with 12.706 * 0.1."""
+    """(0.1, 0.3) and (0.8, 1): 0.2 and 0.9, with 12.706 * 0.1 on both sides. Of two seeds 0.2, which
+    tie, so as of one, and 0.8 with 12.706 * 0.1."""
 
     def add_run(seed, first, last):
         folder = Path(make_run(f"lr-{seed}", seed=seed))
