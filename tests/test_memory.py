@@ -1,3 +1,4 @@
+import gc
 import os
 import re
 import weakref
@@ -286,3 +287,21 @@ def test_with_the_flags_that_are_suggested_it_fits(capsys):
 def test_what_no_flag_can_mend_is_said_and_what_fits_easily_is_not(load):
     table = partial(memory_table, train.Config(), load("llama")[0], longest_prompt=20)
     assert "take a smaller model" in table(1e6) and table(1e12) == ""
+
+
+@pytest.mark.parametrize("more", ["", "--dtype=bfloat16 --kl_beta=0.1 --loss=clip --minibatches=2"])
+def test_a_run_leaves_nothing_in_memory(base, more):
+    """Of each run in a notebook the whole model once stayed, held by the estimate of its memory."""
+
+    def alive():
+        for _ in range(3):
+            gc.collect()
+        return sum(one.numel() for one in gc.get_objects() if torch.is_tensor(one))
+
+    flags = """--steps=2 --prompts_per_step=2 --group_size=2 --max_new_tokens=4 --eval_problems=2
+        --device=cpu"""
+    found = []
+    for _ in range(2):
+        train.main(parse_train(f"--model={base}", *flags.split(), *more.split()))
+        found.append(alive())
+    assert found[0] == found[1]
