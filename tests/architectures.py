@@ -90,6 +90,14 @@ ARCHITECTURES |= {
     "gemma4_text": dict(layer_types=SLIDING),
     "exaone4": dict(layer_types=SLIDING),
     "minimax": dict(layer_types=MIXED, block_size=16),
+    "nemotron_h": dict(
+        mamba_num_heads=8,
+        mamba_head_dim=16,
+        n_groups=2,
+        ssm_state_size=16,
+        chunk_size=16,
+        moe_shared_expert_intermediate_size=32,
+    ),
     "roberta, is_decoder": dict(is_decoder=True),
 }
 PROMPTS = [list(range(5, 25)), [8, 9], [9, 10, 11] * 4]
