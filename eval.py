@@ -211,7 +211,9 @@ def main(config, models) -> dict:
     for name, flags in runs.items():
         flags["reward"] = flags["true_reward"] or flags["reward"]
         if moved := moved_base(Path(name)):
-            print(f"warning: {moved}: what it began with cannot be measured")
+            if flags.get("lora_rank"):
+                raise UserError(f"{moved}: its adapter does not fit that model")
+            print(f"warning: {moved}: it is compared with that")
     shared = ["task", "data_dir", "max_new_tokens"]
     if not config.task:
         shared.append("reward")  # that of a run is for the task of the run
@@ -226,13 +228,13 @@ def main(config, models) -> dict:
     load = partial(load_reward, device=device, problems=problems)
     measured = load_measures(task, config.reward, "", load)
     first, *_ = measured.texts
-    compares = f"--reward {config.reward}: is called with all responses, and may compare those to "
+    may_compare = f"--reward {config.reward}: may compare the responses to a prompt"
     if config.reward not in measured.texts.values():
-        print(f"{compares}one prompt, which would be the same for any model: accuracy is measured")
+        print(f"{may_compare}, and says little of a model: the accuracy is measured instead")
     size = group_size(measured)
     if config.samples < size:
         config = replace(config, samples=size)
-        print(f"{compares}one prompt. {size} are sampled to each (--samples)")
+        print(f"{may_compare}: {size} are sampled for each (--samples)")
     one_run = len(models) == 1 and models[0] in runs
     output = Path(config.output or (models[0] if one_run else "runs/eval"))
     try:

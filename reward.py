@@ -424,11 +424,11 @@ class Config:
 
 
 def read_samples(file) -> tuple[list[dict], dict]:
-    """A file of prompts, responses and answers -> samples for `score`, and the flags of the run
-    whose file it is, or {}."""
+    """A file of prompts, responses and answers -> samples for `score`, and if the file is in a run
+    folder the flags of the run, else {}."""
     samples = read_problems(Path(file), {"response": is_string})
     for row in samples:
-        if "finished" not in row:  # not of ours: what is in the row are the columns of a problem
+        if "finished" not in row:  # written by hand: what else is in the row are columns
             row["columns"] = {name: row[name] for name in row if name not in (*TEXTS, *EXTRA)}
     folder = Path(file).parent
     return samples, read_config(folder) if is_run(folder) else {}

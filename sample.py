@@ -4,7 +4,7 @@
     python sample.py Qwen/Qwen2.5-0.5B-Instruct --chat  # a conversation
 
 `generate` is the sampler in its plain form. train.py and eval.py mostly use engine/generate.py,
-which samples the same tokens (but for rounding) faster. Both call `policy_distribution` and
+which samples the same tokens (except for rounding) faster. Both call `policy_distribution` and
 `sample_token`: a change there is a change of both.
 """
 

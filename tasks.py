@@ -21,7 +21,7 @@ from tqdm import tqdm
 from lib.files import download, is_text, read_jsonl, read_problems
 from lib.flags import UserError
 from lib.progress import phase
-from lib.prompts import chat_text, encode
+from lib.prompts import TEMPLATE_COLUMNS, chat_text, encode
 
 
 @dataclass(frozen=True)
@@ -280,7 +280,7 @@ def prompt_text(task, problem, tokenizer) -> str:
     prompt = problem.prompt
     is_chat = isinstance(prompt, list)
     if tokenizer.chat_template is None:
-        for name in problem.columns.keys() & {"tools", "chat_template_kwargs"}:
+        for name in problem.columns.keys() & TEMPLATE_COLUMNS:
             raise UserError(f'a row has "{name}", but the model\'s tokenizer has no chat template')
         if is_chat:
             raise UserError(

@@ -179,10 +179,14 @@ def sampler_difference(found, expected, policy, sampling, noise) -> float:
             place = first_difference(one[1], other[1])
             for each in logprobs:
                 each[row, place:] = 0
-            gap = token_gap(row, place, one[1], other[1], expected, policy, sampling)
-            gaps.append(gap / 10)  # of a single token
-    one_each = math.sqrt(logprobs[1].numel())  # the norm of ones: see `differences`
-    gaps += differences(logprobs[:1], logprobs[1:], one_each)
+            if place == min(len(one[1]), len(other[1])):  # only one of the two has ended
+                return math.inf
+            ids = expected.ids[row, : expected.prompt_lengths[row] + place]
+            gap = token_gap(policy, ids, one[1][place], other[1][place], sampling)
+            gaps.append(gap / 10)  # a single token may be off by more than their mean
+    # log-probs near 0, of tokens that are nearly certain, are compared as if they were near 1
+    smallest = math.sqrt(logprobs[1].numel())
+    gaps += differences(logprobs[:1], logprobs[1:], smallest)
     return times_noise(gaps, [noise] * len(gaps), policy.dtype)
 
 
@@ -193,17 +197,17 @@ def first_difference(one, other) -> int:
 
 
 @torch.no_grad()
-def token_gap(row, place, response, expected_response, expected, policy, sampling) -> float:
-    """How far apart the tokens at a place of two responses are: the probability of the tokens
-    between them (of sampling), or how much more likely one is (greedy). The other token comes by
-    rounding where the random number is at the border of the two: with a large vocabulary once in a
-    thousand tokens, even in float32. inf: one response has ended and the other has not."""
-    if place == min(len(response), len(expected_response)):
-        return math.inf
-    ids = expected.ids[row, : expected.prompt_lengths[row] + place][None]
-    logits = policy(ids, use_cache=False, logits_to_keep=1).logits[0, -1:]
+def token_gap(policy, ids, one, other, sampling) -> float:
+    """(T,) ids of a row so far, and two tokens that may come next -> how far apart these are: the
+    probability of all tokens between them, or if the sampling is greedy the difference of their
+    log-probs.
+
+    Near 0: rounding decides between the two, because the random number is at their border. With a
+    large vocabulary that happens once in a thousand tokens, in float32 too.
+    """
+    logits = policy(ids[None], use_cache=False, logits_to_keep=1).logits[0, -1:]
     logprobs = sample.policy_distribution(logits, sampling).log_softmax(-1)[0]
-    low, high = sorted([response[place], expected_response[place]])
+    low, high = sorted([one, other])
     if sampling.temperature == 0:
         return (logprobs[low] - logprobs[high]).abs().item()
     return logprobs[low + 1 : high].exp().sum().item()

@@ -6,6 +6,7 @@ from engine.choose import Forms, choose
 from engine.memory import Memory, enable_gradient_checkpointing
 from lib.checks import check_prompts
 from lib.estimate import PROGRAM, device_memory, memory_table
+from lib.prompts import TEMPLATE_COLUMNS
 from lib.report import describe_run
 from lib.texts import describe_prompt
 from policy import stop_ids
@@ -26,17 +27,19 @@ def prepare(policy, tokenizer, task, measured, config, state) -> tuple[Forms, Me
     problem = task.train[0]
     first = prompt_ids(task, problem, tokenizer)
     print(describe_prompt(tokenizer, first, problem.answer), end="")
-    for name in {"tools", "chat_template_kwargs"} & problem.columns.keys():
-        others = {key: value for key, value in problem.columns.items() if key != name}
-        if problem.columns[name] and first == prompt_ids(
-            task, replace(problem, columns=others), tokenizer
-        ):
+    for name in TEMPLATE_COLUMNS & problem.columns.keys():
+        columns = {**problem.columns, name: None}
+        without = prompt_ids(task, replace(problem, columns=columns), tokenizer)
+        if problem.columns[name] and first == without:
             print(f'warning: the chat template ignores the "{name}" of this prompt')
-    available = device_memory(policy.device)
-    program = PROGRAM if policy.device.type == "cpu" else 0
     unknown = tokenizer.unk_token_id
     if unknown is not None and any(unknown in ids for ids in prompts):
-        print(f"warning: the tokenizer lacks characters of the prompts: {tokenizer.unk_token} each")
+        print(
+            "warning: the tokenizer does not know some characters of the prompts, and writes "
+            f"{tokenizer.unk_token} for each"
+        )
+    available = device_memory(policy.device)
+    program = PROGRAM if policy.device.type == "cpu" else 0
     print(memory_table(config, policy, available, len(prompts[0]), program), end="")
     if config.gradient_checkpointing:  # not before: the estimate counts what it would recompute
         enable_gradient_checkpointing(policy)

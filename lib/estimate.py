@@ -104,7 +104,7 @@ def activation_bytes(model, tokens=64) -> float:
     sizes = {storage._cdata: storage.nbytes() for storage in storages}
     for parameter in model.parameters():
         sizes.pop(parameter.untyped_storage()._cdata, None)
-    kept.clear()  # a cycle through the graph, which Python does not see: nothing would be freed
+    kept.clear()  # Python does not see a cycle through the graph, and would never free the model
     return sum(sizes.values()) / tokens
 
 

@@ -22,6 +22,7 @@ from lib.flags import UserError, did_you_mean, first_line, name_error, shorten
 OPERATORS = {ast.Add: operator.add, ast.Sub: operator.sub, ast.Mult: operator.mul}
 TEXTS = "prompt", "response", "answer"  # the first parameters of a function
 EXTRA = "length", "limit", "tokens"  # what a function gets where it has such a parameter
+NO_DEFAULT = inspect.Parameter.empty
 SIGNED = OPERATORS | {ast.USub: operator.neg}  # the minus of -number
 
 
@@ -46,19 +47,13 @@ def parameters_of(function) -> list[str]:
     return list(inspect.signature(function).parameters)
 
 
-def columns_of(function) -> dict[str, bool]:
-    """Its parameters after the three texts that get a column of the data: name -> whether the
-    column must be there, because the parameter has no default."""
+def columns_of(function) -> dict:
+    """Its parameters after the three texts that get a column of the data: name -> its default. With
+    NO_DEFAULT the column must be there."""
     parameters = list(inspect.signature(function).parameters.values())[len(TEXTS) :]
     open_ended = inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD
     named = [one for one in parameters if one.kind not in open_ended and one.name not in EXTRA]
-    return {one.name: one.default is one.empty for one in named}
-
-
-def defaults_of(function) -> dict:
-    """{"weight": 1.0}"""
-    parameters = inspect.signature(function).parameters.values()
-    return {one.name: one.default for one in parameters if one.default is not one.empty}
+    return {one.name: one.default for one in named}
 
 
 def takes_all_columns(function) -> bool:
@@ -75,12 +70,12 @@ def check_columns(part, function, columns):
     for name in set(EXTRA).intersection(parameters_of(function)):
         if any(name in row for row in columns):
             raise UserError(
-                f"--reward {part}: its parameter `{name}` gets that of the response, and the "
-                f'problems have a column "{name}" too: give the column another name'
+                f"--reward {part}: its parameter `{name}` is about the response, but the problems "
+                f'have a column "{name}" too: give the column another name'
             )
-    for name, needed in columns_of(function).items():
+    for name, default in columns_of(function).items():
         for number, row in enumerate(columns, 1):
-            if needed and name not in row:
+            if default is NO_DEFAULT and name not in row:
                 lacks = f'problem {number} has no column "{name}"'
                 raise UserError(f"--reward {part}: has a parameter `{name}`, but {lacks}")
 
@@ -244,9 +239,9 @@ def call_part(part, function, rows, limit) -> list[float | list[float]]:
 
     columns = [row.get("columns", {}) for row in rows]
     check_columns(part, function, columns)
-    wanted = set(columns_of(function))
+    wanted = columns_of(function)
     if takes_all_columns(function):
-        wanted |= {name for row in columns for name in row if name not in names}
+        wanted |= {name: None for row in columns for name in row if name not in names}
     # copies: a function may change the list of messages that is its prompt
     texts = [[deepcopy(row[name]) for row in rows] for name in ("prompt", "response", "answer")]
 
@@ -259,11 +254,9 @@ def call_part(part, function, rows, limit) -> list[float | list[float]]:
     values = []
     try:
         if names[:1] == ["prompts"]:
-            defaults = defaults_of(function)
             more = {}
-            for name in wanted:
+            for name, default in wanted.items():
                 if any(name in row for row in columns):
-                    default = defaults.get(name)
                     more[name] = [deepcopy(row.get(name, default)) for row in columns]
             for name in set(EXTRA).intersection(names):
                 more[name] = limit if name == "limit" else [row[name] for row in rows]

@@ -149,7 +149,9 @@ def plot_runs(runs, path, x="step"):
             plot_clipped(panel, curve(single, metric, x), read_flag(folder, "max_grad_norm"))
     handles = panels[0].get_legend_handles_labels()
     several = [len(group) > 1 for group in groups.values()]
-    explained = SEVERAL if all(several) else MIXED if any(several) else ONE_EACH
+    explained = MIXED if any(several) else ONE_EACH
+    if all(several):
+        explained = SEVERAL
     legend = LEGEND | ({"ncols": 1} if max(map(len, groups)) > 40 else {})
     figure.legend(*handles, title=explained, **legend)
     save(figure, path)

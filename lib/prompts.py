@@ -7,6 +7,8 @@ from functools import lru_cache
 
 from lib.flags import UserError, first_line
 
+# columns of a problem that go to the chat template
+TEMPLATE_COLUMNS = {"tools", "chat_template_kwargs"}
 TODAY = datetime(2025, 1, 1)  # in every chat template that asks for the date
 
 
@@ -77,14 +79,14 @@ def apply_template(messages, columns, tokenizer) -> str:
 
 
 def shared_prompting(problems, system) -> tuple[str, dict]:
-    """The system message and the columns for the template that all problems of a .jsonl file have,
-    so that another prompt can be given like them. Where they differ: `system`, {}."""
+    """The system message and the TEMPLATE_COLUMNS that all problems of a .jsonl file have, so that
+    another prompt can be given in the same way. Where they differ: `system`, {}."""
     found = set()
     for problem in problems:
         first = problem.prompt[0] if isinstance(problem.prompt, list) else {"role": "user"}
         text = first["content"] if first["role"] == "system" else system
-        options = problem.columns.keys() & {"tools", "chat_template_kwargs"}
-        columns = {name: problem.columns[name] for name in options}
+        names = problem.columns.keys() & TEMPLATE_COLUMNS
+        columns = {name: problem.columns[name] for name in names}
         found.add(json.dumps([text, columns], sort_keys=True))
     return json.loads(found.pop()) if len(found) == 1 else (system, {})
 

@@ -92,9 +92,9 @@ class RewardModel:
             end = "end" if self.is_encoder else "beginning"
             tqdm.write(
                 f"warning: the reward model reads at most {room} tokens, and a prompt with its "
-                f"response has {longest}: their {end} is cut off"
+                f"response has {longest}: the {end} is truncated"
             )
-        # an encoder reads the score at the first token, others at the last; room 0 keeps all
+        # an encoder has its score at the first token, others at the last; room 0 keeps all
         part = slice(room or None) if self.is_encoder else slice(-room, None)
         rows = [torch.tensor(row[part]) for row in rows]
         lengths = torch.tensor(list(map(len, rows)))

@@ -72,8 +72,8 @@ def is_run(folder):
 
 
 def read_config(folder) -> dict:
-    """The flags of a run; those that eval.py needs are there. UserError if there is no run, or a
-    .json file of it is damaged."""
+    """The flags of a run, at least those that eval.py needs. UserError if there is no run, or one
+    of its .json files is damaged."""
     path = folder
     try:
         for path in [*folder.glob("*.json"), folder / "config.json"]:
@@ -227,7 +227,7 @@ def read_code(config) -> dict[str, bytes]:
             code[script.relative_to(ROOT).as_posix()] = script.read_bytes()
     for module in re.findall(r"([^\W\d][\w.]*)\.\w", f"{config.reward} {config.true_reward}"):
         file = Path(f"{module.replace('.', '/')}.py")
-        # a reward may import its neighbours
+        # with the files beside it, which it may import
         for script in file.parent.glob("*.py") if file.exists() else ():
             if script.resolve() != ROOT / script:
                 code[f"own/{script}"] = script.read_bytes()
@@ -242,14 +242,13 @@ def saved_step(model) -> int | None:
 
 
 def moved_base(folder) -> str:
-    """What has happened to the run from which this one started, if it has trained on since; else
-    ''."""
+    """A sentence if the run from which this one started has been trained further since, or ''."""
     content = json.loads((folder / "config.json").read_text())
     model = content["config"]["model"]
     then, now = content.get("base_step"), saved_step(model)
     if None in (then, now) or then == now:
         return ""
-    return f"{folder} started from {model} at step {then}, which is at step {now} now"
+    return f"{folder} started from step {then} of {model}, which is now at step {now}"
 
 
 def reward_models(config) -> dict[str, str]:
@@ -352,25 +351,27 @@ class Run:
                     "on --resume"
                 )
         self.check_base_of_others()
+        if moved := moved_base(self.folder):
+            if config.lora_rank or config.kl_beta or config.log_kl:
+                raise UserError(f"--resume: {moved}: it would have another adapter or reference")
+            print(f"warning: --resume: {moved}")
         self.lock_file = lock(self.folder)
         self.find_checkpoint()
 
     def check_base_of_others(self):
-        """UserError where another run started from this one: its adapter, its reference model and
-        what it is compared with would change with this run."""
+        """UserError if another run started from this one: that run's adapter, reference model and
+        base would change with this run."""
+        changing = [(self.folder / part).resolve() for part in (".", "checkpoint", "best")]
         for other in sorted(self.folder.parent.iterdir()):
-            with suppress(UserError):
-                model = Path(read_config(other)["model"]).resolve()
-                changing = [self.folder / part for part in (".", "checkpoint", "best")]
-                is_base = model in [path.resolve() for path in changing]
-                if is_base and other.suffix != ".failed":
-                    break
-        else:
-            return
-        raise UserError(
-            f"--resume: {other} started from {self.folder}, and would change with it. Go on by "
-            f"a new run: --model {self.folder} --name NEW"
-        )
+            try:
+                model = Path(read_config(other)["model"])
+            except UserError:  # no run
+                continue
+            if model.resolve() in changing and other.suffix != ".failed":
+                raise UserError(
+                    f"--resume: {other} started from {self.folder}, and would change with it. "
+                    f"Start a new run instead: --model {self.folder} --name NEW"
+                )
 
     def start(self, config, optimizer, problems=""):
         """Writes config.json and code/. A run that resumes gets its optimizer and random states
@@ -423,10 +424,6 @@ class Run:
                     f"began: from step {step + 1} on it learns from others, and the "
                     "evaluation before training was of others"
                 )
-            if moved := moved_base(self.folder):
-                if config.lora_rank or config.kl_beta or config.log_kl:
-                    raise UserError(f"--resume: {moved}: its adapter or reference would be another")
-                print(f"warning: --resume: {moved}")
             models = session["reward_models"]
             if sessions[-1].get("reward_models", models) != models:
                 print(

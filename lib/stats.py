@@ -103,7 +103,8 @@ def mean_interval(values, proportion=True):
 
 def interval_of_mean(values):
     """The 95 % interval: by `bootstrap`, but Student's for fewer than 30 values, for which the
-    bootstrap is too narrow. One value alone could as well be 0: it gets 12.7 times itself."""
+    bootstrap is too narrow. A single value could as well be 0, so its half width is 12.7 times its
+    size."""
     n = len(values)
     if n >= 30:
         return bootstrap(values)

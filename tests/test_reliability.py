@@ -304,9 +304,9 @@ def test_a_run_that_another_one_started_from_stays_as_it_is(run, capsys):
 
     capsys.readouterr()
     run_train("--runs_dir=elsewhere", "--name=second", "--resume", "--steps=2")
-    said = f"elsewhere/second started from {folder} at step 1, which is at step 2 now"
+    said = f"elsewhere/second started from step 1 of {folder}, which is now at step 2"
     assert f"warning: --resume: {said}" in capsys.readouterr().out
-    with pytest.raises(UserError, match=r"kl started from .* reference would be another"):
+    with pytest.raises(UserError, match=r"kl started from .* another adapter or reference"):
         run_train("--runs_dir=elsewhere", "--name=kl", "--resume", "--steps=2")
     eval.main(eval.Config(limit=2, device="cpu"), ["elsewhere/second"])
     assert f"warning: {said}" in capsys.readouterr().out

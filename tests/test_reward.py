@@ -442,7 +442,7 @@ def test_an_encoder_reads_a_pair_and_says_what_it_cannot_read(capsys):
         expected = [bert(ids).logits.item() for ids in (pair, cut)]
     assert found == pytest.approx(expected, abs=1e-5)
     judge(["a b"], [long], [""])
-    said = "at most 12 tokens, and a prompt with its response has 23: their end is cut off"
+    said = "at most 12 tokens, and a prompt with its response has 23: the end is truncated"
     assert capsys.readouterr().out.count(said) == 1
 
 
