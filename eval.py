@@ -195,7 +195,9 @@ class Config:
     reward: str = flag("", "what is measured; default: the run's, or the task's rule")
     rows_at_once: int = flag(256, "responses sampled in parallel; changes no number")
     seed: int = flag(0, "same seed, same responses")
-    fast: Literal["auto", "off"] = flag("auto", "off: sample.py's plain `generate`, as edited")
+    fast: Literal["auto", "off", "compile"] = flag(
+        "auto", "off: sample.py's plain `generate`, as edited; compile: torch.compile"
+    )
     output: str = flag("", "folder to write into; default: the run's, or runs/eval")
     device: Literal[DEVICES] = flag("auto", "auto: the first of the others that is available")
     dtype: Literal["auto", *DTYPES] = flag("auto", "auto: bfloat16 on cuda, else float32")

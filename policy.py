@@ -23,6 +23,7 @@ from transformers.utils import logging
 from lib.checks import check_causal, freeze_unused
 from lib.files import find_model
 from lib.flags import UserError, first_line
+from lib.head import float32_logits
 from lib.lora import adapted_layers, add_adapter, find_base, load_adapter, save_adapter
 from lib.progress import phase
 
@@ -123,6 +124,7 @@ def load_policy(
     check_causal(name, model)
     if frozen := freeze_unused(model):
         print(f"{name}: {frozen / 1e6:,.2f} M parameters for images or sound are not trained")
+    float32_logits(model)
     return model, tokenizer
 
 

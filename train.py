@@ -72,7 +72,7 @@ class Config:  # a `setting` may change on --resume, a `flag` may not
     temperature: float = flag(1.0, "sampling temperature; the loss uses the same")
     stop: str = flag("", "more tokens that end a response, such as <|im_end|>")
     rows_at_once: int = setting(0, "most responses sampled at once, the rest are queued; 0: all")
-    fast: Literal["auto", "off"] = setting("auto", "off: plain sampler and log-probs: same, slower")
+    fast: Literal["auto", "off", "compile"] = setting("auto", "off: slower; compile: docs/gpu.md")
     # weights and loss (loss.py)
     recipe: Literal[tuple(RECIPES)] | None = flag(
         None, "published method: sets flags of this group"
@@ -104,6 +104,7 @@ class Config:  # a `setting` may change on --resume, a `flag` may not
     micro_batch_tokens: int = setting(4096, "tokens per forward pass: affects memory only")
     lora_rank: int = flag(0, "train only adapters of this rank (needs peft); 0: all parameters")
     load_in_4bit: bool = flag(False, "with --lora_rank: frozen weights in 4 bits (bitsandbytes)")
+    adam_8bit: bool = flag(False, "Adam's moments in 8 bits (needs bitsandbytes)")
     offload: bool = flag(False, "keep float32 masters and Adam's moments in the host's memory")
     gradient_checkpointing: bool = setting(False, "recompute activations: slower, less memory")
     # evaluation and logging

@@ -3,6 +3,7 @@
     python docs/precision.py curves                  # runs in float32, nearest, stochastic
     python docs/precision.py share --model FOLDER    # weights that change, by rate
     python docs/precision.py forms --model FOLDER    # rounding, the fast form, and faults of it
+    python docs/precision.py gap --model FOLDER      # between sampler and learner, by the head
     python docs/precision.py plot                    # docs/precision.png
 
 A CPU without units for bfloat16 is 60 times slower in it than in float32. So products are computed
@@ -144,6 +145,26 @@ def forms(config):
             print(f"{name:48}{times:8.2f}", flush=True)
 
 
+def gap(config):
+    """How far the log-probs of the sampler are from those of the learner, in bfloat16, with logits
+    in bfloat16 and in float32."""
+    model, tokenizer = load_policy(config.model, torch.device("cpu"), "bfloat16")
+    questions = "Why is the sky blue?", "What is 27 + 48?"
+    turns = [[{"role": "user", "content": question}] for question in questions]
+    options = dict(add_generation_prompt=True, return_dict=False)
+    prompts = [tokenizer.apply_chat_template(turn, **options) for turn in turns]
+    head = model.get_output_embeddings()
+    print("logits            mean    largest")
+    for name in ("float32", "bfloat16"):
+        if name == "bfloat16":
+            del head.forward  # that of lib/head.py
+        with FloatProducts(), torch.no_grad():
+            rollout = sample.generate(model, prompts, 8, 48, [tokenizer.eos_token_id], [0, 1])
+            logprobs, _ = loss.token_logprobs(model, rollout, Sampling())
+        gaps = (logprobs - rollout.old_logprobs).abs()[rollout.response_mask]
+        print(f"in {name:10}{gaps.mean():9.4f}{gaps.max():11.3f}", flush=True)
+
+
 def plot(config):
     figure, axes = plt.subplots(figsize=(7, 3.5))
     for mode, colour in zip(MODES, ("black", "tab:red", "tab:blue")):
@@ -173,9 +194,11 @@ class Config:
 
 
 def main(config, what):
-    {"curves": curves, "share": share, "forms": forms, "plot": plot}[what](config)
+    WHAT[what](config)
 
+
+WHAT = {function.__name__: function for function in (curves, share, forms, gap, plot)}
 
 if __name__ == "__main__":
-    what = dict(choices=["curves", "share", "forms", "plot"], help="what to measure or draw")
+    what = dict(choices=list(WHAT), help="what to measure or draw")
     run_script(main, Config, __doc__, what=what)

@@ -56,14 +56,17 @@ class Forms:
 @phase("comparing the fast forms with the plain ones")
 def choose(policy, prompts, stop, sampling, max_new_tokens, mode="auto") -> Forms:
     """Tries the fast forms on the first and the last of the prompts (token ids; longest first), and
-    takes each one that agrees with its plain form. mode 'off': the plain forms."""
+    takes each one that agrees with its plain form.
+
+    mode: 'off': the plain forms; 'compile': the decode step of the sampler is compiled
+    """
     if mode == "off":
         return Forms()
     longest = min(LONGEST, len(prompts[0]) + max_new_tokens)
     for affordable in (affordable_tokens, lambda *arguments: SHORTEST):
         try:
             tokens = min(longest, affordable(policy, longest))
-            return compare_forms(policy, prompts, stop, sampling, max_new_tokens, tokens)
+            return compare_forms(policy, prompts, stop, sampling, max_new_tokens, tokens, mode)
         except RuntimeError as error:
             if not is_out_of_memory(error):
                 raise
@@ -90,7 +93,7 @@ def affordable_tokens(policy, longest) -> int:
     return max(SHORTEST, int(min(affordable, fits)))
 
 
-def compare_forms(policy, prompts, stop, sampling, max_new_tokens, longest) -> Forms:
+def compare_forms(policy, prompts, stop, sampling, max_new_tokens, longest, mode) -> Forms:
     """Compares four responses to each of two prompts. The first prompt is truncated or repeated, so
     that its rows have `longest` tokens."""
     tokens = min(16, max_new_tokens, longest // 2)
@@ -116,32 +119,51 @@ def compare_forms(policy, prompts, stop, sampling, max_new_tokens, longest) -> F
 
     by_hand = engine.logprobs.token_logprobs
     by_autograd = partial(by_hand, by_hand=False)
-    generate = pick(policy, sample.generate, [engine.generate.generate], compare_sampler)
     token_logprobs = pick(policy, loss.token_logprobs, [by_hand, by_autograd], compare_logprobs)
+    if mode == "compile":
+        began = time.perf_counter()
+        compiled = partial(engine.generate.generate, forward=compile_policy(policy))
+        reason = misfit(policy, compiled, compare_sampler)
+        if not reason:
+            tqdm.write(f"the decode step was compiled in {time.perf_counter() - began:.0f} s")
+            return Forms(compiled, token_logprobs)
+        tqdm.write(f"--fast compile: the decode step is not compiled ({reason})")
+    generate = pick(policy, sample.generate, [engine.generate.generate], compare_sampler)
     return Forms(generate, token_logprobs)
 
 
+def compile_policy(policy) -> Callable:
+    """For any number of slots and attended columns; for a single slot it is compiled again."""
+    # or numbers that were equal at first would have to stay so
+    torch.fx.experimental._config.use_duck_shape = False
+    return torch.compile(policy, dynamic=True)
+
+
 def pick(policy, plain, candidates, compare) -> Callable:
-    """The first candidate that differs from the plain form by at most 1 as `compare` has it, else
-    the plain form, and a line that says so."""
+    """The first candidate that fits, else the plain form, and a line that says so."""
     reason = "there is none"
-    # without them a row's numbers would depend on its neighbours
-    if "position_ids" not in signature(policy.forward).parameters:
-        candidates, reason = [], "the model takes no position_ids"
     for form in candidates:
-        try:
-            gap = compare(form)
-        except MISFIT as error:
-            if is_out_of_memory(error):
-                raise
-            reason = without_keys(policy) or name_error(error)
-            continue
-        if gap <= 1:
+        reason = misfit(policy, form, compare)
+        if not reason:
             return form
-        reason = f"they differ by {gap:.1g} times what rounding explains"
     model, name = type(policy).__name__, f"{plain.__module__}.{plain.__name__}"
     tqdm.write(f"{model} does not fit the fast form of {name} ({reason}): the plain form is used")
     return plain
+
+
+def misfit(policy, form, compare) -> str:
+    """Why a form cannot be used: it raises an error, or it differs from the plain form by more than
+    1 as `compare` has it. '' where it fits."""
+    # without them a row's numbers would depend on its neighbours
+    if "position_ids" not in signature(policy.forward).parameters:
+        return "the model takes no position_ids"
+    try:
+        gap = compare(form)
+    except MISFIT as error:
+        if is_out_of_memory(error):
+            raise
+        return without_keys(policy) or name_error(error)
+    return "" if gap <= 1 else f"they differ by {gap:.1g} times what rounding explains"
 
 
 @contextmanager
@@ -149,10 +171,10 @@ def rounded_otherwise(policy) -> Iterator[None]:
     """Within the block the result of each layer is off by up to half a unit in its last place, at
     random, as if it had been summed in another order."""
     generator = torch.Generator(policy.device).manual_seed(0)
-    half_a_unit = torch.finfo(policy.dtype).eps / 2
 
     def nudge(module, arguments, output):
         if torch.is_tensor(output) and output.is_floating_point():
+            half_a_unit = torch.finfo(output.dtype).eps / 2
             noise = torch.rand(output.shape, generator=generator, device=output.device)
             return (output * (1 + (2 * noise - 1) * half_a_unit)).to(output.dtype)
 

@@ -48,9 +48,13 @@ def generate(
     buffers=None,
     interject=None,
     report=None,
+    forward=None,
 ) -> Rollout:
     """See sample.py. The rows beyond rows_at_once are queued for a slot, so a rollout may be larger
-    than the memory."""
+    than the memory.
+
+    forward: the compiled policy, which the decode steps use in its place
+    """
     check_prompts(policy, prompts, max_new_tokens)
     buffers = {} if buffers is None else buffers
     B = len(prompts) * group_size
@@ -62,6 +66,8 @@ def generate(
     if state is None or not state.has_room(B, slots, columns):
         buffers.clear()
         state = buffers[key] = DecodeState(policy, B, slots, columns, max_new_tokens)
+    if forward is not None:
+        state.forward = forward
     state.prefill(policy, prompts, group_size, stop, seeds)
     if interject:
         state.begin_responses(interject)
@@ -160,6 +166,7 @@ class DecodeState:
     def __init__(self, policy, most_rows, slots, columns, N):
         device = policy.device
         captures = device.type == "cuda"
+        self.forward = policy
         vocabulary = policy.config.get_text_config().vocab_size
         self.ids = torch.zeros(most_rows + 1, columns, dtype=torch.long, device=device)
         self.lengths = torch.zeros(most_rows + 1, dtype=torch.long, device=device)
@@ -250,7 +257,7 @@ class DecodeState:
         n = self.lengths[rows] - self.prompt_lengths[rows]  # response tokens so far
         columns = torch.arange(self.attended, device=rows.device)[None]
         self.cache.set_positions(positions, self.attended)
-        output = policy(
+        output = self.forward(
             self.ids[rows, positions, None],
             position_ids=positions[:, None],
             attention_mask=attention_masks(policy, positions[:, None], columns),

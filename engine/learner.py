@@ -24,7 +24,9 @@ class Learner:
         self.memory = memory
         self.config = config
         self.progress = progress or Progress()
-        self.optimizer = Optimizer(policy, config.weight_decay, config.offload, config.seed)
+        self.optimizer = Optimizer(
+            policy, config.weight_decay, config.offload, config.seed, config.adam_8bit
+        )
 
     def in_micro_batches(self, work, batch, undo=None) -> list:
         """(indices, work(those rows of the batch)) for each micro-batch of this process's share.

@@ -121,16 +121,21 @@ class Head:
         """The same for a linear layer and the stock `token_stats`: d log p(token) / d logits =
         onehot - softmax.
 
-        All tiles share two buffers: memory that is fresh for each tile is slow on a CPU."""
+        All tiles share two buffers: memory that is fresh for each tile is slow on a CPU. (In
+        bfloat16 the head gives new logits in float32: lib/head.py.)"""
         weight = self.linear.weight
         size = min(len(tokens), TILE[tokens.device.type])
-        logits_buffer = states.new_empty(size, len(weight))
+        in_float32 = states.dtype == torch.float32
+        logits_buffer = states.new_empty(size if in_float32 else 0, len(weight))
         probs_buffer = torch.empty(size, len(weight), device=states.device)
         grad_states = torch.empty_like(states)
         total = torch.zeros_like(weight, dtype=torch.float32) if weight.requires_grad else None
         for tile in self.tiles(tokens):
             inputs, target = states[tile], tokens[tile, None]
-            logits = torch.mm(inputs, weight.T, out=logits_buffer[: len(inputs)])
+            if in_float32:
+                logits = torch.mm(inputs, weight.T, out=logits_buffer[: len(inputs)])
+            else:
+                logits = self.linear(inputs)
             logits = policy_distribution(logits, self.sampling)
             probs = torch.softmax(logits, -1, out=probs_buffer[: len(inputs)])
             grad = grads[0][tile, None] / self.sampling.temperature
@@ -138,7 +143,7 @@ class Head:
             torch.mm(grad_logits, weight, out=grad_states[tile])
             if total is None:
                 continue
-            if inputs.dtype == torch.float32:
+            if in_float32:
                 total.addmm_(grad_logits.T, inputs)
             else:
                 total += grad_logits.T @ inputs

@@ -7,6 +7,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
+from lib.flags import UserError
 from lib.processes import sum_gradients
 from tasks import stable_hash
 
@@ -22,13 +23,14 @@ class Optimizer:
     offload: masters and moments live in the host's memory: 12 bytes a parameter less on the GPU
     seed:    decides the rounding, together with the step and the number of the parameter. So a
              resumed run and all processes round alike
+    in_8_bits: the moments are, by the package bitsandbytes: 6 bytes a parameter less
     """
 
-    def __init__(self, model, weight_decay, offload=False, seed=0):
+    def __init__(self, model, weight_decay, offload=False, seed=0, in_8_bits=False):
         self.parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
         self.masters = [make_master(parameter, offload) for parameter in self.parameters]
         # AdamW is arXiv 1711.05101. Several optimizers would each have their own masters
-        self.optimizers = [torch.optim.AdamW(self.masters, weight_decay=weight_decay, fused=True)]
+        self.optimizers = [make_adamw(self.masters, weight_decay, in_8_bits)]
         self.seed = seed
         self.steps = 0
         self.staging = make_staging(self.parameters) if offload else None
@@ -53,8 +55,11 @@ class Optimizer:
         self.update(lr=0.0)
         for optimizer in self.optimizers:
             for state in optimizer.state.values():
-                for tensor in filter(torch.is_tensor, state.values()):
-                    tensor.zero_()
+                for name, value in state.items():
+                    if name == "step":
+                        state[name] = 0 * value
+                    elif not name.startswith("qmap"):  # what the numbers of 8 bits stand for
+                        value.zero_()
         for master in self.masters:
             master.grad = None
 
@@ -138,6 +143,17 @@ class Optimizer:
             for master, saved in zip(masters, state["masters"], strict=True):
                 master.copy_(saved)
         self.steps = state["steps"]
+
+
+def make_adamw(masters, weight_decay, in_8_bits) -> torch.optim.Optimizer:
+    """In 8 bits: arXiv 2110.02861; tensors of fewer than 4,096 numbers are in float32."""
+    if not in_8_bits:
+        return torch.optim.AdamW(masters, weight_decay=weight_decay, fused=True)
+    try:
+        from bitsandbytes.optim import AdamW8bit
+    except ImportError:
+        raise UserError("--adam_8bit: needs a package, pip install bitsandbytes") from None
+    return AdamW8bit(masters, weight_decay=weight_decay)
 
 
 def make_master(parameter, offload) -> Tensor:

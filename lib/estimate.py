@@ -136,7 +136,11 @@ def estimate(flags, model, activations, longest_prompt) -> dict[str, float]:
     trained = adapter or parameters
     reference = 1 if (flags.kl_beta or flags.log_kl) and not flags.lora_rank else 0
     # the optimizer's moments, and float32 masters of bfloat16 parameters
-    copies = MOMENTS if model.dtype == torch.float32 else MOMENTS + 1
+    copies = MOMENTS
+    if flags.adam_8bit:  # a byte each, and for 256 of them a float32 scale
+        copies *= 1 / 4 + 1 / 256
+    if model.dtype != torch.float32:
+        copies += 1
     host = ", host" if flags.offload else ""
     weights = (parameters * (1 + reference) + adapter) * bytes_each
     if flags.load_in_4bit:  # one layer at a time is unpacked

@@ -33,6 +33,7 @@ import train
 from engine.generate import DecodeState, decode_attention, fused_norms
 from engine.optimizer import Optimizer
 from lib.estimate import shape
+from lib.head import float32_logits
 from sample import Sampling
 
 CUDA = torch.device("cuda", 0)
@@ -94,14 +95,17 @@ class Kernels(TorchDispatchMode):
 def make_model(config, dtype=torch.bfloat16):
     """config: or the name of an architecture"""
     with CUDA:
-        if not isinstance(config, str):
-            return AutoModelForCausalLM.from_config(config, dtype=dtype).eval()
-        before = torch.get_default_dtype()
-        torch.set_default_dtype(dtype)  # .to(dtype) cannot swap fake parameters
-        try:
-            return architectures.make_model(config)
-        finally:
-            torch.set_default_dtype(before)
+        if isinstance(config, str):
+            before = torch.get_default_dtype()
+            torch.set_default_dtype(dtype)  # .to(dtype) cannot swap fake parameters
+            try:
+                model = architectures.make_model(config)
+            finally:
+                torch.set_default_dtype(before)
+        else:
+            model = AutoModelForCausalLM.from_config(config, dtype=dtype).eval()
+    float32_logits(model)
+    return model
 
 
 def decode(model, rows=8, slots=4, columns=128, N=64, temperature=0.9) -> Kernels:
@@ -214,6 +218,12 @@ def update(model, offload=False, form=engine.logprobs.token_logprobs, **flags) -
             with torch.no_grad():
                 for gradient in head.gradients_by_hand(states, tokens, grads):
                     assert gradient.device == CUDA
+            logits = head.linear(states.requires_grad_())  # where autograd differentiates the head
+            assert logits.dtype == torch.float32
+            product = logits.grad_fn
+            if model.dtype == torch.bfloat16:
+                for gradient in product.apply(logits.detach()):
+                    assert gradient.device == CUDA and gradient.dtype == torch.bfloat16
         for i, parameter in enumerate(optimizer.parameters):
             parameter.grad = torch.zeros_like(parameter)
             if parameter.dtype != torch.float32:

@@ -60,7 +60,7 @@ def test_help_explains_each_choice_and_recipe(capsys):
 def test_the_default_that_help_shows_is_that_of_the_recipe():
     """Of several values the default comes first, and a preset changes the default."""
     kind = train.Config.__dataclass_fields__["fast"].type
-    assert flag_line("fast", kind, "off", "text").endswith("text (off, auto)")
+    assert flag_line("fast", kind, "off", "text").endswith("text (off, auto, compile)")
 
 
 def test_the_rules_stand_in_help_of_reward(capsys):

@@ -5,6 +5,7 @@ import contextlib
 import copy
 import inspect
 import itertools
+import re
 import sys
 import types
 from pathlib import Path
@@ -15,7 +16,8 @@ import tiny
 import torch
 import transformers
 from conftest import parse_train
-from transformers import DynamicCache
+from torch.nn.functional import scaled_dot_product_attention
+from transformers import AutoModelForCausalLM, DynamicCache
 
 import engine.choose
 import loss
@@ -26,9 +28,10 @@ from engine.learner import Learner
 from engine.logprobs import token_logprobs
 from engine.memory import Memory, enable_gradient_checkpointing
 from lib.checks import CACHE, check_causal
-from lib.estimate import memory_table
+from lib.estimate import memory_table, shape
 from lib.files import read_rows
 from lib.flags import UserError
+from lib.head import float32_logits
 from loss import DENOMINATORS, LOSSES
 from sample import Sampling
 
@@ -458,6 +461,83 @@ def test_a_gradient_that_is_a_tenth_too_large_is_more_than_noise(load, monkeypat
     monkeypatch.setattr(engine.logprobs.Head, "gradients_by_hand", scaled)
     model = copy.deepcopy(load("llama")[0]).to(dtype)
     assert choose(model).token_logprobs.keywords == {"by_hand": False}
+
+
+def test_a_decode_step_that_cannot_be_compiled_is_said(load, monkeypatch, capsys):
+    def broken(policy, dynamic):
+        def forward(*arguments, **options):
+            raise RuntimeError("no compiler")
+
+        return forward
+
+    monkeypatch.setattr(torch, "compile", broken)
+    model, tokenizer = load("llama")
+    prompts = [tokenizer(text)["input_ids"] for text in ("2+3=", "4+5=")]
+    forms = engine.choose.choose(model, prompts, STOP, Sampling(), 8, "compile")
+    assert forms == FAST
+    said = capsys.readouterr().out
+    assert "--fast compile: the decode step is not compiled (RuntimeError: no compiler)" in said
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("static, dtype", [(False, torch.float32), (True, torch.bfloat16)])
+def test_a_compiled_decode_step_samples_the_same(load, monkeypatch, capsys, static, dtype):
+    """static: a cache as CUDA graphs need it. Other numbers of slots and columns are not compiled
+    again, except for a single slot, and where a static cache is attended to its end."""
+    if static:
+        init = engine.generate.SlotCache.__init__
+        monkeypatch.setattr(
+            engine.generate.SlotCache,
+            "__init__",
+            lambda cache, slots, columns, static: init(cache, slots, columns, True),
+        )
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    model = load("llama")[0].to(dtype)
+    float32_logits(model)
+    # the prompts of sample_12, and more rows than slots
+    forms = engine.choose.choose(model, PROMPTS, STOP, Sampling(), 12, "compile")
+    assert "the decode step was compiled in" in capsys.readouterr().out
+    rest = STOP, [1, 2, 3], Sampling()
+    for N, rows_at_once in ((12, None), (20, 5), (40, 3)):
+        found = forms.generate(model, PROMPTS, 4, N, *rest, rows_at_once=rows_at_once)
+        expected = generate(model, PROMPTS, 4, N, *rest, rows_at_once=rows_at_once)
+        gap = engine.choose.sampler_difference(found, expected, model, Sampling(), 0.01)
+        assert gap <= 1, f"{gap} times what rounding explains"
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] <= (4 if static else 2)
+
+
+@pytest.mark.slow
+def test_a_layer_of_a_compiled_step_has_the_kernels_of_the_page(monkeypatch):
+    """docs/gpu.md says how many, in code for a CPU, which is made here and not compiled."""
+    from torch._inductor.graph import GraphLowering
+
+    class Generated(Exception):
+        pass
+
+    def stop(graph):
+        raise Generated(getattr(graph.codegen()[0], "value", graph.codegen()[0]))
+
+    def attend(module, query, key, value, attention_mask, scaling=None, capping=True, **kwargs):
+        """As on a GPU."""
+        R, heads, _, size = query.shape
+        query = query.view(R, key.shape[1], heads // key.shape[1], size)
+        out = scaled_dot_product_attention(query, key, value, attention_mask, scale=scaling)
+        return out.reshape(R, 1, heads, -1), None
+
+    monkeypatch.setattr(engine.generate, "attend", attend)
+    monkeypatch.setattr(GraphLowering, "compile_to_module", stop)
+    torch._dynamo.reset()
+    config = shape("qwen2.5-0.5b", num_hidden_layers=3, vocab_size=1000)
+    model = AutoModelForCausalLM.from_config(config).eval()
+    compiled = engine.choose.compile_policy(model)
+    with pytest.raises(Exception) as raised:
+        generate(model, [[1, 2, 3]], 4, 8, STOP, [0], forward=compiled)
+    code = str(raised.value)
+    calls = re.findall(r"^ +(?:extern_kernels\.|cpp_fused\w+\(|buf\d+ = torch\.ops)", code, re.M)
+    assert len(calls) == 3 * 14 + 2
+    page = Path(__file__).parent.parent / "docs" / "gpu.md"
+    assert "14 kernels for each layer" in page.read_text()
 
 
 def test_no_candidates_leave_the_plain_form(load, capsys):

@@ -73,6 +73,16 @@ def test_the_optimizer_is_as_large_as_said(dtype):
     assert 0.5 * parts["optimizer"] < kept < 1.02 * parts["optimizer"]
 
 
+def test_the_optimizer_in_8_bits_is_as_large_as_said():
+    """Layers of the tiny shape are small, and a table of 256 numbers comes with each tensor."""
+    pytest.importorskip("bitsandbytes")
+    size = dict(num_hidden_layers=1, hidden_size=1024, intermediate_size=4096)
+    model = AutoModelForCausalLM.from_config(shape("tiny", **size), dtype=torch.bfloat16)
+    torch.save(Optimizer(model, 0.0, in_8_bits=True).state_dict(), "optimizer.pt")
+    parts = estimate(train.Config(adam_8bit=True), model, 0, 1)
+    assert Path("optimizer.pt").stat().st_size == pytest.approx(parts["optimizer"], rel=0.02)
+
+
 def test_what_a_forward_pass_keeps_is_counted():
     """A token of exp(linear(embedding)): exp keeps its result (8 float32), the linear layer its
     input (4), the embedding the id (an int64)."""
@@ -240,6 +250,7 @@ def test_estimate_by_hand():
     assert needed(log_kl=True) == needed() + 2 * n
     assert needed(rows_at_once=5) == needed() - 3 * (cache + graph)
     assert needed(offload=True) == needed() - 12 * n
+    assert needed(adam_8bit=True) == needed() - 8 * n + 2 * n * (1 + 4 / 256)
     # 2.5 whole rows: prompts are not shared where activations are recomputed
     recomputed = 100 * (4 * 128 * 2 + 1000 / 4 + 1000 / 4 / 2) + 5 * 100 * 12
     assert needed(gradient_checkpointing=True) == needed() - activations + recomputed

@@ -3,6 +3,7 @@ number."""
 
 import copy
 import gc
+import sys
 import weakref
 from pathlib import Path
 
@@ -13,6 +14,7 @@ from transformers import AutoModelForCausalLM
 
 from engine.optimizer import Optimizer, round_stochastically
 from lib.estimate import shape
+from lib.flags import UserError
 from policy import load_policy
 
 
@@ -72,6 +74,15 @@ def train(model, steps, optimizer=None, **options):
     return optimizer
 
 
+def resume(model, **options):
+    """Two more updates, with a new optimizer that goes on from the file."""
+    for parameter in model.parameters():
+        parameter._post_accumulate_grad_hooks = None  # those of the first one
+    optimizer = Optimizer(model, 0.01, **options)
+    optimizer.load_state_dict(torch.load("optimizer.pt", weights_only=True))
+    train(model, 2, optimizer)
+
+
 def tiny(dtype):
     torch.manual_seed(0)
     return AutoModelForCausalLM.from_config(shape("tiny"), dtype=dtype)
@@ -99,13 +110,33 @@ def test_a_resumed_optimizer_rounds_as_the_straight_one(offload):
     train(straight, 2, train(straight, 2, seed=1, offload=offload))
     before = train(resumed, 2, seed=1, offload=offload)
     torch.save(before.state_dict(), "optimizer.pt")
-    resumed = copy.deepcopy(resumed)  # without the hooks of the first one
-    for parameter in resumed.parameters():
-        parameter._post_accumulate_grad_hooks = None
-    after = Optimizer(resumed, 0.01, seed=1, offload=offload)
-    after.load_state_dict(torch.load("optimizer.pt", weights_only=True))
-    train(resumed, 2, after)
+    resume(resumed, seed=1, offload=offload)
     assert_equal_parameters(resumed, straight)
+
+
+def test_moments_in_8_bits_learn_resume_and_are_small():
+    """Four updates with them end within 5 % of where those with float32 moments do."""
+    pytest.importorskip("bitsandbytes")
+    plain = tiny(torch.bfloat16)
+    straight, resumed = copy.deepcopy(plain), copy.deepcopy(plain)
+    before = plain.lm_head.weight.detach().clone()
+    train(plain, 2, train(plain, 2))
+    train(straight, 2, train(straight, 2, in_8_bits=True))
+    gap = (straight.lm_head.weight - plain.lm_head.weight).float().norm()
+    moved = (plain.lm_head.weight - before).float().norm()
+    assert 0 < gap < 0.05 * moved
+    torch.save(train(resumed, 2, in_8_bits=True).state_dict(), "optimizer.pt")
+    # 4 bytes of a master, and little more than 1 of each moment
+    assert Path("optimizer.pt").stat().st_size < 6.5 * resumed.num_parameters()
+    resume(resumed, in_8_bits=True)
+    assert_equal_parameters(resumed, straight)
+
+
+def test_moments_in_8_bits_need_a_package(monkeypatch):
+    monkeypatch.setitem(sys.modules, "bitsandbytes", None)
+    monkeypatch.setitem(sys.modules, "bitsandbytes.optim", None)
+    with pytest.raises(UserError, match="pip install bitsandbytes"):
+        Optimizer(tiny(torch.float32), 0.0, in_8_bits=True)
 
 
 def test_another_seed_rounds_otherwise():

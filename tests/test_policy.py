@@ -10,6 +10,7 @@ from engine.optimizer import Optimizer
 from lib.batching import micro_batches
 from lib.estimate import shape
 from lib.flags import UserError
+from lib.head import float32_logits
 from lib.run import read_config
 from loss import token_logprobs
 from policy import default_learning_rate, default_warmup, load_policy, stop_ids
@@ -60,6 +61,36 @@ def bfloat16_model(folders):
     """With its optimizer."""
     model, _ = load_policy(folders("llama"), CPU, "bfloat16")
     return model, Optimizer(model, weight_decay=0.0)
+
+
+def test_logits_of_a_bfloat16_model_are_not_rounded_to_bfloat16(bfloat16_model):
+    """And their gradients are those of autograd, rounded once."""
+    model, _ = bfloat16_model
+    weight = model.lm_head.weight
+    states = torch.linspace(-2, 2, 3 * weight.shape[1]).view(3, -1).bfloat16().requires_grad_()
+    logits = model.lm_head(states)
+    wide = [tensor.detach().float().requires_grad_() for tensor in (states, weight)]
+    expected = wide[0] @ wide[1].T
+    torch.testing.assert_close(logits, expected, rtol=1e-5, atol=1e-5)
+    assert not torch.equal(logits.bfloat16().float(), logits)
+    assert model(torch.tensor([[1, 2]])).logits.dtype == torch.float32
+    gradient = torch.linspace(-1, 1, logits.numel()).view_as(logits)
+    # the optimizer takes a gradient from the parameter as soon as it is there
+    found = torch.autograd.grad(logits, [states, weight], gradient)
+    for one, other in zip(found, torch.autograd.grad(expected, wide, gradient)):
+        assert one.dtype == torch.bfloat16
+        assert (one - other).norm() < 0.01 * other.norm()
+
+
+def test_heads_of_other_kinds_stay_as_they_are(folders):
+    model, _ = load_policy(folders("llama"), CPU, "bfloat16")
+    del model.lm_head.forward
+    model.lm_head.bias = torch.nn.Parameter(torch.ones(len(model.lm_head.weight)).bfloat16())
+    float32_logits(model)
+    assert model(torch.tensor([[1, 2]])).logits.dtype == torch.bfloat16
+    model.float()
+    float32_logits(model)
+    assert "forward" not in vars(model.lm_head)
 
 
 def test_bfloat16_weights_follow_their_float32_masters(bfloat16_model):

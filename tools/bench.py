@@ -32,6 +32,7 @@ from engine.learner import Learner
 from engine.memory import Memory
 from lib.estimate import SHAPES, cache_bytes, shape
 from lib.flags import check_range, flag, run_script
+from lib.head import float32_logits
 from policy import pick_device
 
 try:
@@ -52,6 +53,7 @@ class Config:
         0.0, "share of the vocabulary that ends a response; 0: all have full length"
     )
     repeats: int = flag(5, "times that each is run")
+    fast: Literal["auto", "compile"] = flag("auto", "compile: torch.compile for sampling")
     device: Literal["auto", "cuda", "cpu"] = flag("auto", "auto: cuda if available")
 
 
@@ -162,12 +164,13 @@ def main(config) -> None:
     torch.manual_seed(0)
     with device:
         model = AutoModelForCausalLM.from_config(shape(config.preset), dtype=dtype).eval()
+    float32_logits(model)
     V = model.config.vocab_size
     P, G, N = config.prompts_per_step, config.group_size, config.max_new_tokens
     stop = list(range(V - round(config.stop_prob * V), V))
     prompts = torch.randint(V, (P, config.prompt_length)).tolist()
     sampling = Sampling()
-    forms = engine.choose.choose(model, prompts, stop, sampling, N)
+    forms = engine.choose.choose(model, prompts, stop, sampling, N, config.fast)
     buffers = {}
     flags = train.Config()
     memory = Memory({}, micro_batch_tokens=flags.micro_batch_tokens)

@@ -34,6 +34,7 @@ from engine.learner import Learner
 from engine.memory import Memory
 from lib.estimate import SHAPES, shape
 from lib.flags import first_line, flag, run_script
+from lib.head import float32_logits
 from policy import pick_device
 from tools import bench
 
@@ -66,7 +67,9 @@ class Checks:
         torch.manual_seed(0)
         config = shape(self.preset, initializer_range=0.05, **changes)
         with self.device:
-            return AutoModelForCausalLM.from_config(config, dtype=dtype).eval()
+            model = AutoModelForCausalLM.from_config(config, dtype=dtype).eval()
+        float32_logits(model)
+        return model
 
     def make_small_model(self):
         """Several of them are trained at a time, and 8 GB must be enough."""
@@ -196,16 +199,27 @@ class Checks:
         finally:
             dist.destroy_process_group()
 
-    def speed(self) -> str | None:
+    def compiled(self) -> str | None:
+        """`--fast compile` would compile, and the compiled decode step fits."""
+        if self.device.type != "cuda":
+            return "needs a GPU"
+        model = self.make_model(torch.bfloat16)
+        arguments = self.prompts(model), STOP, train.Sampling(), 32
+        forms = engine.choose.choose(model, *arguments, "compile")
+        assert isinstance(forms.generate, partial), "not compiled"
+
+    def speed(self, fast="auto") -> str | None:
         """Prints what `python -m tools.bench` does: sampling and the update beside transformers'
         and beside what the device could do at best."""
+        if fast == "compile" and self.device.type != "cuda":
+            return "needs a GPU"
         if self.device.type == "cuda" and torch.cuda.get_device_properties(0).total_memory < 11e9:
             return "needs 12 GB"
         bench.main(
             bench.Config(
                 preset=self.preset, prompts_per_step=8, group_size=self.rows // 8,
                 prompt_length=100, max_new_tokens=self.new_tokens, repeats=2,
-                device=self.device.type,
+                device=self.device.type, fast=fast,
             )
         )  # fmt: skip
 
@@ -221,6 +235,8 @@ class Checks:
             "lack of memory halves": self.out_of_memory,
             "a group of processes": self.processes,
             "speed": self.speed,
+            "a compiled decode step": self.compiled,
+            "speed, compiled": partial(self.speed, "compile"),
         }
 
 

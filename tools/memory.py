@@ -28,8 +28,8 @@ class Config(train.Config):
 
     # the flags that change the estimate; the others of train.py are accepted too
     SHOWN: ClassVar = """prompts_per_step group_size max_new_tokens rows_at_once kl_beta log_kl
-        micro_batch_tokens lora_rank load_in_4bit offload gradient_checkpointing device dtype
-        longest_prompt memory_gb"""
+        micro_batch_tokens lora_rank load_in_4bit adam_8bit offload gradient_checkpointing device
+        dtype longest_prompt memory_gb"""
     CHOICES: ClassVar = {}
 
 
