@@ -79,10 +79,10 @@ def affordable_tokens(policy, longest) -> int:
     """How long the rows may be if the comparison shall take about SECONDS."""
     config = policy.config.get_text_config()
     ids = torch.zeros(3, SHORTEST, dtype=torch.long, device=policy.device)
-    for _ in range(2):  # the first warms up
+    for rows in (ids[:1], ids):  # the first warms up
         began = time.perf_counter()
         with torch.no_grad():
-            policy(ids, use_cache=False).logits.sum().item()
+            policy(rows, use_cache=False).logits.sum().item()
         seconds = time.perf_counter() - began
     affordable = SHORTEST * SECONDS / (PASSES * seconds)
     fits = LOGITS / (len(ids) * config.vocab_size * policy.dtype.itemsize)
@@ -237,13 +237,14 @@ def token_gap(policy, ids, one, other, sampling) -> float:
 
 def values_and_gradients(token_logprobs, policy, rollout, sampling) -> list[Tensor]:
     """Log-probs of a rollout and their gradients by a few of the parameters. Then log-probs with
-    entropies, and the gradients of both by the last parameters: the layers before were compared
-    already."""
+    entropies of the last row, and the gradients of both by the last parameters: the layers before
+    were compared already."""
     trained = [parameter for parameter in policy.parameters() if parameter.requires_grad]
     spread = trained[:: max(1, len(trained) // 8)]
     found = []
-    for with_entropy, watched in ((False, spread), (True, trained[-2:])):
-        logprobs, entropy = token_logprobs(policy, rollout, sampling, with_entropy=with_entropy)
+    last_row = rollout.rows([-1])
+    for part, with_entropy, watched in ((rollout, False, spread), (last_row, True, trained[-2:])):
+        logprobs, entropy = token_logprobs(policy, part, sampling, with_entropy=with_entropy)
         weights = torch.linspace(-1, 2, logprobs.numel(), device=policy.device).view_as(logprobs)
         total = (weights * logprobs).sum()
         found.append(logprobs.detach())
