@@ -61,7 +61,11 @@ import os, signal, train
 from lib.flags import parse
 from lib.run import Run
 
+def run(flags):
+    train.main(parse(train.Config, train.HELP, flags, train.fill)[0])
+
 signal.signal(signal.SIGINT, signal.default_int_handler)
+run({flags} + ["--name", "straight"])
 record = Run.record
 
 def interrupt(self, metrics, *arguments):
@@ -70,7 +74,7 @@ def interrupt(self, metrics, *arguments):
         os.kill(os.getpid(), signal.SIGINT)
 
 Run.record = interrupt
-train.main(parse(train.Config, train.HELP, {flags}, train.fill)[0])
+run({flags} + ["--name", "cut"])
 """
 
 
@@ -78,10 +82,8 @@ def assert_resumes_exactly(folder, *flags):
     """A run that Ctrl-C ends in the middle and that is resumed has the metrics and the parameters of the straight
     run."""
     flags = " ".join([SMALL, "--steps 6", *flags]).split()
-    python(folder, "train.py", *flags, "--name", "straight")
     straight, cut = folder / "runs" / "straight", folder / "runs" / "cut"
-    interrupted = INTERRUPTED.format(flags=[*flags, "--name", "cut"])
-    python(folder, "-c", interrupted, status=128 + signal.SIGINT)
+    python(folder, "-c", INTERRUPTED.format(flags=flags), status=128 + signal.SIGINT)
     assert 2 <= len(read_rows(cut / "metrics.jsonl")) < 6
     python(folder, "train.py", "--name", "cut", "--resume")
     metrics = [

@@ -152,14 +152,14 @@ def test_killed_twice_a_run_comes_out_the_same(killable, straight):
 
 
 @pytest.mark.slow
-def test_killed_at_20_moments_a_run_comes_out_the_same(killable, straight):
+def test_killed_at_10_moments_a_run_comes_out_the_same(killable, straight):
     """Each run is killed up to five times, once in each phase, at a random call inside of it."""
     rng = random.Random(0)
     _, events = killable("undisturbed", "")
     killed = []
-    while len(killed) < 20:
+    while len(killed) < 10:
         name = f"run-{len(killed)}"
-        for phase in rng.sample(list(events), len(events))[: 20 - len(killed)]:
+        for phase in rng.sample(list(events), len(events))[: 10 - len(killed)]:
             # a run that resumes makes fewer calls: half of them are surely made
             event = rng.randrange(events[phase] // (1 if phase == "plot" else 2))
             if not killable(name, phase, event)[0]:
