@@ -85,7 +85,7 @@ def affordable_tokens(policy, longest) -> int:
             policy(rows, use_cache=False).logits.sum().item()
         seconds = time.perf_counter() - began
     affordable = SHORTEST * SECONDS / (PASSES * seconds)
-    fits = LOGITS / (len(ids) * config.vocab_size * policy.dtype.itemsize)
+    fits = LOGITS / (len(ids) * config.vocab_size * 4)  # in float32: lib/head.py
     # a model may attend otherwise beyond a window, and only `sliding_window` is known to us
     window = getattr(config, "window_size", None)
     if isinstance(window, int) and window < longest:

@@ -343,7 +343,11 @@ class Run:
         self.folder = Path(config.runs_dir) / config.name
         saved = read_config(self.folder)
         free = [field.name for field in fields(config) if field.metadata.get("may_change")]
-        for name, value in asdict(config).items():
+        for field in fields(config):
+            name, value = field.name, getattr(config, field.name)
+            if name not in saved and value == field.default:
+                print(f"--{name} is newer than the run, which had no such flag: {value!r}")
+                continue
             had = saved.get(name)
             if value != had and not (name in saved and name in ["resume", *free]):
                 raise UserError(

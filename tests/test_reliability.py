@@ -553,7 +553,6 @@ def test_other_flags_may_change_on_resume_and_the_folder_may_move(run, straight)
 # what is changed in the flags (null: left out), what the sentence says
 CONFIGS = """
 {"old": 3} -> --old=3
-{"prompts_per_step": null} -> --prompts_per_step 8: the run has None
 {"steps": null} -> --steps 8: the run has None
 {"lr": "0.001"} -> --lr 0.001: the run has '0.001'
 {"task": 5} -> config.json
@@ -561,6 +560,17 @@ CONFIGS = """
 {"group_size": 4.5} -> --group_size
 {"loss": "square"} -> invalid choice: 'square'
 ["steps", 6] -> config.json"""
+
+
+def test_a_run_from_before_a_flag_resumes_and_says_so(run, capsys):
+    """Somebody adds a flag to Config, and resumes a run of yesterday."""
+    content = json.loads((run / "config.json").read_text())
+    del content["config"]["adam_8bit"]
+    (run / "config.json").write_text(json.dumps(content))
+    resume("straight", "--steps=8")
+    said = "--adam_8bit is newer than the run, which had no such flag: False"
+    assert said in capsys.readouterr().out
+    assert read_config(run)["adam_8bit"] is False
 
 
 @pytest.mark.parametrize("line", CONFIGS.strip().splitlines())
