@@ -9,7 +9,8 @@ differ where the random number is at its border: see `token_gap`.
 
 An edit of a plain form takes effect where it shows in the first tokens, or in log-probs or
 gradients by more than that; an edit of a function that both forms call (policy_distribution,
-sample_token, token_stats) takes effect in any case. --fast off asks for the plain forms.
+sample_token, token_stats) takes effect in any case. --fast off asks for the plain forms, --fast
+compile for a sampler whose forward pass torch.compile has compiled (docs/gpu.md).
 """
 
 import math

@@ -7,9 +7,9 @@ from torch import Tensor
 
 
 def float32_logits(model) -> None:
-    """The output head of a bfloat16 model gives float32 from now on. bfloat16 keeps 8 bits, so it
-    would round a logit of 16 by up to 0.06, otherwise in the sampler than in the learner, and the
-    product is summed in float32 in any case. (docs/precision.md; arXiv 2506.13585, section 3.2)
+    """The output head of a bfloat16 model gives float32 from now on. The product is summed in
+    float32 in any case. Rounded to bfloat16, which keeps 8 bits, a logit of 16 would be off by up
+    to 0.06, and in the sampler otherwise than in the learner. (docs/precision.md; arXiv 2506.13585)
 
     A head with a bias stays as it is.
     """
