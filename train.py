@@ -72,7 +72,9 @@ class Config:  # a `setting` may change on --resume, a `flag` may not
     temperature: float = flag(1.0, "sampling temperature; the loss uses the same")
     stop: str = flag("", "more tokens that end a response, such as <|im_end|>")
     rows_at_once: int = setting(0, "most responses sampled at once, the rest are queued; 0: all")
-    fast: Literal["auto", "off", "compile"] = setting("auto", "off: slower; compile: docs/gpu.md")
+    fast: Literal["auto", "off", "compile"] = setting(
+        "auto", "off: plain sampler and log-probs, slower; compile: torch.compile (docs/gpu.md)"
+    )
     # weights and loss (loss.py)
     recipe: Literal[tuple(RECIPES)] | None = flag(
         None, "published method: sets flags of this group"

@@ -58,7 +58,7 @@ class Optimizer:
                 for name, value in state.items():
                     if name == "step":
                         state[name] = 0 * value
-                    elif not name.startswith("qmap"):  # what the numbers of 8 bits stand for
+                    elif not name.startswith("qmap"):  # the values of the 8-bit numbers
                         value.zero_()
         for master in self.masters:
             master.grad = None

@@ -15,6 +15,7 @@ def float32_logits(model) -> None:
     """
     head = model.get_output_embeddings()
     if type(head) is torch.nn.Linear and head.bias is None and head.weight.dtype == torch.bfloat16:
+        # a partial, so that a copy of the model computes with its own weight
         head.forward = partial(product, head)
 
 

@@ -72,8 +72,8 @@ def is_run(folder):
 
 
 def read_config(folder) -> dict:
-    """The flags of a run, at least those that eval.py needs. UserError if there is no run, or one
-    of its .json files is damaged."""
+    """The flags of a run. UserError if there is no run, if one of its .json files is damaged, or if
+    a flag that eval.py needs is missing."""
     path = folder
     try:
         for path in [*folder.glob("*.json"), folder / "config.json"]:
@@ -342,11 +342,14 @@ class Run:
                 return
         self.folder = Path(config.runs_dir) / config.name
         saved = read_config(self.folder)
+        script = self.folder / "code" / "train.py"  # as it was when the run started
+        code = script.read_text() if script.is_file() else ""
         free = [field.name for field in fields(config) if field.metadata.get("may_change")]
         for field in fields(config):
             name, value = field.name, getattr(config, field.name)
-            if name not in saved and value == field.default:
-                print(f"--{name} is newer than the run, which had no such flag: {value!r}")
+            is_newer = code and name not in saved and f"    {name}:" not in code
+            if is_newer and value == field.default:
+                print(f"--{name}: the run is from before this flag and has its default, {value!r}")
                 continue
             had = saved.get(name)
             if value != had and not (name in saved and name in ["resume", *free]):
